@@ -1,0 +1,140 @@
+"""Common ground of the tests: what a machine must have, and what happens where it has not.
+
+Markers: `mpi`, `native`, `horovod`, `cuda`. A marked test is skipped, with the reason, where the thing is missing. With
+`COMMHOOKS_REQUIRE=mpi,native,horovod` in the environment (as in CI) it fails instead, and so does a run in which a
+required marker had no test that passed. Everything under tests/mpi and tests/horovod bears the marker of its folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generator
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks are forked: the parent must have no thread pool
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+for folder in (str(TESTS), str(ROOT / "scripts"), str(ROOT)):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+MARKERS = {
+    "mpi": "needs mpi4py and an mpiexec beside the interpreter",
+    "native": "needs the compiled library libcommhooks_cpu.so",
+    "horovod": "needs Horovod built for this torch",
+    "cuda": "needs a CUDA device",
+    "slow": "takes more than 20 s on two cores",
+}
+FOLDER_MARKERS = ("mpi", "horovod")
+_passed: set[str] = set()
+
+
+def required() -> set[str]:
+    """The markers named in COMMHOOKS_REQUIRE; their tests fail where they would be skipped."""
+    names = {name.strip() for name in os.environ.get("COMMHOOKS_REQUIRE", "").split(",") if name.strip()}
+    unknown = names - set(MARKERS)
+    if unknown:
+        raise pytest.UsageError(f"COMMHOOKS_REQUIRE names unknown markers {sorted(unknown)}")
+    return names
+
+
+@lru_cache(maxsize=None)
+def why_not(marker: str) -> str | None:
+    """None if this machine can run tests with this marker, otherwise the reason."""
+    if marker == "mpi":
+        from launch import why_no_mpi
+
+        return why_no_mpi()
+    if marker == "horovod":
+        return (
+            None
+            if importlib.util.find_spec("horovod")
+            else "Horovod is not installed (scripts/install_horovod)"
+        )
+    if marker == "cuda":
+        return None if torch.cuda.is_available() else "no CUDA device"
+    if marker == "native":
+        return _why_no_native()
+    return None
+
+
+def _why_no_native() -> str | None:
+    try:
+        from commhooks.native import library
+    except ImportError as error:
+        return f"commhooks.native cannot be imported: {error}"
+    for name in ("why_not_cpu", "cpu", "load_cpu"):
+        probe = getattr(library, name, None)
+        if callable(probe):
+            try:
+                found = probe()
+            except Exception as error:
+                return f"the compiled library does not load: {error}"
+            if name == "why_not_cpu":
+                return None if found is None else str(found)
+            return None if found is not None else "the compiled library libcommhooks_cpu.so was not built"
+    return "commhooks.native.library does not say whether the compiled library is there"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+    required()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        inside = Path(str(item.path)).relative_to(TESTS).parts if TESTS in item.path.parents else ()
+        for name in FOLDER_MARKERS:
+            if inside and inside[0] == name:
+                item.add_marker(name)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for name in MARKERS:
+        if item.get_closest_marker(name) is None:
+            continue
+        reason = why_not(name)
+        if reason is None:
+            continue
+        if name in required():
+            pytest.fail(f"required by COMMHOOKS_REQUIRE: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    names = {name for name in MARKERS if item.get_closest_marker(name) is not None}
+    if report.when == "call" and report.passed:
+        _passed.update(names)
+    wanted = names & required()
+    if report.skipped and wanted and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although COMMHOOKS_REQUIRE names {sorted(wanted)}: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    report = yield
+    if report.skipped and any(name in collector.path.parts for name in required()):
+        report.outcome = "failed"
+        report.longrepr = f"a whole file skipped although COMMHOOKS_REQUIRE asks for it: {report.longrepr}"
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    missing = required() - _passed
+    if missing and exitstatus == 0 and not session.config.option.collectonly:
+        print(f"\nno test passed for {sorted(missing)}, which COMMHOOKS_REQUIRE names")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,116 @@
+"""The helpers that start ranks: results, failures with their output, timeouts that kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import ROOT, clean_environment, mpiexec, run, spawn_gloo, torchrun
+
+
+def _sum_of_ranks(rank, size, offset):
+    tensor = torch.tensor([float(rank + offset)])
+    dist.all_reduce(tensor)
+    return rank, tensor.item()
+
+
+def test_forked_ranks_share_a_group_and_return_in_order():
+    assert spawn_gloo(_sum_of_ranks, 3, args=(1,)) == [(0, 6.0), (1, 6.0), (2, 6.0)]
+
+
+def test_a_forked_rank_that_raises_or_hangs_is_reported():
+    def fail(rank, size):
+        if rank == 1:
+            raise ValueError("rank one has had enough")
+        time.sleep(30)
+
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="rank one has had enough"):
+        spawn_gloo(fail, 2, init=False)
+    assert time.monotonic() - started < 10
+    with pytest.raises(AssertionError, match="still running"):
+        spawn_gloo(lambda rank, size: time.sleep(30), 2, init=False, timeout=1)
+
+
+def test_outcomes_tell_a_killed_rank_from_one_that_ended():
+    def one_dies(rank, size):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "well"
+
+    outcomes = spawn_gloo(one_dies, 2, init=False, check=False)
+    assert [outcome.exitcode for outcome in outcomes] == [0, -signal.SIGKILL]
+    assert outcomes[0].result == "well"
+
+
+@pytest.mark.mpi
+def test_mpiexec_gives_one_job_of_the_size_asked_for():
+    done = mpiexec("from mpi4py import MPI\nprint(MPI.COMM_WORLD.size, MPI.COMM_WORLD.rank)\n", 3)
+    assert sorted(done.stdout.splitlines()) == ["3 0", "3 1", "3 2"]
+
+
+@pytest.mark.mpi
+def test_mpiexec_shows_the_output_of_a_failed_job_and_kills_a_hanging_one():
+    program = textwrap.dedent("""
+        import sys, time
+        from mpi4py import MPI
+        if "fail" in sys.argv and MPI.COMM_WORLD.rank == 1:
+            raise ValueError("rank one has had enough")
+        print("here", flush=True)
+        time.sleep(60)
+    """)
+    with pytest.raises(AssertionError, match="rank one has had enough"):
+        mpiexec(program, 2, args=["fail"], timeout=30)
+    started = time.monotonic()
+    done = mpiexec(program, 2, timeout=3, check=False)
+    assert done.timed_out and done.stdout.count("here") == 2
+    assert time.monotonic() - started < 10
+
+
+def test_torchrun_gives_every_rank_its_place():
+    program = 'import os\nprint("rank " + os.environ["RANK"] + " of " + os.environ["WORLD_SIZE"])\n'
+    done = torchrun(program, 2)
+    assert sorted(done.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_a_launchers_variables_do_not_reach_the_ranks(monkeypatch):
+    for name in ("PMI_RANK", "OMPI_COMM_WORLD_SIZE", "RANK", "HYDRA_LAUNCHER"):
+        monkeypatch.setenv(name, "7")
+        assert name not in clean_environment()
+    assert clean_environment({"RANK": "1"})["RANK"] == "1"
+
+
+def _pytest(tmp_path: Path, text: str, **env: str) -> subprocess.CompletedProcess:
+    """Run pytest on one file with a copy of the project's conftest."""
+    for name in ("conftest.py", "launch.py"):
+        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(text))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    return run(command, timeout=60, env=env, check=False, cwd=tmp_path)
+
+
+def test_a_required_marker_turns_skips_into_failures(tmp_path):
+    skipping = """
+        import pytest
+        @pytest.mark.cuda
+        def test_device():
+            pytest.skip("nothing here")
+    """
+    assert _pytest(tmp_path, skipping).returncode == 0
+    done = _pytest(tmp_path, skipping, COMMHOOKS_REQUIRE="cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "required by COMMHOOKS_REQUIRE: no CUDA" in done.stdout
+    by_itself = skipping.replace("cuda", "slow")
+    assert _pytest(tmp_path, by_itself).returncode == 0
+    done = _pytest(tmp_path, by_itself, COMMHOOKS_REQUIRE="slow")
+    assert done.returncode == 1 and "1 failed" in done.stdout and "nothing here" in done.stdout
+    done = _pytest(tmp_path, "def test_plain(): pass", COMMHOOKS_REQUIRE="cuda")
+    assert done.returncode == 1 and "no test passed for ['cuda']" in done.stdout
+    done = _pytest(tmp_path, "def test_plain(): pass", COMMHOOKS_REQUIRE="cudda")
+    assert done.returncode != 0 and "cudda" in done.stderr
