@@ -1,0 +1,93 @@
+"""Density schedules: which share of a gradient is sent at which step."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+
+def check_density(name: str, density: float) -> float:
+    """Returns ``density`` as float, or raises ``ValueError`` when it is not in (0, 1]."""
+    if not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {density!r}")
+    return float(density)
+
+
+class DensitySchedule(ABC):
+    """Density as a function of the step, counted from 0 in gradient exchanges."""
+
+    @abstractmethod
+    def density(self, step: int) -> float:
+        """Density in (0, 1] at ``step``."""
+
+    @abstractmethod
+    def __repr__(self) -> str: ...
+
+
+class ConstantDensity(DensitySchedule):
+    """The same density at every step."""
+
+    def __init__(self, density: float) -> None:
+        self.value = check_density("density", density)
+
+    def density(self, step: int) -> float:
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"{self.value:g}"
+
+
+class ExponentialWarmup(DensitySchedule):
+    """Density that falls exponentially from ``start`` to ``density`` and then stays.
+
+    With ``steps_per_epoch`` it falls once per epoch (Deep Gradient Compression's warm-up), else at every step:
+    ``start * (density / start) ** (t / warmup)`` with ``t`` the step (or epoch) and ``warmup`` in the same unit.
+    The gTop-k paper trains with a warm-up and does not define it; this is our reading.
+
+    Args:
+        density: final density in (0, 1].
+        warmup_steps: steps until ``density`` is reached. Exactly one of ``warmup_steps`` and ``warmup_epochs``.
+        warmup_epochs: epochs until ``density`` is reached; needs ``steps_per_epoch``.
+        steps_per_epoch: gradient exchanges per epoch.
+        start: density of the first step, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        density: float,
+        warmup_steps: int | None = None,
+        *,
+        warmup_epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        start: float = 0.25,
+    ) -> None:
+        self.final = check_density("density", density)
+        self.start = check_density("start", start)
+        if (warmup_steps is None) == (warmup_epochs is None):
+            raise ValueError(
+                f"give exactly one of warmup_steps and warmup_epochs, got {warmup_steps!r} and {warmup_epochs!r}"
+            )
+        if warmup_epochs is not None and steps_per_epoch is None:
+            raise ValueError("warmup_epochs needs steps_per_epoch")
+        self.warmup = _positive("warmup", warmup_epochs if warmup_steps is None else warmup_steps)
+        self.unit = 1 if warmup_steps is not None else _positive("steps_per_epoch", steps_per_epoch)
+
+    def density(self, step: int) -> float:
+        progress = min(1.0, (step // self.unit) / self.warmup)
+        if progress >= 1.0:
+            return self.final
+        return math.exp((1 - progress) * math.log(self.start) + progress * math.log(self.final))
+
+    def __repr__(self) -> str:
+        return f"{self.start:g}->{self.final:g} over {self.warmup}x{self.unit}"
+
+
+def _positive(name: str, value: int | None) -> int:
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def as_schedule(density: float | DensitySchedule) -> DensitySchedule:
+    """A schedule from a number or a schedule."""
+    return density if isinstance(density, DensitySchedule) else ConstantDensity(density)

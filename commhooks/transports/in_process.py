@@ -1,0 +1,119 @@
+"""P ranks as threads of one process: for property tests and for studies at P = 64 and more."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from ..errors import PeerLostError, PeerTimeoutError
+from .base import Message, Transport
+
+T = TypeVar("T")
+_POLL_S = 0.05
+
+
+class _Mailboxes:
+    """One queue for each (source, destination, tag), made on first use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._boxes: dict[tuple[int, int, int], queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
+        self.broken: BaseException | None = None
+
+    def box(self, source: int, destination: int, tag: int) -> queue.SimpleQueue[Tensor]:
+        with self._lock:
+            return self._boxes[source, destination, tag]
+
+
+class InProcessTransport(Transport):
+    """A rank of a group made by :func:`group`. Sending copies, so the sender may reuse its buffer at once."""
+
+    name = "in_process"
+
+    def __init__(self, rank: int, world_size: int, mailboxes: _Mailboxes, timeout_s: float) -> None:
+        super().__init__(rank, world_size, timeout_s)
+        self._mailboxes = mailboxes
+
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+        for peer, buffer in sends:
+            self._mailboxes.box(self.rank, peer, tag).put(buffer.detach().clone())
+        for peer, buffer in receives:
+            message = self._receive(peer, tag, what)
+            if message.shape != buffer.shape or message.dtype != buffer.dtype:
+                raise ValueError(
+                    f"rank {self.rank}, {what}: rank {peer} sent {message.dtype} {tuple(message.shape)}, "
+                    f"expected {buffer.dtype} {tuple(buffer.shape)}"
+                )
+            buffer.copy_(message)
+
+    def _receive(self, peer: int, tag: int, what: str) -> Tensor:
+        box, waited = self._mailboxes.box(peer, self.rank, tag), 0.0
+        while True:
+            try:
+                return box.get(timeout=min(_POLL_S, self.timeout_s))
+            except queue.Empty:
+                waited += min(_POLL_S, self.timeout_s)
+            if self._mailboxes.broken is not None:
+                raise PeerLostError(f"rank {self.rank}, {what}: another rank failed") from self._mailboxes.broken
+            if waited >= self.timeout_s:
+                raise PeerTimeoutError(
+                    f"rank {self.rank}, {what}: nothing from rank {peer} for {self.timeout_s:g} s"
+                )
+
+    def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
+        peers = [r for r in range(self.world_size) if r != self.rank]
+        receive[self.rank] = send
+        self._exchange([(p, send) for p in peers], [(p, receive[p]) for p in peers], tag, what)
+
+    def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
+        gathered = buffer.new_empty((self.world_size, *buffer.shape))
+        self._all_gather(buffer, gathered, tag, what)
+        total = gathered[0].clone()
+        for row in gathered[1:]:  # in rank order on every rank: the same bits everywhere
+            total += row
+        buffer.copy_(total)
+
+    def fail(self, error: BaseException) -> None:
+        self._mailboxes.broken = error
+
+
+def group(world_size: int, timeout_s: float = 30.0) -> list[InProcessTransport]:
+    """Transports of ``world_size`` connected ranks, to be used from one thread each."""
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    mailboxes = _Mailboxes()
+    return [InProcessTransport(r, world_size, mailboxes, timeout_s) for r in range(world_size)]
+
+
+def run(world_size: int, work: Callable[[InProcessTransport], T], timeout_s: float = 30.0) -> list[T]:
+    """Runs ``work(transport)`` for every rank in a thread of its own and returns the results by rank.
+
+    The first exception of any rank is raised again here; the others' waits end at once with ``PeerLostError``.
+    """
+    transports = group(world_size, timeout_s)
+    results: list[T | None] = [None] * world_size
+    errors: list[BaseException] = []
+
+    def main(transport: InProcessTransport) -> None:
+        try:
+            results[transport.rank] = work(transport)
+        except BaseException as error:
+            if not isinstance(error, PeerLostError):
+                errors.insert(0, error)
+            else:
+                errors.append(error)
+            transport.fail(error)
+
+    threads = [threading.Thread(target=main, args=(t,), name=f"rank {t.rank}") for t in transports]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results  # type: ignore[return-value]

@@ -1,0 +1,120 @@
+"""MPI point-to-point and collectives on buffers, by mpi4py (installed on demand: ``pip install commhooks[mpi]``)."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PeerLostError, PeerTimeoutError
+from .base import Message, Transport
+
+_SPIN_POLLS = 200  # polls that only yield the core, before a waiting rank starts to sleep between them
+_SLEEP_S = 5e-5
+_serialized = threading.Lock()
+
+
+def load_mpi() -> Any:
+    """Imports ``mpi4py.MPI``, which initialises MPI: call it on the main thread.
+
+    Raises:
+        ImportError: mpi4py or the MPI library is absent; the message says what to install.
+        RuntimeError: MPI was initialised below ``MPI_THREAD_SERIALIZED``.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ImportError(
+            "transport 'mpi' needs mpi4py and an MPI library: `pip install mpi4py mpich` brings both as wheels; "
+            f"or use transport='distributed'. ({error})"
+        ) from error
+    except RuntimeError as error:  # mpi4py is there, its MPI library is not
+        raise ImportError(
+            f"mpi4py found no MPI library: `pip install mpich`, or load your system's MPI. ({error})"
+        ) from error
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise RuntimeError(
+            "commhooks calls MPI from a worker thread and needs MPI_THREAD_SERIALIZED or more; set "
+            'mpi4py.rc.thread_level = "multiple" before MPI is imported'
+        )
+    return MPI
+
+
+class MpiTransport(Transport):
+    """A duplicate of ``comm`` (default: ``COMM_WORLD``), so no message of ours meets one of the user's.
+
+    Making one is collective. Every wait polls against a deadline. After a time-out the process leaves through
+    ``comm.Abort``: ``MPI_Finalize`` would wait for the stalled rank.
+    """
+
+    name = "mpi"
+
+    def __init__(self, comm: Any = None, timeout_s: float = 60.0) -> None:
+        self._mpi = load_mpi()
+        parent = self._mpi.COMM_WORLD if comm is None else comm
+        super().__init__(parent.Get_rank(), parent.Get_size(), timeout_s)
+        multiple = self._mpi.Query_thread() >= self._mpi.THREAD_MULTIPLE
+        self._lock: Any = contextlib.nullcontext() if multiple else _serialized
+        with self._lock:
+            self._comm, request = parent.Idup()
+        self._wait([request], "opening the transport", "any rank")
+        self._failed = False
+
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+        with self._lock:
+            posted = [self._comm.Irecv(_bytes(b), source=p, tag=tag) for p, b in receives]
+            posted += [self._comm.Isend(_bytes(b), dest=p, tag=tag) for p, b in sends]
+        peers = [f"rank {p}" for p, _ in (*receives, *sends)]
+        self._wait(posted, what, peers)
+
+    def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
+        with self._lock:
+            request = self._comm.Iallgather(_bytes(send), _bytes(receive))
+        self._wait([request], f"{what}, all-gather", "any rank")
+
+    def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
+        with self._lock:
+            request = self._comm.Iallreduce(self._mpi.IN_PLACE, buffer.numpy(), op=self._mpi.SUM)
+        self._wait([request], f"{what}, all-reduce", "any rank")
+
+    def _wait(self, requests: list[Any], what: str, peers: list[str] | str) -> None:
+        """Polls until all requests are complete; on time-out names the peers of those that are not."""
+        deadline, polls = time.monotonic() + self.timeout_s, 0
+        while not self._tested(lambda: self._mpi.Request.Testall(requests), what):
+            polls += 1
+            time.sleep(0 if polls < _SPIN_POLLS else _SLEEP_S)
+            if time.monotonic() > deadline:
+                if isinstance(peers, list):
+                    late = {p for p, r in zip(peers, requests, strict=True) if not self._tested(r.Test, what)}
+                    peers = ", ".join(sorted(late))
+                raise PeerTimeoutError(
+                    f"rank {self.rank}, {what}: no answer from {peers} for {self.timeout_s:g} s"
+                )
+
+    def _tested(self, test: Callable[[], bool], what: str) -> bool:
+        try:
+            with self._lock:
+                return bool(test())
+        except self._mpi.Exception as error:
+            raise PeerLostError(f"rank {self.rank}, {what}: {error}") from error
+
+    def fail(self, error: BaseException) -> None:
+        if not self._failed and self.world_size > 1:
+            self._failed = True
+            atexit.register(self._comm.Abort, 1)  # runs before mpi4py's own Finalize
+
+    def close(self) -> None:
+        if not self._failed and self._comm != self._mpi.COMM_NULL and not self._mpi.Is_finalized():
+            with self._lock:
+                self._comm.Free()
+
+
+def _bytes(buffer: Tensor) -> Any:
+    """The tensor's memory as a flat uint8 array; works for every dtype on every MPI."""
+    return buffer.detach().view(-1).view(torch.uint8).numpy()
