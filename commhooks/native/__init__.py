@@ -1,0 +1,1 @@
+"""Native kernels with their pure-torch references: call them through :mod:`commhooks.native.ops`."""
