@@ -1,0 +1,55 @@
+"""Communicate rarely: local steps, with models (and momenta) averaged now and then or among neighbours."""
+
+from .base import Averager
+from .block_momentum import BlockMomentum
+from .checkpoints import average_checkpoints
+from .decentralized import DecentralizedMomentum
+from .learning_rates import ConvexLR, LocalSGDLR, NonConvexLR, PowerLR, StronglyConvexLR, suggest_shift
+from .local_hook import PostLocalState, local_hook, post_local_hook
+from .local_sgd import LocalSGD
+from .optimizer import AveragedOptimizer
+from .output_average import LastHalf, OutputAverage, Quadratic, Uniform
+from .restarted_momentum import RestartedMomentum
+from .schedules import (
+    AtSteps,
+    Every,
+    Growing,
+    OneShot,
+    PostLocal,
+    SyncSet,
+    suggest_period,
+    suggest_restart_period,
+)
+from .topology import Topology
+
+__all__ = [
+    "AtSteps",
+    "AveragedOptimizer",
+    "Averager",
+    "BlockMomentum",
+    "ConvexLR",
+    "DecentralizedMomentum",
+    "Every",
+    "Growing",
+    "LastHalf",
+    "LocalSGD",
+    "LocalSGDLR",
+    "NonConvexLR",
+    "OneShot",
+    "OutputAverage",
+    "PostLocal",
+    "PostLocalState",
+    "PowerLR",
+    "Quadratic",
+    "RestartedMomentum",
+    "StronglyConvexLR",
+    "SyncSet",
+    "Topology",
+    "Uniform",
+    "average_checkpoints",
+    "local_hook",
+    "post_local_hook",
+    "suggest_period",
+    "suggest_restart_period",
+    "suggest_shift",
+]

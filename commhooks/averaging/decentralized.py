@@ -1,0 +1,113 @@
+"""Momentum SGD among neighbours, no collectives (Yu, Jin, Yang, arXiv:1905.03817, Algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import message
+from .restarted_momentum import MomentumAverager
+from .schedules import Every, positive_int
+from .topology import Topology
+
+_TAG_HEADER, _TAG_DATA = 7010, 7011
+
+
+class DecentralizedMomentum(MomentumAverager):
+    """After every step parameters and momentum buffers are mixed with the neighbours': ``x_p = sum_j W[j, p]
+    x~_j``.
+
+    Point-to-point messages to the neighbours only: ``degree`` messages of parameters + momentum buffers (+
+    floating buffers of ``module``) a step, plus a 24-byte header each at the first step and after a change of
+    shapes. Written as ``x_p + sum_j W[j, p] (x_j - x_p)``, so that rounded weights cannot move workers that
+    agree.
+
+    The workers' models differ during training; :meth:`average_now` averages them, for evaluation at the end,
+    say. All should start equal (``broadcast_parameters``), though mixing brings any start together.
+
+    Args:
+        optimizer: the ``torch.optim.SGD`` that steps; ``nesterov`` chooses the paper's option.
+        topology: whom to talk to (:mod:`commhooks.averaging.topology`), for exactly the transport's ranks.
+        period: steps between mixings; the paper's is 1.
+        **options: ``transport``, ``module``, ``buffers`` (not ``"broadcast"``), ``timeout_s`` of
+            :class:`~commhooks.averaging.Averager`. No ``reducer``: it reduces over all ranks.
+
+    Raises:
+        ValueError: the topology's size is not the transport's, or one of the above.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, topology: Topology, *, period: int = 1, **options: Any
+    ) -> None:
+        if not isinstance(topology, Topology):
+            raise ValueError(f"topology must be a Topology, got {topology!r}")
+        self.sync = Every(positive_int("period", period))
+        super().__init__(optimizer, **options)
+        if self.reducer is not None:
+            raise ValueError(
+                f"reducer must be None: it reduces over all ranks, not neighbours; got {self.reducer!r}"
+            )
+        if self.buffers == "broadcast":
+            raise ValueError(
+                f"buffers must be 'average' or 'leave' without collectives, got {self.buffers!r}"
+            )
+        if topology.world_size != self.world_size:
+            raise ValueError(f"topology must have the transport's {self.world_size} ranks, got {topology!r}")
+        self.topology = topology
+        self._agreed: tuple[int, set[tuple[str, int]]] = (0, set())
+
+    def is_due(self, step: int) -> bool:
+        return step in self.sync
+
+    def settings(self) -> str:
+        weights = message.digest(*(m.tolist() for m in self.topology.matrices))
+        return f"{super().settings()} every {self.sync.period} on {self.topology!r} {weights:x}"
+
+    def average_now(self, params: Any) -> None:
+        """Makes all ranks' parameters, momentum buffers and floating buffers the plain average."""
+        tensors = message.parameters_of(params)
+        self._agree(tensors)
+        both = [*tensors, *self._momenta(tensors)]
+        message.unflatten_(both, self._mean(message.flatten(both, message.message_dtype(both)), self._what()))
+        self._synchronise_buffers()
+
+    def _synchronise(self, tensors: list[Tensor]) -> None:
+        sends, weights = self.topology.neighbours(self.rank, self.synchronisations)
+        sources = [(peer, weight) for peer, weight in weights if peer != self.rank]
+        everything = [*tensors, *self._momenta(tensors), *self._buffers()]
+        self._agree_with(everything, sends, [peer for peer, _ in sources])
+        own = message.flatten(everything, message.message_dtype(everything))
+        sent = own.to(self._device)
+        received = torch.empty(len(sources), own.numel(), dtype=own.dtype, device=self._device)
+        self.transport.exchange(
+            [(peer, sent) for peer in sends],
+            [(peer, row) for (peer, _), row in zip(sources, received, strict=True)],
+            tag=_TAG_DATA,
+            what=self._what(),
+        )
+        mixed = own.clone()
+        for (_, weight), row in zip(sources, received.to(own.device), strict=True):
+            mixed.add_(row.sub_(own), alpha=weight)
+        message.unflatten_(everything, mixed)
+
+    def _agree_with(self, tensors: list[Tensor], sends: list[int], sources: list[int]) -> None:
+        """Compares settings, shapes and step with these neighbours, once for the same shapes."""
+        layout = message.digest(message.layout_of(tensors))
+        if self._agreed[0] != layout:
+            self._agreed = (layout, set())
+        done = self._agreed[1]
+        new_sends = [peer for peer in sends if ("to", peer) not in done]
+        new_sources = [peer for peer in sources if ("from", peer) not in done]
+        header = torch.tensor([message.digest(self.settings()), layout, self.step], device=self._device)
+        received = torch.empty(len(new_sources), 3, dtype=torch.int64, device=self._device)
+        self.transport.exchange(
+            [(peer, header) for peer in new_sends],
+            [(peer, row) for peer, row in zip(new_sources, received, strict=True)],
+            tag=_TAG_HEADER,
+            what=f"{self._what()}, agreement",
+        )
+        self.check_headers([header.tolist(), *received.tolist()], [self.rank, *new_sources])
+        done.update(("to", peer) for peer in new_sends)
+        done.update(("from", peer) for peer in new_sources)

@@ -1,0 +1,152 @@
+"""PR-SGD-Momentum: parameters and momenta averaged every I steps (Yu, Jin, Yang, arXiv:1905.03817)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import message
+from .base import Averager
+from .schedules import Every, SyncSet, as_sync_set
+
+
+class MomentumAverager(Averager):
+    """An averager of torch SGD's parameters *and* momentum buffers. Base of the two algorithms of the paper.
+
+    ``SGD(momentum=beta)`` is the paper's option I (Polyak), ``SGD(momentum=beta, nesterov=True)`` option II:
+    torch computes ``u = beta u + g`` and steps along ``g + beta u``, the paper's ``v``. A parameter that had
+    no gradient yet on this rank has no buffer; it counts as zero, and gets one. With ``momentum=0`` only
+    parameters are averaged.
+
+    Args:
+        optimizer: a ``torch.optim.SGD`` (or one with its ``momentum_buffer`` convention), the one that steps.
+        **options: see :class:`~commhooks.averaging.Averager`.
+
+    Raises:
+        ValueError: the optimizer has no ``momentum``, or ``dampening`` (the paper has none, and torch skips
+            it on the first step, so that a zero buffer would not equal a missing one).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        for group in optimizer.param_groups:
+            if "momentum" not in group:
+                raise ValueError(
+                    f"optimizer must have a momentum (torch.optim.SGD), got {type(optimizer).__name__}"
+                )
+            if group.get("dampening", 0.0) != 0.0:
+                raise ValueError(f"dampening must be 0, got {group['dampening']!r}")
+        super().__init__(**options)
+        self.optimizer = optimizer
+
+    @property
+    def options(self) -> list[str]:
+        """The paper's option for each parameter group: ``"I"`` (Polyak) or ``"II"`` (Nesterov)."""
+        return ["II" if group.get("nesterov", False) else "I" for group in self.optimizer.param_groups]
+
+    def settings(self) -> str:
+        momenta = [group["momentum"] for group in self.optimizer.param_groups]
+        compressed = self.reducer is not None
+        return f"{type(self).__name__}(options={self.options}, momentum={momenta}, compressed={compressed})"
+
+    def _with_momentum(self, tensors: list[Tensor]) -> Iterator[Tensor]:
+        """Those of the tensors that have a momentum, in the order of ``tensors``, so that ranks agree."""
+        groups = [(g["momentum"], {id(p) for p in g["params"]}) for g in self.optimizer.param_groups]
+        for tensor in tensors:
+            found = [momentum for momentum, members in groups if id(tensor) in members]
+            if not found:
+                raise ValueError(
+                    f"params must belong to the optimizer, got a {tuple(tensor.shape)} that does not"
+                )
+            if found[0] != 0.0:
+                yield tensor
+
+    def _momenta(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The momentum buffers of the tensors that have a momentum; missing ones are made, as zeros."""
+        buffers = []
+        for tensor in self._with_momentum(tensors):
+            state = self.optimizer.state[tensor]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+            buffers.append(state["momentum_buffer"])
+        return buffers
+
+
+class RestartedMomentum(MomentumAverager):
+    """Every ``period`` steps each worker's parameters and momentum buffers become the averages (Algorithm 1).
+
+    Args:
+        optimizer: the ``torch.optim.SGD`` that steps; ``nesterov`` chooses the option.
+        period: I, local steps between averagings, or a :class:`~commhooks.averaging.SyncSet`.
+        **options: ``transport``, ``module``, ``buffers``, ``reducer``, ``timeout_s`` of
+            :class:`~commhooks.averaging.Averager`. With a reducer both the parameters' and the buffers'
+            changes since the last averaging are compressed, each with its own memory; rank 0's parameters are
+            broadcast here.
+
+    Example::
+
+        averager = RestartedMomentum(optimizer, period=8)
+        for x, y in loader:
+            ...
+            optimizer.step()
+            averager.average_parameters(model.parameters())
+
+    Raises:
+        ValueError: see :class:`MomentumAverager`; a period that is not a positive integer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, period: int | SyncSet, **options: Any) -> None:
+        self.sync = as_sync_set(period)
+        super().__init__(optimizer, **options)
+        self._anchors: list[Tensor] | None = None
+        if self.reducer is not None:
+            tensors = message.parameters_of(optimizer.param_groups)
+            self.broadcast_parameters(tensors)
+            momenta = message.numel_of(self._with_momentum(tensors))
+            flat = message.flatten(tensors, torch.float32)
+            self._anchors = [flat, flat.new_zeros(momenta)]
+
+    @property
+    def period(self) -> int | None:
+        """I, when the set is a plain period."""
+        return self.sync.period if isinstance(self.sync, Every) else None
+
+    def is_due(self, step: int) -> bool:
+        return step in self.sync
+
+    def settings(self) -> str:
+        return f"{super().settings()} at {self.sync!r}"
+
+    def _synchronise(self, tensors: list[Tensor]) -> None:
+        self._agree(tensors)
+        momenta = self._momenta(tensors)
+        if self._anchors is None:
+            both = [*tensors, *momenta]
+            flat = message.flatten(both, message.message_dtype(both))
+            message.unflatten_(both, self._mean(flat, self._what()))
+        else:
+            with_momentum = list(self._with_momentum(tensors))
+            self._reduce_group(0, tensors, tensors, is_last=not momenta)
+            if momenta:
+                self._reduce_group(1, momenta, [("momentum", p) for p in with_momentum], is_last=True)
+        self._synchronise_buffers()
+
+    def _reduce_group(self, index: int, group: list[Tensor], keys: list[Any], is_last: bool) -> None:
+        assert self._anchors is not None
+        anchor = self._anchors[index]
+        delta = message.flatten(group, torch.float32).sub_(anchor)
+        anchor += self._reduce(index, delta, keys, [t.numel() for t in group], is_last=is_last)
+        message.unflatten_(group, anchor)
+
+    def _shared_state(self) -> dict[str, Any]:
+        return {} if self._anchors is None else {"anchors": [a.clone() for a in self._anchors]}
+
+    def _load_shared_state(self, state: dict[str, Any]) -> None:
+        if (self._anchors is None) != ("anchors" not in state):
+            raise ValueError(
+                f"the state was saved {'without' if self._anchors is not None else 'with'} a reducer"
+            )
+        for own, saved in zip(self._anchors or [], state.get("anchors", []), strict=True):
+            own.copy_(saved)
