@@ -54,6 +54,12 @@ class SparseGrad:
         keep = keep & self.used
         return SparseGrad(self.values[keep], self.indices[keep], self.numel)
 
+    def to(self, device: torch.device) -> SparseGrad:
+        """The same pairs on ``device``."""
+        if self.values.device == device:
+            return self
+        return SparseGrad(self.values.to(device), self.indices.to(device), self.numel)
+
     def merge(self, other: SparseGrad, k: int) -> SparseGrad:
         """The ``k`` largest magnitudes of the sum of both (gTop-k's operator, eq. 6 of the gTop-k paper).
 

@@ -1,0 +1,56 @@
+"""``Bucket``: one flat gradient and the parameters it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_NUMEL = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a Reducer reduces: a flat gradient that becomes the average over ranks.
+
+    Attributes:
+        index: position among the step's buckets; the same bucket has the same index on all ranks.
+        buffer: shape ``(n,)``, float32, bfloat16 or float16, contiguous. Overwritten with the result.
+        keys: what the memory belongs to, one per segment: DDP's ``Parameter`` objects, or names.
+        numels: elements of each segment, in the buffer's order; they add up to ``n``.
+        is_last: whether this bucket ends the step.
+    """
+
+    index: int
+    buffer: Tensor
+    keys: tuple[Hashable, ...]
+    numels: tuple[int, ...]
+    is_last: bool = True
+
+    def __post_init__(self) -> None:
+        b = self.buffer
+        if b.layout != torch.strided or b.dtype not in _DTYPES:
+            raise TypeError(
+                f"bucket {self.index}: gradients must be dense float32, bfloat16 or float16, "
+                f"got {b.dtype} ({b.layout})"
+            )
+        if b.dim() != 1 or not b.is_contiguous():
+            raise ValueError(f"bucket {self.index}: buffer must be flat and contiguous, got {tuple(b.shape)}")
+        if b.numel() >= _MAX_NUMEL:
+            raise ValueError(
+                f"bucket {self.index} has {b.numel()} elements; int32 indices allow fewer than 2**31 - 1: "
+                "lower DDP's bucket_cap_mb"
+            )
+        if len(self.keys) != len(self.numels) or sum(self.numels) != b.numel():
+            raise ValueError(
+                f"bucket {self.index}: {len(self.keys)} keys with {sum(self.numels)} elements "
+                f"for a buffer of {b.numel()}"
+            )
+
+    @property
+    def numel(self) -> int:
+        """Elements in the buffer."""
+        return self.buffer.numel()

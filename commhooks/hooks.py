@@ -1,0 +1,91 @@
+"""The DDP communication hook."""
+
+# No `from __future__ import annotations` here: register_comm_hook inspects the hook's real annotations.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from .state import SparseState, warn_of_double_momentum
+
+
+def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """Replaces a bucket's gradient by the sparse average over ranks; for ``register_comm_hook``.
+
+    Returns at once: selection and communication run on the state's own thread, bucket by bucket in DDP's order,
+    while backward goes on.
+
+    Args:
+        state: the model's ``SparseState``.
+        bucket: DDP's bucket; its buffer is overwritten.
+
+    Raises:
+        TypeError: not a DDP bucket (compiled DDP and FSDP pass other things), or a gradient that is not dense
+            float32, bfloat16 or float16.
+    """
+    if not isinstance(state, SparseState):
+        raise TypeError(f"state must be a SparseState, got {type(state).__name__}")
+    if not isinstance(bucket, dist.GradBucket):
+        raise TypeError(
+            f"bucket must be DDP's GradBucket, got {type(bucket).__name__}: supported is eager "
+            "DistributedDataParallel. Compiled DDP passes (grad, param) tuples (set "
+            "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' or compile the module inside DDP instead); "
+            "FSDP shards gradients before its hooks and is not supported"
+        )
+    return state.submit(bucket.buffer(), bucket.index(), tuple(bucket.parameters()), bucket.is_last())
+
+
+def register(
+    model: DistributedDataParallel, state: SparseState, optimizer: torch.optim.Optimizer | None = None
+) -> SparseState:
+    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective call.
+
+    Args:
+        model: the wrapped model.
+        state: a state of its own.
+        optimizer: looked at only to warn of a second momentum.
+
+    Returns:
+        ``state``.
+
+    Raises:
+        TypeError: ``model`` is not DDP's wrapper.
+        ValueError: the state belongs to another model, or its transport connects other ranks than DDP's group.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
+    if not isinstance(state, SparseState):
+        raise TypeError(f"state must be a SparseState, got {type(state).__name__}")
+    state.attach(model)
+    memory = state.reducer.memory
+    warn_of_double_momentum(memory, optimizer or getattr(memory, "optimizer", None))
+    state.set_names(model.module.named_parameters())
+    state.process_group = model.process_group
+    state.open(next(model.parameters()).device.type)
+    model.register_comm_hook(state, sparse_hook)
+    return state
+
+
+def prime_layout(model: DistributedDataParallel, state: SparseState, step: Callable[[], Any]) -> None:
+    """Brings a freshly wrapped model to the bucket layout it would have in the middle of a run.
+
+    DDP lays its buckets anew after the first backward, so a resumed run would select per other buckets than the
+    run it continues. Call this after wrapping, before the model's and the state's checkpoints are loaded.
+
+    Args:
+        model: the wrapped model with ``state``'s hook.
+        state: its state; its memory is not touched, nothing is sent by it.
+        step: one forward and backward on any batch of the usual shape, without an optimizer step. It is called
+            twice; buffers (batch-norm statistics) and gradients are put back, random generators too.
+    """
+    buffers = {name: b.detach().clone() for name, b in model.module.named_buffers()}
+    cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with state.passthrough(), torch.random.fork_rng(devices=cuda):
+        for _ in range(2):
+            step()
+            model.zero_grad(set_to_none=True)
+    for name, buffer in model.module.named_buffers():
+        buffer.copy_(buffers[name])

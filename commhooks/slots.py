@@ -1,0 +1,130 @@
+"""Slots: one flat residual (and velocity) for each bucket, owned by its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bucket import Bucket
+
+
+class Slot:
+    """The memory of one bucket layout: flat float32 tensors and where each parameter lies in them."""
+
+    def __init__(self, bucket: Bucket, with_velocity: bool) -> None:
+        self.keys, self.numels = bucket.keys, bucket.numels
+        self.offsets = [0, *accumulate(bucket.numels)]
+        device = bucket.buffer.device
+        self.segments = torch.tensor(self.offsets, dtype=torch.int64, device=device)
+        self.residual = torch.zeros(bucket.numel, dtype=torch.float32, device=device)
+        self.velocity = torch.zeros_like(self.residual) if with_velocity else None
+
+    def residual_views(self) -> Iterator[Tensor]:
+        """Views of the residual, one per parameter."""
+        return (self.residual[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    def view(self, flat: Tensor, position: int) -> Tensor:
+        """The part of ``flat`` that belongs to the parameter at ``position``."""
+        return flat[self.offsets[position] : self.offsets[position + 1]]
+
+    def active(self, grad: Tensor) -> Tensor | None:
+        """Bool ``(n,)``: False where a parameter's whole gradient is zero; None when all parameters take part."""
+        idle = [i for i, n in enumerate(self.numels) if n and not bool(self.view(grad, i).any())]
+        if not idle:
+            return None
+        mask = torch.ones(grad.numel(), dtype=torch.bool, device=grad.device)
+        for i in idle:
+            self.view(mask, i).fill_(False)
+        return mask
+
+
+class SlotTable:
+    """All slots of a memory, the way from a parameter to its place, and what was loaded but not yet claimed."""
+
+    def __init__(self, with_velocity: bool) -> None:
+        self.with_velocity = with_velocity
+        self.names: dict[Hashable, str] = {}
+        self.last_lr: dict[Hashable, float] = {}
+        self._slots: dict[int, Slot] = {}
+        self._place: dict[Hashable, tuple[Slot, int]] = {}
+        self._loaded: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
+        self._loaded_lr: dict[str, float] = {}
+
+    def slot(self, bucket: Bucket) -> tuple[Slot, bool]:
+        """The slot of this bucket; a new one takes over its parameters' memory from wherever it was."""
+        slot = self._slots.get(bucket.index)
+        if slot is not None and _same_keys(slot.keys, bucket.keys):
+            return slot, False
+        slot = Slot(bucket, self.with_velocity)
+        for position, key in enumerate(slot.keys):
+            self._claim(slot, position, key)
+        self._slots[bucket.index] = slot
+        return slot, True
+
+    def known(self, key: Hashable) -> bool:
+        """Whether the parameter has a place already."""
+        return key in self._place
+
+    def name_of(self, key: Hashable) -> str:
+        """The parameter's name for messages."""
+        shape = tuple(key.shape) if isinstance(key, Tensor) else key
+        return self.names.get(key, f"an unnamed parameter {shape}")
+
+    def _claim(self, slot: Slot, position: int, key: Hashable) -> None:
+        name = self.names.get(key, key if isinstance(key, str) else None)
+        old = self._place.get(key)
+        for kind, target in (("residual", slot.residual), ("velocity", slot.velocity)):
+            if target is None:
+                continue
+            view = slot.view(target, position)
+            loaded = self._loaded[kind].pop(name, None) if name is not None else None
+            if loaded is not None:
+                if loaded.numel() != view.numel():
+                    raise ValueError(f"loaded {kind} of {name} has {loaded.numel()} elements, expected {view.numel()}")
+                view.copy_(loaded.reshape(-1))
+            elif old is not None:
+                source = getattr(old[0], kind)
+                view.copy_(old[0].view(source, old[1]))
+        if name is not None and name in self._loaded_lr:
+            self.last_lr[key] = self._loaded_lr.pop(name)
+        self._place[key] = (slot, position)
+
+    def residual_norm(self) -> float:
+        """L2 norm of all residuals of this rank."""
+        squares = [float(s.residual.double().square().sum()) for s in self._slots.values()]
+        return float(sum(squares)) ** 0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name: float}}``."""
+        state: dict[str, Any] = {kind: dict(loaded) for kind, loaded in self._loaded.items()}
+        state["last_lr"] = dict(self._loaded_lr)
+        for key, (slot, position) in self._place.items():
+            name = self.names.get(key, key if isinstance(key, str) else None)
+            if name is None:
+                raise ValueError(
+                    f"state_dict needs the parameters' names ({self.name_of(key)}): attach the state with "
+                    "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
+                )
+            state["residual"][name] = slot.view(slot.residual, position).clone()
+            if slot.velocity is not None:
+                state["velocity"][name] = slot.view(slot.velocity, position).clone()
+            if key in self.last_lr:
+                state["last_lr"][name] = self.last_lr[key]
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Replaces everything: each tensor waits until its parameter is seen first."""
+        self._slots.clear()
+        self._place.clear()
+        self.last_lr.clear()
+        self._loaded = {kind: {n: t.clone() for n, t in state[kind].items()} for kind in ("residual", "velocity")}
+        self._loaded_lr = dict(state.get("last_lr", {}))
+
+
+def _same_keys(a: tuple[Hashable, ...], b: tuple[Hashable, ...]) -> bool:
+    """Whether both name the same parameters; by hash, since == on Parameters compares elements."""
+    return len(a) == len(b) and all(hash(x) == hash(y) for x, y in zip(a, b, strict=True))

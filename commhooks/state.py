@@ -1,0 +1,291 @@
+"""``SparseState``: what DDP hands to the hook at every bucket."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from .aggregators import Aggregator, AllGather, Dense, GTopK, SharedIndices
+from .bucket import Bucket
+from .memory import ErrorFeedback, Memory
+from .reducer import Reducer
+from .schedules import DensitySchedule
+from .selectors import RandomK, Selector, TopK
+from .transports import Transport
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_MEMORY: Any = object()
+
+
+class SparseState:
+    """Selector, aggregator and memory of one DDP model, and the thread that communicates for it.
+
+    Example:
+        >>> state = SparseState(TopK(density=0.001), GTopK(transport="mpi"), ErrorFeedback(momentum=0.9))
+        >>> ddp_model.register_comm_hook(state, sparse_hook)  # or: commhooks.register(ddp_model, state)
+
+    Args:
+        selector: which places of a gradient are sent; None with ``Dense``.
+        aggregator: how the ranks' selections become one sum, and over which transport.
+        memory: default: ``ErrorFeedback()``. None sends without memory, for comparisons.
+        nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`Reducer`.
+        grad_scaler: the job's ``GradScaler``. The memory is then kept in unscaled units and a change of scale
+            leaves it right. Without it a change of scale weighs what is in the memory by old over new scale.
+        dense_crossover: send a bucket densely when that takes fewer bytes.
+        delta_every: measure Assumption 1's delta every so many steps; 0: never.
+        timeout_s: seconds until a missing rank is an error.
+        process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives DDP's.
+
+    Attributes:
+        error: what made the state fail, or None. A failed state raises it again at every later step.
+    """
+
+    def __init__(
+        self,
+        selector: Selector | None,
+        aggregator: Aggregator,
+        memory: Memory | None = _DEFAULT_MEMORY,
+        *,
+        nonfinite: str = "propagate",
+        grad_scaler: Any = None,
+        dense_crossover: bool = True,
+        delta_every: int = 0,
+        timeout_s: float = 60.0,
+        process_group: Any = None,
+    ) -> None:
+        if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
+            raise TypeError(f"grad_scaler must be a GradScaler, got {type(grad_scaler).__name__}")
+        self.reducer = Reducer(
+            selector,
+            aggregator,
+            ErrorFeedback() if memory is _DEFAULT_MEMORY else memory,
+            nonfinite=nonfinite,
+            dense_crossover=dense_crossover,
+            delta_every=delta_every,
+            timeout_s=timeout_s,
+        )
+        if aggregator.requested == "mpi":
+            from .transports.mpi import load_mpi
+
+            load_mpi()  # MPI_Init belongs to the main thread, the first bucket comes on another
+        self.grad_scaler, self.process_group = grad_scaler, process_group
+        self.error: BaseException | None = None
+        self._reset_runtime()
+
+    @classmethod
+    def topk(cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any) -> Any:
+        """Exact top-k of every rank, all-gathered; error feedback on."""
+        return cls(TopK(density), AllGather(transport), **options)
+
+    @classmethod
+    def gtopk(cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any) -> Any:
+        """Global top-k by recursive doubling; error feedback on."""
+        return cls(TopK(density), GTopK(transport), **options)
+
+    @classmethod
+    def randomk(
+        cls,
+        density: float | DensitySchedule,
+        transport: str | Transport = "distributed",
+        *,
+        seed: int = 0,
+        **options: Any,
+    ) -> Any:
+        """Random-k under a mask all ranks share, values all-reduced; error feedback on."""
+        return cls(RandomK(density, seed), SharedIndices(transport), **options)
+
+    @classmethod
+    def dense(cls, transport: str | Transport = "distributed", **options: Any) -> Any:
+        """Everything, by all-reduce in float32: the baseline on the same transport."""
+        return cls(None, Dense(transport), **options)
+
+    def submit(self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool) -> Future[Tensor]:
+        """Queues one bucket and returns at once.
+
+        Args:
+            buffer: shape ``(n,)``, the bucket's gradient, overwritten with the average over ranks.
+            index: the bucket's number.
+            parameters: its parameters, in the buffer's order.
+            is_last: whether it is the step's last bucket.
+
+        Returns:
+            A future of ``buffer``; a failure is raised where the future's value is used.
+        """
+        devices = [buffer.device] if buffer.device.type == "cuda" else []
+        done: Future[Tensor] = Future(devices=devices)
+        if self._passthrough or self.error is not None:
+            done.set_result(buffer)
+            return done.then(self._check)
+        ready = torch.cuda.Event() if devices else None
+        if ready is not None:
+            ready.record()
+
+        def task() -> None:
+            try:
+                if self.error is None:
+                    with _after(ready, buffer.device):
+                        bucket = self._bucket(buffer, index, parameters, is_last)
+                        self.reducer.reduce(bucket, self._loss_scale())
+                        done.set_result(buffer)
+                        return
+            except BaseException as error:
+                self._fail(error)
+            done.set_result(buffer)
+
+        self._worker.submit(task)
+        return done.then(self._check)
+
+    def set_names(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Names the parameters, for ``state_dict`` and messages; :func:`register` does it."""
+        self.reducer.memory.table.names.update({p: name for name, p in named_parameters})
+
+    def attach(self, owner: Any) -> None:
+        """Claims the state for one model.
+
+        Raises:
+            ValueError: it belongs to another model already.
+        """
+        if self._owner is not None and self._owner is not owner:
+            raise ValueError("this SparseState belongs to another DDP model; each model needs a state of its own")
+        self._owner = owner
+
+    def open(self, device_type: str = "cpu") -> None:
+        """Opens the transport: a collective call. The first bucket does so by itself.
+
+        Raises:
+            ValueError: the transport's world size is not the process group's.
+        """
+        self.reducer.open(self.process_group, device_type)
+        if dist.is_available() and dist.is_initialized():
+            expected = dist.get_world_size(self.process_group)
+            actual = self.reducer.aggregator.transport.world_size
+            if actual != expected:
+                raise ValueError(
+                    f"the transport connects {actual} ranks and DDP's process group {expected}: "
+                    "start the job by the mpiexec of the MPI library that mpi4py uses"
+                )
+
+    @contextmanager
+    def passthrough(self) -> Iterator[None]:
+        """Within it the hook hands each rank's own gradient back: nothing is sent, no memory is touched."""
+        self._passthrough = True
+        try:
+            yield
+        finally:
+            self._passthrough = False
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the last step: bytes sent and received, compression ratio, residual norm, delta, seconds."""
+        return self.reducer.stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals and velocities by parameter name; save one per rank.
+
+        Raises:
+            ValueError: the parameters' names are unknown.
+        """
+        return self.reducer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Loads this rank's state, or the list of all ranks' states of a run of any world size."""
+        self.open()
+        self.reducer.load_state_dict(state)
+        self._steps_seen = 0
+
+    def close(self) -> None:
+        """Joins the worker and closes the transport; call it on all ranks. The memory stays."""
+        self._worker.close()
+        self.reducer.aggregator.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}
+        return {**state, "saved": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("saved")
+        self.__dict__.update(state)
+        self._reset_runtime()
+        self.reducer.step = saved["step"]
+        self.reducer.memory.table.load(saved)
+
+    def _reset_runtime(self) -> None:
+        if "process_group" not in self.__dict__:
+            self.process_group = None
+        self._worker = Worker("commhooks")
+        self._owner: Any = None
+        self._passthrough = False
+        self._steps_seen = 0
+        self._indices: set[int] = set()
+
+    def _bucket(self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool) -> Bucket:
+        """Checks that the bucket is of this state's model."""
+        table = self.reducer.memory.table
+        stranger = self._steps_seen > 0 and not all(table.known(p) for p in parameters)
+        if index in self._indices or stranger:
+            raise ValueError(
+                f"bucket {index} is not of the model this SparseState serves (or came twice in one step): "
+                "each DDP model needs a state of its own"
+            )
+        self._indices.add(index)
+        if is_last:
+            self._steps_seen += 1
+            self._indices.clear()
+        numels = tuple(p.numel() for p in parameters if isinstance(p, Tensor))
+        if not self.reducer.aggregator.is_open:
+            self.open(buffer.device.type)
+        return Bucket(index, buffer, parameters, numels, is_last)
+
+    def _loss_scale(self) -> float:
+        """The scale this step's loss was multiplied with (read on the worker, where waiting is harmless)."""
+        if self.grad_scaler is None or not self.grad_scaler.is_enabled():
+            return 1.0
+        return float(self.grad_scaler.get_scale())
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = error
+        logger.error("communication failed: %s", error)
+        if self.reducer.aggregator.is_open:
+            self.reducer.aggregator.transport.fail(error)
+
+    def _check(self, done: Future[Tensor]) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        return done.value()
+
+
+_RUNTIME = ("_worker", "_owner", "_passthrough", "_steps_seen", "_indices", "process_group", "grad_scaler", "error")
+
+
+@contextmanager
+def _after(ready: Any, device: torch.device) -> Iterator[None]:
+    """On a GPU: a stream of the worker's own that waits for the gradient; the future completes inside it."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        yield
+
+
+def warn_of_double_momentum(memory: Memory, optimizer: torch.optim.Optimizer | None) -> None:
+    """Warns when the optimizer has a momentum beside the memory's."""
+    if optimizer is None or not getattr(memory, "momentum", 0.0):
+        return
+    theirs = max((float(g.get("momentum", 0.0)) for g in optimizer.param_groups), default=0.0)
+    if theirs > 0.0:
+        warnings.warn(
+            f"the optimizer's momentum {theirs:g} and ErrorFeedback's {getattr(memory, 'momentum'):g} both act: "
+            "momentum belongs to one place, set the optimizer's to 0",
+            stacklevel=3,
+        )
