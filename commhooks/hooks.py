@@ -66,6 +66,8 @@ def register(
     state.process_group = model.process_group
     state.open(next(model.parameters()).device.type)
     model.register_comm_hook(state, sparse_hook)
+    # Out of backward an error reaches the user as RuntimeError; the next forward raises it with its own type.
+    model.register_forward_pre_hook(lambda module, arguments: state.raise_error())
     return state
 
 

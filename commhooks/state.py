@@ -184,6 +184,11 @@ class SparseState:
         finally:
             self._passthrough = False
 
+    def raise_error(self) -> None:
+        """Raises what made the state fail, if it has failed."""
+        if self.error is not None:
+            raise self.error
+
     def stats(self) -> dict[str, Any]:
         """Figures of the last step: bytes sent and received, compression ratio, residual norm, delta, seconds."""
         return self.reducer.stats()
@@ -258,8 +263,7 @@ class SparseState:
             self.reducer.aggregator.transport.fail(error)
 
     def _check(self, done: Future[Tensor]) -> Tensor:
-        if self.error is not None:
-            raise self.error
+        self.raise_error()
         return done.value()
 
 

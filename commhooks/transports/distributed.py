@@ -111,7 +111,7 @@ class DistributedTransport(Transport):
         text = str(error)
         if "imed out" in text or "imeout" in text:
             return PeerTimeoutError(f"rank {self.rank}, {what}: no answer from {peer} for {self.timeout_s:g} s")
-        return PeerLostError(f"rank {self.rank}, {what}: lost the connection to {peer}: {text.splitlines()[0]}")
+        return PeerLostError(f"rank {self.rank}, {what}: lost the connection to {peer}: {text.split(". ")[0]}")
 
     def close(self) -> None:
         if self._group is not None and dist.is_initialized():
