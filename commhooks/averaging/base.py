@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
 from .. import transports
+from ..bucket import Bucket
 from ..errors import CommHooksError, SettingsMismatchError
 from ..transports.base import Transport
 from . import message
@@ -70,11 +71,11 @@ class Averager(ModelAverager):
         # not super().__init__: it asks for a torch.distributed group, which "mpi" and in_process do without
         if buffers not in ("average", "broadcast", "leave"):
             raise ValueError(f"buffers must be 'average', 'broadcast' or 'leave', got {buffers!r}")
-        self.process_group = process_group
+        self.process_group = process_group  # type: ignore[assignment]
         self.transport = transports.make(
             transport, timeout_s=timeout_s, process_group=process_group, device_type=device_type
         )
-        self._device = torch.device(getattr(self.transport, "device_type", "cpu"))
+        self._device = torch.device(self.transport.device_type)
         self.module, self.buffers, self.reducer = module, buffers, reducer
         self.step = 0
         self.synchronisations = 0
@@ -140,7 +141,8 @@ class Averager(ModelAverager):
         tensors = message.parameters_of(params)
         own = message.flatten(tensors, torch.float64)
         mean = self._mean(own.clone(), "consensus distance")
-        return float(self._mean((own - mean).square().sum().reshape(1), "consensus distance")) ** 0.5
+        squared = self._mean((own - mean).square().sum().reshape(1), "consensus distance")
+        return float(torch.sqrt(squared))
 
     def close(self) -> None:
         """Frees the transport. Call it on all ranks."""
@@ -170,7 +172,7 @@ class Averager(ModelAverager):
         )
         headers = headers.cpu()
         self.check_headers(headers.tolist(), list(range(self.world_size)))
-        return headers[:, 3].contiguous().view(torch.float64).tolist()  # type: ignore[no-any-return]
+        return [float(value) for value in headers[:, 3].contiguous().view(torch.float64)]
 
     def check_headers(self, headers: Sequence[Sequence[int]], ranks: Sequence[int]) -> None:
         """Raises SettingsMismatchError when a header differs from the first in settings, shapes or step."""
@@ -206,7 +208,7 @@ class Averager(ModelAverager):
         message.unflatten_(tensors, self._mean(flat, f"{self._what()}, buffers", scale))
 
     def _mean(self, flat: Tensor, what: str, scale: float | None = None) -> Tensor:
-        """Mean over ranks of ``flat`` (overwritten), or ``sum_p scale_p * flat_p``; the same bits everywhere."""
+        """Mean over ranks of ``flat`` (overwritten), or ``sum_p scale_p * flat_p``; same bits everywhere."""
         if scale is not None:
             flat.mul_(scale)
         sent = flat.to(self._device)
@@ -221,18 +223,18 @@ class Averager(ModelAverager):
         tensor.copy_(sent)
 
     def _reduce(
-        self, index: int, flat: Tensor, keys: Sequence[Any], numels: Sequence[int], is_last: bool
+        self, index: int, flat: Tensor, tensors: Sequence[Tensor], kind: str, is_last: bool
     ) -> Tensor:
-        """``flat`` through the reducer, memory under ``keys``: the mean of what was contributed."""
-        from ..reducer import Bucket  # late: averaging works without the sparse core being loaded
+        """``flat`` (the change of ``tensors``) becomes the mean of what the ranks contributed of it.
 
+        The reducer's memory knows the tensors as ``"parameter 0"``, ... by position, so that it can be saved.
+        """
         if self.reducer is None:
             raise RuntimeError(f"{type(self).__name__} has no reducer")
-        bucket = Bucket(index=index, buffer=flat, keys=tuple(keys), numels=tuple(numels), is_last=is_last)
-        self.reducer.reduce(bucket)
-        if is_last:
-            self.reducer.finish_step()
-        return bucket.buffer
+        keys = tuple(f"{kind} {i}" for i in range(len(tensors)))
+        numels = tuple(t.numel() for t in tensors)
+        self.reducer.reduce(Bucket(index=index, buffer=flat, keys=keys, numels=numels, is_last=is_last))
+        return flat
 
     # -- state -----------------------------------------------------------------------------------------------
 

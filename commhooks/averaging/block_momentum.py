@@ -89,8 +89,7 @@ class BlockMomentum(Averager):
         if self.reducer is None:
             block = self._mean(flat, self._what()).sub_(self.anchor)
         else:
-            numels = [t.numel() for t in tensors]
-            block = self._reduce(0, flat.sub_(self.anchor), tensors, numels, is_last=True)
+            block = self._reduce(0, flat.sub_(self.anchor), tensors, "parameter", is_last=True)
         self.velocity.mul_(self.mu).add_(block)
         self.anchor.add_(self.velocity)
         message.unflatten_(tensors, self.anchor)

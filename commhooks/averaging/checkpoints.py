@@ -58,7 +58,7 @@ def _join(values: list[Any], path: str) -> Any:
 
 def _join_mappings(values: list[Any], path: str) -> dict[Any, Any]:
     keys = {key: None for value in values for key in value}  # of all ranks, in order
-    joined = {}
+    joined: dict[Any, Any] = {}
     for key in keys:
         column = [value[key] if key in value else None for value in values]
         present = [entry for entry in column if entry is not None]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.futures import Future
 
 
-def local_hook(state: object, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def local_hook(state: object, bucket: dist.GradBucket) -> Future[torch.Tensor]:  # type: ignore[name-defined]
     """Leaves gradients local: DDP sends nothing. For a DDP model whose parameters an averager averages.
 
     Make the model with ``DistributedDataParallel(..., broadcast_buffers=False)``: otherwise DDP sends rank
@@ -65,7 +65,7 @@ class PostLocalState:
         self.step = state["step"]
 
 
-def post_local_hook(state: PostLocalState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def post_local_hook(state: PostLocalState, bucket: dist.GradBucket) -> Future[torch.Tensor]:  # type: ignore[name-defined]
     """``state.hook`` up to step ``state.start``, :func:`local_hook` after it. A last bucket is a step."""
     local = state.step >= state.start
     if bucket.is_last():

@@ -83,7 +83,7 @@ class LocalSGD(Averager):
             if not uniform:
                 raise ValueError(f"weight must be equal on all ranks with a reducer, got {weights}")
             delta = message.flatten(tensors, torch.float32).sub_(self._anchor)
-            self._anchor += self._reduce(0, delta, tensors, [t.numel() for t in tensors], is_last=True)
+            self._anchor += self._reduce(0, delta, tensors, "parameter", is_last=True)
             message.unflatten_(tensors, self._anchor)
         self._synchronise_buffers(scale)
 

@@ -29,7 +29,7 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
     def __init__(self, optim: torch.optim.Optimizer, averager: Averager) -> None:
         if not isinstance(averager, Averager):
             raise ValueError(f"averager must be a commhooks averager, got {averager!r}")
-        super().__init__(optim, averager)  # type: ignore[no-untyped-call]
+        super().__init__(optim, averager)
         self.averager: Averager = averager
 
     def step(self) -> None:  # type: ignore[override]

@@ -127,17 +127,16 @@ class RestartedMomentum(MomentumAverager):
             flat = message.flatten(both, message.message_dtype(both))
             message.unflatten_(both, self._mean(flat, self._what()))
         else:
-            with_momentum = list(self._with_momentum(tensors))
-            self._reduce_group(0, tensors, tensors, is_last=not momenta)
+            self._reduce_group(0, tensors, "parameter", is_last=not momenta)
             if momenta:
-                self._reduce_group(1, momenta, [("momentum", p) for p in with_momentum], is_last=True)
+                self._reduce_group(1, momenta, "momentum", is_last=True)
         self._synchronise_buffers()
 
-    def _reduce_group(self, index: int, group: list[Tensor], keys: list[Any], is_last: bool) -> None:
+    def _reduce_group(self, index: int, group: list[Tensor], kind: str, is_last: bool) -> None:
         assert self._anchors is not None
         anchor = self._anchors[index]
         delta = message.flatten(group, torch.float32).sub_(anchor)
-        anchor += self._reduce(index, delta, keys, [t.numel() for t in group], is_last=is_last)
+        anchor += self._reduce(index, delta, group, kind, is_last=is_last)
         message.unflatten_(group, anchor)
 
     def _shared_state(self) -> dict[str, Any]:
