@@ -1,0 +1,90 @@
+"""Real text that every machine has: the Python standard library's own sources, by character or by word.
+
+Files are read in sorted order, every tenth goes to the test set; the vocabulary is the training set's, most frequent first
+and then in the order of the code points, so it is the same wherever the interpreter is.
+"""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+UNKNOWN = "<unk>"
+LEVELS = ("char", "word")
+# identifiers, numbers, runs of spaces, line ends, and every other character by itself
+WORD = re.compile(r"[^\W\d]\w*|\d+|[ \t]+|\n|[^\w\s]|\s")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two streams of tokens, int64 numbers below `len(vocabulary)`."""
+
+    train: Tensor
+    test: Tensor
+    vocabulary: tuple[str, ...]
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.vocabulary)
+
+
+def sources() -> list[Path]:
+    """The modules at the top of the standard library's folder, sorted by name."""
+    return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"), key=lambda path: path.name)
+
+
+def load(level: str = "char", size: int = 1_000_000, vocabulary: int = 2000, files: Sequence[Path] | None = None) -> Corpus:
+    """Read about `size` characters and number their tokens.
+
+    Args:
+        level: "char" or "word".
+        size: characters read, train and test together; whole files until it is reached.
+        vocabulary: most tokens kept, the unknown one included; the rest becomes "<unk>".
+        files: other files to read, in this order.
+
+    Raises:
+        ValueError: unknown level, a size or vocabulary too small, or no sources on this machine.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r} is none of {LEVELS}")
+    if vocabulary < 2:
+        raise ValueError(f"vocabulary={vocabulary} is below 2")
+    texts: list[list[str]] = [[], []]
+    total = 0
+    for number, path in enumerate(files if files is not None else sources()):
+        if total >= size:
+            break
+        tokens = split(path.read_text(encoding="utf-8", errors="replace"), level)
+        total += sum(map(len, tokens))
+        texts[number % 10 == 9].extend(tokens)
+    if not texts[0] or not texts[1]:
+        raise ValueError(f"size={size}: ten source files are needed and were not read")
+    words = build_vocabulary(texts[0], vocabulary)
+    return Corpus(encode(texts[0], words), encode(texts[1], words), words)
+
+
+def split(text: str, level: str) -> list[str]:
+    """The tokens of a text; joined they give the text again."""
+    return list(text) if level == "char" else WORD.findall(text)
+
+
+def build_vocabulary(tokens: Iterable[str], most: int) -> tuple[str, ...]:
+    """The unknown token, then the `most - 1` most frequent ones; ties in the order of the code points."""
+    counts = Counter(tokens)
+    counts.pop(UNKNOWN, None)
+    frequent = sorted(counts, key=lambda token: (-counts[token], token))
+    return (UNKNOWN, *frequent[: most - 1])
+
+
+def encode(tokens: Iterable[str], vocabulary: Sequence[str]) -> Tensor:
+    """Numbers of the tokens (N,) int64; 0 for those outside the vocabulary."""
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    unknown = numbers[UNKNOWN]
+    return torch.tensor([numbers.get(token, unknown) for token in tokens], dtype=torch.int64)

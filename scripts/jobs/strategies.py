@@ -1,0 +1,186 @@
+"""How local gradients become one update on all ranks: the seam between the training loop and what is tried out.
+
+The loop hands a strategy a way to compute the loss, and the strategy does the rest of the step. DDP with and without a
+communication hook are here; periodic averaging or another framework's optimizer need one class each and an entry in
+`STRATEGIES`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Callable, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .launch import World
+
+SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk", "threshold")
+Compute = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Figures of one step on this rank; None: not known."""
+
+    bytes_sent: float
+    bytes_received: float
+    delta: float | None = None
+    residual_norm: float | None = None
+
+
+class Strategy(ABC):
+    """Turns losses into updates.
+
+    Attributes:
+        model: what is to be called for a forward pass.
+        optimizer: what is stepped, for the learning rate and the checkpoint.
+        replicated: parameters and optimizer state are the same on all ranks between steps, so one copy is saved.
+    """
+
+    replicated: ClassVar[bool] = True
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def step(self, compute: Compute) -> Tensor:
+        """One step; `compute(model)` gives the loss of this rank's batch. Returns it without its graph."""
+
+    @abstractmethod
+    def info(self) -> StepInfo:
+        """Figures of the last step."""
+
+    def prime(self, compute: Compute) -> None:
+        """Brings a fresh wrapper to the layout it has after a few steps; before any state is loaded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has to keep beside model and optimizer."""
+        return {}
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """This rank's own state in a list of one, or all ranks' of a run with another world size."""
+
+    def close(self) -> None:
+        """Before the process group goes."""
+
+
+class DDP(Strategy):
+    """Plain `DistributedDataParallel`: the baseline."""
+
+    def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
+        self.optimizer = sgd(model, options, momentum=options.momentum)
+        self.model = wrap(model, options, world)
+        bytes_a_step = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        # nothing counts inside DDP: the formula of a ring all-reduce
+        self._bytes = 2 * (world.size - 1) * bytes_a_step / world.size
+
+    def step(self, compute: Compute) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = compute(self.model)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def info(self) -> StepInfo:
+        return StepInfo(self._bytes, self._bytes)
+
+    def prime(self, compute: Compute) -> None:
+        with self._passthrough():
+            compute(self.model).backward()
+            compute(self.model)  # DDP lays its buckets anew at the forward pass after the first backward pass
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _passthrough(self) -> Any:
+        return nullcontext()
+
+
+class Sparse(DDP):
+    """DDP with the sparse hook."""
+
+    def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
+        import commhooks
+
+        in_memory = options.error_feedback
+        self.optimizer = sgd(model, options, momentum=0.0 if in_memory else options.momentum)
+        self.model = wrap(model, options, world)
+        self.state = sparse_state(options, steps_per_epoch)
+        commhooks.register(self.model, self.state)
+
+    def info(self) -> StepInfo:
+        stats = self.state.stats()
+        return StepInfo(
+            stats["bytes_sent"], stats["bytes_received"], stats.get("delta"), stats.get("residual_norm")
+        )
+
+    def _passthrough(self) -> Any:
+        return self.state.passthrough()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state.state_dict()
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        self.state.load_state_dict(states[0] if len(states) == 1 else states)
+
+    def close(self) -> None:
+        self.state.close()
+
+
+def sgd(model: nn.Module, options: Any, momentum: float) -> torch.optim.SGD:
+    """torch's SGD with the learning rate of the first step."""
+    return torch.optim.SGD(
+        model.parameters(), lr=options.lr, momentum=momentum, weight_decay=options.weight_decay
+    )
+
+
+def wrap(model: nn.Module, options: Any, world: World) -> DistributedDataParallel:
+    """The model under DDP, with the bucket size of the options."""
+    places = None if world.device.type == "cpu" else [world.device.index]
+    return DistributedDataParallel(model, device_ids=places, bucket_cap_mb=options.bucket_mb)
+
+
+def sparse_state(options: Any, steps_per_epoch: int) -> Any:
+    """The hook's state that the options describe.
+
+    Raises:
+        ValueError: an unknown scheme, or values that the library refuses.
+    """
+    import commhooks as c
+
+    density: Any = options.density
+    if options.warmup > 0:
+        density = c.ExponentialWarmup(options.density, warmup_epochs=options.warmup, steps_per_epoch=steps_per_epoch)
+    to = {"transport": options.transport}
+    selector, aggregator = {
+        "topk": lambda: (c.TopK(density), c.AllGather(**to)),
+        "gtopk": lambda: (c.TopK(density), c.GTopK(algorithm="doubling", **to)),
+        "gtopk-tree": lambda: (c.TopK(density), c.GTopK(algorithm="tree", **to)),
+        "randomk": lambda: (c.RandomK(density, seed=options.seed), c.SharedIndices(**to)),
+        "threshold": lambda: (c.ThresholdTopK(density), c.AllGather(**to)),
+    }[options.scheme]()
+    memory = None
+    if options.error_feedback:
+        memory = c.ErrorFeedback(
+            momentum=options.momentum, factor_masking=options.factor_masking, clip_norm=options.clip_norm
+        )
+    return c.SparseState(
+        selector,
+        aggregator,
+        memory,
+        dense_crossover=options.dense_crossover,
+        delta_every=options.delta_every,
+        timeout_s=options.timeout,
+    )
+
+
+STRATEGIES: dict[str, Callable[[nn.Module, Any, World, int], Strategy]] = {
+    "dense": DDP,
+    **dict.fromkeys(SCHEMES[1:], Sparse),
+}
+
+
+def make(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> Strategy:
+    """The strategy that the options name."""
+    return STRATEGIES[options.scheme](model, options, world, steps_per_epoch)
