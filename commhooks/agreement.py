@@ -1,14 +1,17 @@
-"""Before any data: do all ranks mean the same exchange? A fixed-size all-gather answers, so it cannot hang on sizes."""
+"""Before any data: do all ranks mean the same exchange? A fixed-size all-gather answers, so it cannot hang on
+sizes."""
 
 from __future__ import annotations
+
+import zlib
 
 import torch
 
 from .errors import SettingsMismatchError
 from .transports import Transport
 
-_TEXT_BYTES = 496
-_SIZES = 4
+_TEXT_BYTES = 488
+_SIZES = 5
 _DIGEST_BYTES = 8 * _SIZES + _TEXT_BYTES
 
 
@@ -22,14 +25,14 @@ def check_agreement(
         bucket: the bucket's index.
         numel: its number of elements.
         k: pairs to be sent at this step.
-        settings: one line; its first 496 bytes are compared.
+        settings: one line; compared by checksum; its first 488 bytes are shown.
         step: exchanges so far.
         tag: message tag.
 
     Raises:
         SettingsMismatchError: two ranks differ; raised on every rank, with both ranks and values.
     """
-    sizes = torch.tensor([bucket, numel, k, step], dtype=torch.int64)
+    sizes = torch.tensor([bucket, numel, k, step, zlib.crc32(settings.encode())], dtype=torch.int64)
     text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
     encoded = settings.encode()[:_TEXT_BYTES]
     text[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
@@ -45,6 +48,6 @@ def check_agreement(
 
 
 def _readable(digest: torch.Tensor) -> str:
-    bucket, numel, k, step = digest[: 8 * _SIZES].clone().view(torch.int64).tolist()
+    bucket, numel, k, step, _ = digest[: 8 * _SIZES].clone().view(torch.int64).tolist()
     text = bytes(digest[8 * _SIZES :].tolist()).rstrip(b"\0").decode(errors="replace")
     return f"bucket {bucket} of {numel} elements, k {k}, step {step}, settings [{text}]"

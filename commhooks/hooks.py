@@ -5,22 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from .state import SparseState, warn_of_double_momentum
 
 
-def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Future[torch.Tensor]:
     """Replaces a bucket's gradient by the sparse average over ranks; for ``register_comm_hook``.
 
-    Returns at once: selection and communication run on the state's own thread, bucket by bucket in DDP's order,
-    while backward goes on.
+    Returns at once: selection and communication run on the state's own thread, bucket by bucket in DDP's
+    order, while backward goes on.
 
     Args:
         state: the model's ``SparseState``.
         bucket: DDP's bucket; its buffer is overwritten.
+        unsupported: what FSDP passes beside; anything here is a ``TypeError``.
 
     Raises:
         TypeError: not a DDP bucket (compiled DDP and FSDP pass other things), or a gradient that is not dense
@@ -28,7 +29,7 @@ def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> Future[torch.Ten
     """
     if not isinstance(state, SparseState):
         raise TypeError(f"state must be a SparseState, got {type(state).__name__}")
-    if not isinstance(bucket, dist.GradBucket):
+    if unsupported or not isinstance(bucket, GradBucket):
         raise TypeError(
             f"bucket must be DDP's GradBucket, got {type(bucket).__name__}: supported is eager "
             "DistributedDataParallel. Compiled DDP passes (grad, param) tuples (set "
@@ -41,7 +42,8 @@ def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> Future[torch.Ten
 def register(
     model: DistributedDataParallel, state: SparseState, optimizer: torch.optim.Optimizer | None = None
 ) -> SparseState:
-    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective call.
+    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective
+    call.
 
     Args:
         model: the wrapped model.
@@ -53,7 +55,8 @@ def register(
 
     Raises:
         TypeError: ``model`` is not DDP's wrapper.
-        ValueError: the state belongs to another model, or its transport connects other ranks than DDP's group.
+        ValueError: the state belongs to another model, or its transport connects other ranks than DDP's
+            group.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
@@ -74,14 +77,14 @@ def register(
 def prime_layout(model: DistributedDataParallel, state: SparseState, step: Callable[[], Any]) -> None:
     """Brings a freshly wrapped model to the bucket layout it would have in the middle of a run.
 
-    DDP lays its buckets anew after the first backward, so a resumed run would select per other buckets than the
-    run it continues. Call this after wrapping, before the model's and the state's checkpoints are loaded.
+    DDP lays its buckets anew after the first backward, so a resumed run would select per other buckets than
+    the run it continues. Call this after wrapping, before the model's and the state's checkpoints are loaded.
 
     Args:
         model: the wrapped model with ``state``'s hook.
         state: its state; its memory is not touched, nothing is sent by it.
-        step: one forward and backward on any batch of the usual shape, without an optimizer step. It is called
-            twice; buffers (batch-norm statistics) and gradients are put back, random generators too.
+        step: one forward and backward on any batch of the usual shape, without an optimizer step. It is
+            called twice; buffers (batch-norm statistics) and gradients are put back, random generators too.
     """
     buffers = {name: b.detach().clone() for name, b in model.module.named_buffers()}
     cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]

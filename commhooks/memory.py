@@ -1,7 +1,8 @@
 """Memory: what a rank withholds from the average, per parameter, until it is sent.
 
-Conservation is its law. ``select`` adds the gradient and takes pairs out; whatever does not reach the model comes
-back by ``restore``; ``undo`` takes a gradient out again whose step is thrown away. Nothing else changes a residual.
+Conservation is its law. ``select`` adds the gradient and takes pairs out; whatever does not reach the model
+comes back by ``restore``; ``undo`` takes a gradient out again whose step is thrown away. Nothing else changes
+a residual.
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ class Memory(ABC):
 
     table: SlotTable
 
+    def __getstate__(
+        self,
+    ) -> dict[str, Any]:  # parameters are never pickled; a state's dict carries what they own
+        return {**self.__dict__, "table": SlotTable(self.table.with_velocity)}
+
     @abstractmethod
     def slot(self, bucket: Bucket) -> tuple[Slot, bool]:
-        """The bucket's flat memory, and whether its layout is new; carried over by parameter when it changed."""
+        """The bucket's flat memory, and whether its layout is new; carried over by parameter when it
+        changed."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -35,7 +42,15 @@ class Memory(ABC):
 
     @abstractmethod
     def select(
-        self, slot: Slot, grad: Tensor, selector: Selector, k: int, *, scale: Tensor | None, step: int, stream: int
+        self,
+        slot: Slot,
+        grad: Tensor,
+        selector: Selector,
+        k: int,
+        *,
+        scale: Tensor | None,
+        step: int,
+        stream: int,
     ) -> Selected:
         """Corrects ``grad`` (n,) and takes ``k`` pairs out of the slot's residual, which is overwritten."""
 
@@ -58,17 +73,19 @@ class Memory(ABC):
 class ErrorFeedback(Memory):
     """Residual ``u`` and optional velocity ``v``, both float32, per parameter.
 
-    ``v <- momentum * v + g``, ``c <- u + v``, ``u <- c`` where not sent: Algorithm 1 of M-DSGD (Zhao, Gao, Li,
-    arXiv:1905.12960). The memory belongs to parameters, not bucket numbers: DDP may re-lay its buckets at any time.
+    ``v <- momentum * v + g``, ``c <- u + v``, ``u <- c`` where not sent: Algorithm 1 of M-DSGD (Zhao, Gao,
+    Li, arXiv:1905.12960). The memory belongs to parameters, not bucket numbers: DDP may re-lay its buckets at
+    any time.
 
     Args:
         momentum: beta in [0, 1). With momentum here the optimizer's own momentum must be 0.
-        factor_masking: zero the velocity where a value contributed (section 3.1; Deep Gradient Compression). Not
-            done at a step that sends everything, since nothing stale is left there.
-        clip_norm: largest L2 norm of this rank's gradient per bucket, before it enters the memory. Clip here and
-            not the sparse average afterwards: what is cut off an average is in nobody's residual.
+        factor_masking: zero the velocity where a value contributed (section 3.1; Deep Gradient Compression).
+            Not done at a step that sends everything, since nothing stale is left there.
+        clip_norm: largest L2 norm of this rank's gradient per bucket, before it enters the memory. Clip here
+            and not the sparse average afterwards: what is cut off an average is in nobody's residual.
         rescale_with_lr: an optimizer; the residual is then kept in parameter units (eq. 3 and 4): in gradient
-            units ``u <- (eta_{t-1} / eta_t) * u`` before it is used, by parameter group. A rate of 0 keeps the last.
+            units ``u <- (eta_{t-1} / eta_t) * u`` before it is used, by parameter group. A rate of 0 keeps
+            the last.
     """
 
     def __init__(
@@ -100,7 +117,7 @@ class ErrorFeedback(Memory):
     __repr__ = describe
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "optimizer": None, "table": SlotTable(with_velocity=self.momentum > 0.0)}
+        return {**super().__getstate__(), "optimizer": None}
 
     def slot(self, bucket: Bucket) -> tuple[Slot, bool]:
         slot, is_new = self.table.slot(bucket)
@@ -109,7 +126,15 @@ class ErrorFeedback(Memory):
         return slot, is_new
 
     def select(
-        self, slot: Slot, grad: Tensor, selector: Selector, k: int, *, scale: Tensor | None, step: int, stream: int
+        self,
+        slot: Slot,
+        grad: Tensor,
+        selector: Selector,
+        k: int,
+        *,
+        scale: Tensor | None,
+        step: int,
+        stream: int,
     ) -> Selected:
         return selector.select(self._fused(slot, grad, scale), k, step=step, stream=stream)
 
@@ -141,20 +166,21 @@ class ErrorFeedback(Memory):
         return Fused(grad, slot.residual, slot.velocity, self.momentum, 1.0, scale, slot.segments)
 
     def _scale(self, slot: Slot, grad: Tensor, scale: Tensor | None) -> Tensor | None:
-        """The given scale times what clipping asks for: a one-element tensor, so that no device is waited for."""
+        """The given scale times what clipping asks for: one element, so that no device is waited for."""
         if self.clip_norm is None:
             return scale
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        norm = norm if scale is None else norm * scale.reshape(())
-        clip = (self.clip_norm / norm).clamp(max=1.0).nan_to_num(1.0)
-        return (clip if scale is None else clip * scale.reshape(())).reshape(1)
+        if scale is not None:
+            norm = norm * scale.reshape(())
+        clip: Tensor = (self.clip_norm / norm).clamp(max=1.0).nan_to_num(1.0).reshape(1)
+        return clip if scale is None else clip * scale
 
     def _follow_lr(self, slot: Slot) -> None:
         """Multiplies residuals by (last rate / present rate), parameter by parameter."""
         assert self.optimizer is not None
         rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
         for key, view in zip(slot.keys, slot.residual_views(), strict=True):
-            rate = rates.get(key)  # type: ignore[call-overload]
+            rate = rates.get(key)
             if rate is None:
                 raise ValueError(f"rescale_with_lr: {self.table.name_of(key)} is not in the given optimizer")
             last = self.table.last_lr.get(key)
@@ -165,7 +191,7 @@ class ErrorFeedback(Memory):
 
 
 class NoMemory(Memory):
-    """No error feedback: what is not sent is lost. For comparisons; the conservation law does not hold with it."""
+    """No error feedback: what is not sent is lost, against the conservation law. For comparisons."""
 
     def __init__(self) -> None:
         self.table = SlotTable(with_velocity=False)
@@ -181,7 +207,15 @@ class NoMemory(Memory):
         return slot, is_new
 
     def select(
-        self, slot: Slot, grad: Tensor, selector: Selector, k: int, *, scale: Tensor | None, step: int, stream: int
+        self,
+        slot: Slot,
+        grad: Tensor,
+        selector: Selector,
+        k: int,
+        *,
+        scale: Tensor | None,
+        step: int,
+        stream: int,
     ) -> Selected:
         return selector.select(Fused(grad, slot.residual, scale_tensor=scale), k, step=step, stream=stream)
 

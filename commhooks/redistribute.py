@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 
-def redistributed(states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
+def redistributed(
+    states: Sequence[dict[str, Any]], rank: int, world_size: int
+) -> dict[str, dict[str, Tensor]]:
     """The residuals and velocities of ``rank`` out of all ranks' states of a run with another world size.
 
-    New rank q takes the old ranks p = q, q + Q, ... and their sum times Q / P, so that the average over ranks,
-    which is what enters the model, is kept exactly up to rounding.
+    New rank q takes the old ranks p = q, q + Q, ... and their sum times Q / P, so that the average over
+    ranks, which is what enters the model, is kept exactly up to rounding.
 
     Args:
         states: state dicts of all P old ranks, in rank order.

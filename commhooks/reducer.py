@@ -22,6 +22,7 @@ from .slots import Slot
 from .sparse import SparseGrad
 from .staging import to_transport
 from .telemetry import DeltaMeter, StepFigures
+from .transports import DEFAULT_TIMEOUT_S
 from .write_back import write_dense, write_sparse
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,11 @@ class Reducer:
         memory: error feedback; ``None`` sends without memory (what is not sent is lost).
         average: divide the sum by the world size.
         nonfinite: what NaN or Inf on any rank does, alike on all ranks. It never enters a memory.
-            ``"propagate"``: the bucket becomes NaN everywhere, as under plain DDP, so that a GradScaler skips; the
-            step's other buckets put back what they sent. ``"skip"``: the bucket's update is 0. ``"error"``:
-            ``NonFiniteGradientError`` on all ranks.
-        dense_crossover: send a bucket densely when that takes fewer bytes (early warm-up); it takes its residual
-            along.
+            ``"propagate"``: the bucket becomes NaN everywhere, as under plain DDP, so that a GradScaler
+            skips; the step's other buckets put back what they sent. ``"skip"``: the bucket's update is 0.
+            ``"error"``: ``NonFiniteGradientError`` on all ranks.
+        dense_crossover: send a bucket densely when that takes fewer bytes (early warm-up); it takes its
+            residual along.
         delta_every: measure Assumption 1's delta every so many steps (one dense all-reduce each); 0: never.
         timeout_s: seconds until a missing peer is an error.
 
@@ -72,7 +73,7 @@ class Reducer:
         nonfinite: str = "propagate",
         dense_crossover: bool = True,
         delta_every: int = 0,
-        timeout_s: float = 60.0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         _check_scheme(selector, aggregator)
         if nonfinite not in NONFINITE:
@@ -139,7 +140,8 @@ class Reducer:
         """All that ranks must share, in one line."""
         return (
             f"{self.selector!r} | {self.aggregator!r} | {self.memory.describe()} | average={self.average} "
-            f"nonfinite={self.nonfinite} dense_crossover={self.dense_crossover} delta_every={self.delta_every}"
+            f"nonfinite={self.nonfinite} dense_crossover={self.dense_crossover} "
+            f"delta_every={self.delta_every}"
         )
 
     def stats(self) -> dict[str, Any]:
@@ -271,7 +273,9 @@ class Reducer:
     def _throw_away(self, bucket: Bucket, count: int) -> None:
         """Applies the policy to a bucket that some rank found non-finite; the memory has been undone."""
         self._current.nonfinite_buckets.append(bucket.index)
-        message = f"step {self.step}, bucket {bucket.index}: {count} non-finite gradient elements on this rank"
+        message = (
+            f"step {self.step}, bucket {bucket.index}: {count} non-finite gradient elements on this rank"
+        )
         if self.nonfinite == "skip":
             logger.warning("%s; the bucket's update is skipped on all ranks", message)
             bucket.buffer.zero_()
@@ -300,9 +304,13 @@ def _check_scheme(selector: Selector | None, aggregator: Aggregator) -> None:
     if selector is not None and not isinstance(selector, Selector):
         raise TypeError(f"selector must be a Selector, got {type(selector).__name__}")
     if (selector is None) != isinstance(aggregator, Dense):
-        raise ValueError(f"Dense takes no selector and all others need one: got {selector!r} with {aggregator!r}")
+        raise ValueError(
+            f"Dense takes no selector and all others need one: got {selector!r} with {aggregator!r}"
+        )
     if isinstance(aggregator, SharedIndices) and selector is not None and not selector.shared_mask:
-        raise ValueError(f"SharedIndices needs a selector whose mask all ranks share (RandomK), got {selector!r}")
+        raise ValueError(
+            f"SharedIndices needs a selector whose mask all ranks share (RandomK), got {selector!r}"
+        )
 
 
 def _check_states(states: list[dict[str, Any]], is_list: bool, rank: int, world_size: int) -> None:

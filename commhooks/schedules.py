@@ -40,13 +40,14 @@ class ConstantDensity(DensitySchedule):
 class ExponentialWarmup(DensitySchedule):
     """Density that falls exponentially from ``start`` to ``density`` and then stays.
 
-    With ``steps_per_epoch`` it falls once per epoch (Deep Gradient Compression's warm-up), else at every step:
-    ``start * (density / start) ** (t / warmup)`` with ``t`` the step (or epoch) and ``warmup`` in the same unit.
-    The gTop-k paper trains with a warm-up and does not define it; this is our reading.
+    With ``steps_per_epoch`` it falls once per epoch (Deep Gradient Compression's warm-up), else at every
+    step: ``start * (density / start) ** (t / warmup)`` with ``t`` the step (or epoch) and ``warmup`` in the
+    same unit. The gTop-k paper trains with a warm-up and does not define it; this is our reading.
 
     Args:
         density: final density in (0, 1].
-        warmup_steps: steps until ``density`` is reached. Exactly one of ``warmup_steps`` and ``warmup_epochs``.
+        warmup_steps: steps until ``density`` is reached. Exactly one of ``warmup_steps`` and
+            ``warmup_epochs``.
         warmup_epochs: epochs until ``density`` is reached; needs ``steps_per_epoch``.
         steps_per_epoch: gradient exchanges per epoch.
         start: density of the first step, in (0, 1].
@@ -65,7 +66,8 @@ class ExponentialWarmup(DensitySchedule):
         self.start = check_density("start", start)
         if (warmup_steps is None) == (warmup_epochs is None):
             raise ValueError(
-                f"give exactly one of warmup_steps and warmup_epochs, got {warmup_steps!r} and {warmup_epochs!r}"
+                f"give exactly one of warmup_steps and warmup_epochs, got {warmup_steps!r} "
+                f"and {warmup_epochs!r}"
             )
         if warmup_epochs is not None and steps_per_epoch is None:
             raise ValueError("warmup_epochs needs steps_per_epoch")

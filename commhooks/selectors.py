@@ -39,7 +39,8 @@ class Selector(ABC):
             stream: what tells buckets apart at one step, the same on all ranks.
 
         Returns:
-            values ``(k,)`` float32, indices ``(k,)`` int32 ascending, and the report (count, non-finite, misses).
+            values ``(k,)`` float32, indices ``(k,)`` int32 ascending, and the report (count, non-finite,
+            misses).
         """
 
     def describe(self) -> str:
@@ -63,8 +64,8 @@ class TopK(Selector):
 class ThresholdTopK(Selector):
     """About the k largest magnitudes: all above a threshold estimated from a sample, at most k of them.
 
-    When more than k pass the threshold, the ones that are taken start at a place that changes with the step, so
-    that none is passed over for ever; the rest stays in the residual.
+    When more than k pass the threshold, the ones that are taken start at a place that changes with the step,
+    so that none is passed over for ever; the rest stays in the residual.
     """
 
     def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
@@ -77,8 +78,8 @@ class ThresholdTopK(Selector):
 class RandomK(Selector):
     """k places at random, the same on every rank, without replacement.
 
-    The mask comes from a private counter-based generator keyed by (seed, step, stream); torch's generators are
-    never touched. M-DSGD's convergence theory covers it as it covers top-k.
+    The mask comes from a private counter-based generator keyed by (seed, step, stream); torch's generators
+    are never touched. M-DSGD's convergence theory covers it as it covers top-k.
 
     Args:
         density: k/n in (0, 1], or a schedule.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -32,7 +33,7 @@ class Slot:
         return flat[self.offsets[position] : self.offsets[position + 1]]
 
     def active(self, grad: Tensor) -> Tensor | None:
-        """Bool ``(n,)``: False where a parameter's whole gradient is zero; None when all parameters take part."""
+        """Bool ``(n,)``: False where a parameter's whole gradient is zero; None when all take part."""
         idle = [i for i, n in enumerate(self.numels) if n and not bool(self.view(grad, i).any())]
         if not idle:
             return None
@@ -43,7 +44,7 @@ class Slot:
 
 
 class SlotTable:
-    """All slots of a memory, the way from a parameter to its place, and what was loaded but not yet claimed."""
+    """All slots of a memory, each parameter's place in them, and what was loaded but not yet claimed."""
 
     def __init__(self, with_velocity: bool) -> None:
         self.with_velocity = with_velocity
@@ -84,7 +85,9 @@ class SlotTable:
             loaded = self._loaded[kind].pop(name, None) if name is not None else None
             if loaded is not None:
                 if loaded.numel() != view.numel():
-                    raise ValueError(f"loaded {kind} of {name} has {loaded.numel()} elements, expected {view.numel()}")
+                    raise ValueError(
+                        f"loaded {kind} of {name} has {loaded.numel()} elements, expected {view.numel()}"
+                    )
                 view.copy_(loaded.reshape(-1))
             elif old is not None:
                 source = getattr(old[0], kind)
@@ -96,10 +99,11 @@ class SlotTable:
     def residual_norm(self) -> float:
         """L2 norm of all residuals of this rank."""
         squares = [float(s.residual.double().square().sum()) for s in self._slots.values()]
-        return float(sum(squares)) ** 0.5
+        return math.sqrt(sum(squares))
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name: float}}``."""
+        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name:
+        float}}``."""
         state: dict[str, Any] = {kind: dict(loaded) for kind, loaded in self._loaded.items()}
         state["last_lr"] = dict(self._loaded_lr)
         for key, (slot, position) in self._place.items():
@@ -121,7 +125,9 @@ class SlotTable:
         self._slots.clear()
         self._place.clear()
         self.last_lr.clear()
-        self._loaded = {kind: {n: t.clone() for n, t in state[kind].items()} for kind in ("residual", "velocity")}
+        self._loaded = {
+            kind: {n: t.clone() for n, t in state[kind].items()} for kind in ("residual", "velocity")
+        }
         self._loaded_lr = dict(state.get("last_lr", {}))
 
 

@@ -29,7 +29,8 @@ class SparseGrad:
     def __post_init__(self) -> None:
         if self.values.dtype != torch.float32 or self.indices.dtype != torch.int32:
             raise TypeError(
-                f"values and indices must be float32 and int32, got {self.values.dtype} and {self.indices.dtype}"
+                f"values and indices must be float32 and int32, got {self.values.dtype} "
+                f"and {self.indices.dtype}"
             )
         if self.values.shape != self.indices.shape or self.values.dim() != 1:
             raise ValueError(

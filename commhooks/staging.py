@@ -10,7 +10,7 @@ from .transports import Transport
 
 
 def to_transport(pairs: SparseGrad, transport: Transport) -> SparseGrad:
-    """``pairs`` where ``transport`` can send them; from a GPU through pinned memory, waiting for this stream only."""
+    """``pairs`` where ``transport`` can send them; from a GPU through pinned memory, by this stream."""
     device = pairs.values.device
     if device.type == transport.device_type:
         return pairs

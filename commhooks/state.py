@@ -19,7 +19,7 @@ from .memory import ErrorFeedback, Memory
 from .reducer import Reducer
 from .schedules import DensitySchedule
 from .selectors import RandomK, Selector, TopK
-from .transports import Transport
+from .transports import DEFAULT_TIMEOUT_S, Transport
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,14 @@ class SparseState:
         dense_crossover: send a bucket densely when that takes fewer bytes.
         delta_every: measure Assumption 1's delta every so many steps; 0: never.
         timeout_s: seconds until a missing rank is an error.
-        process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives DDP's.
+        process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives
+            DDP's.
 
     Attributes:
         error: what made the state fail, or None. A failed state raises it again at every later step.
     """
+
+    _owner: Any
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class SparseState:
         grad_scaler: Any = None,
         dense_crossover: bool = True,
         delta_every: int = 0,
-        timeout_s: float = 60.0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
         process_group: Any = None,
     ) -> None:
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
@@ -79,16 +82,19 @@ class SparseState:
 
             load_mpi()  # MPI_Init belongs to the main thread, the first bucket comes on another
         self.grad_scaler, self.process_group = grad_scaler, process_group
-        self.error: BaseException | None = None
         self._reset_runtime()
 
     @classmethod
-    def topk(cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any) -> Any:
+    def topk(
+        cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
+    ) -> SparseState:
         """Exact top-k of every rank, all-gathered; error feedback on."""
         return cls(TopK(density), AllGather(transport), **options)
 
     @classmethod
-    def gtopk(cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any) -> Any:
+    def gtopk(
+        cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
+    ) -> SparseState:
         """Global top-k by recursive doubling; error feedback on."""
         return cls(TopK(density), GTopK(transport), **options)
 
@@ -100,16 +106,18 @@ class SparseState:
         *,
         seed: int = 0,
         **options: Any,
-    ) -> Any:
+    ) -> SparseState:
         """Random-k under a mask all ranks share, values all-reduced; error feedback on."""
         return cls(RandomK(density, seed), SharedIndices(transport), **options)
 
     @classmethod
-    def dense(cls, transport: str | Transport = "distributed", **options: Any) -> Any:
+    def dense(cls, transport: str | Transport = "distributed", **options: Any) -> SparseState:
         """Everything, by all-reduce in float32: the baseline on the same transport."""
         return cls(None, Dense(transport), **options)
 
-    def submit(self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool) -> Future[Tensor]:
+    def submit(
+        self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool
+    ) -> Future[Tensor]:
         """Queues one bucket and returns at once.
 
         Args:
@@ -121,12 +129,12 @@ class SparseState:
         Returns:
             A future of ``buffer``; a failure is raised where the future's value is used.
         """
-        devices = [buffer.device] if buffer.device.type == "cuda" else []
+        devices: list[Any] = [buffer.device] if buffer.device.type == "cuda" else []
         done: Future[Tensor] = Future(devices=devices)
         if self._passthrough or self.error is not None:
             done.set_result(buffer)
             return done.then(self._check)
-        ready = torch.cuda.Event() if devices else None
+        ready: Any = torch.cuda.Event() if devices else None  # type: ignore[no-untyped-call]
         if ready is not None:
             ready.record()
 
@@ -156,15 +164,22 @@ class SparseState:
             ValueError: it belongs to another model already.
         """
         if self._owner is not None and self._owner is not owner:
-            raise ValueError("this SparseState belongs to another DDP model; each model needs a state of its own")
+            raise ValueError(
+                "this SparseState belongs to another DDP model; each model needs a state of its own"
+            )
         self._owner = owner
 
-    def open(self, device_type: str = "cpu") -> None:
+    def open(self, device_type: str | None = None) -> None:
         """Opens the transport: a collective call. The first bucket does so by itself.
+
+        Args:
+            device_type: where the gradients are; None: on GPUs when the process group runs NCCL.
 
         Raises:
             ValueError: the transport's world size is not the process group's.
         """
+        if device_type is None:
+            device_type = "cuda" if torch.cuda.is_available() else "cpu"
         self.reducer.open(self.process_group, device_type)
         if dist.is_available() and dist.is_initialized():
             expected = dist.get_world_size(self.process_group)
@@ -190,7 +205,7 @@ class SparseState:
             raise self.error
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the last step: bytes sent and received, compression ratio, residual norm, delta, seconds."""
+        """Figures of the last step: bytes sent and received, ratio, residual norm, delta, seconds."""
         return self.reducer.stats()
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,15 +234,15 @@ class SparseState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("saved")
         self.__dict__.update(state)
+        self.process_group = self.grad_scaler = None
         self._reset_runtime()
         self.reducer.step = saved["step"]
         self.reducer.memory.table.load(saved)
 
     def _reset_runtime(self) -> None:
-        if "process_group" not in self.__dict__:
-            self.process_group = None
+        self.error: BaseException | None = None
         self._worker = Worker("commhooks")
-        self._owner: Any = None
+        self._owner = None
         self._passthrough = False
         self._steps_seen = 0
         self._indices: set[int] = set()
@@ -267,7 +282,16 @@ class SparseState:
         return done.value()
 
 
-_RUNTIME = ("_worker", "_owner", "_passthrough", "_steps_seen", "_indices", "process_group", "grad_scaler", "error")
+_RUNTIME = (
+    "_worker",
+    "_owner",
+    "_passthrough",
+    "_steps_seen",
+    "_indices",
+    "process_group",
+    "grad_scaler",
+    "error",
+)
 
 
 @contextmanager
@@ -276,7 +300,7 @@ def _after(ready: Any, device: torch.device) -> Iterator[None]:
     if ready is None:
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.device(device), torch.cuda.stream(stream):
         stream.wait_event(ready)
         yield
@@ -284,12 +308,13 @@ def _after(ready: Any, device: torch.device) -> Iterator[None]:
 
 def warn_of_double_momentum(memory: Memory, optimizer: torch.optim.Optimizer | None) -> None:
     """Warns when the optimizer has a momentum beside the memory's."""
-    if optimizer is None or not getattr(memory, "momentum", 0.0):
+    ours = float(getattr(memory, "momentum", 0.0))
+    if optimizer is None or ours == 0.0:
         return
     theirs = max((float(g.get("momentum", 0.0)) for g in optimizer.param_groups), default=0.0)
     if theirs > 0.0:
         warnings.warn(
-            f"the optimizer's momentum {theirs:g} and ErrorFeedback's {getattr(memory, 'momentum'):g} both act: "
+            f"the optimizer's momentum {theirs:g} and ErrorFeedback's {ours:g} both act: "
             "momentum belongs to one place, set the optimizer's to 0",
             stacklevel=3,
         )

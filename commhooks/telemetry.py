@@ -59,8 +59,9 @@ class DeltaMeter:
     """Assumption 1 of the gTop-k paper, measured: does the selection beat a random one?
 
     ``delta = ||mean_p c_p - s / P||^2 / ((1 - k/n) ||mean_p c_p||^2)``, the denominator by eq. 15. The first
-    difference is the mean residual after the exchange, so one dense all-reduce of residuals per bucket tells. The
-    theory holds while delta <= 1; it may fail, which is worth seeing. Norms are added over the step's buckets.
+    difference is the mean residual after the exchange, so one dense all-reduce of residuals per bucket tells.
+    The theory holds while delta <= 1; it may fail, which is worth seeing. Norms are added over the step's
+    buckets.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,9 @@ class DeltaMeter:
             ops.scatter_add(corrected, values, indices)
         n = max(1, withheld.numel())
         self._numerator += float(torch.linalg.vector_norm(withheld, dtype=torch.float64)) ** 2
-        self._denominator += (1 - k / n) * float(torch.linalg.vector_norm(corrected, dtype=torch.float64)) ** 2
+        self._denominator += (1 - k / n) * float(
+            torch.linalg.vector_norm(corrected, dtype=torch.float64)
+        ) ** 2
 
     def value(self) -> float:
         """Delta of the step; 0 when nothing was withheld."""

@@ -10,7 +10,9 @@ from .native.fused import PAD
 from .sparse import SparseGrad
 
 
-def write_sparse(buffer: Tensor, values: Tensor, indices: Tensor, factor: float, scale: float) -> SparseGrad | None:
+def write_sparse(
+    buffer: Tensor, values: Tensor, indices: Tensor, factor: float, scale: float
+) -> SparseGrad | None:
     """``buffer`` (n,) becomes ``factor`` times the sum of the rows, zero elsewhere.
 
     Args:
@@ -35,7 +37,10 @@ def write_sparse(buffer: Tensor, values: Tensor, indices: Tensor, factor: float,
 
 
 def write_dense(buffer: Tensor, total: Tensor, factor: float, scale: float) -> Tensor | None:
-    """``buffer`` (n,) becomes ``factor * total`` (n,) float32, which is overwritten; returns what rounding kept."""
+    """``buffer`` (n,) becomes ``factor * total``; returns what rounding kept, None for float32.
+
+    ``total`` (n,) float32 is overwritten.
+    """
     total.mul_(factor)
     if buffer.dtype == torch.float32:
         buffer.copy_(total)

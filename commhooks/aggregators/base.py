@@ -45,7 +45,8 @@ class Aggregated:
         indices: shape ``(m, k)``, int32, each row ascending and unique, ``PAD`` at unused places.
         contributed: this rank's pairs that are part of the sum.
         refused: this rank's pairs that are not, or None when all are.
-        nonfinite: whether any rank reported NaN or Inf. The same on every rank, as ``values`` and ``indices`` are.
+        nonfinite: whether any rank reported NaN or Inf. The same on every rank, as ``values`` and ``indices``
+            are.
     """
 
     values: Tensor

@@ -1,4 +1,5 @@
-"""Dense: everything is sent, by an ordinary all-reduce. The baseline, and the way of buckets too small to thin out."""
+"""Dense: everything is sent, by an ordinary all-reduce. The baseline, and the way of buckets too small to
+thin out."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def dense_wire_bytes(numel: int, world_size: int) -> int:
     return 2 * (world_size - 1) * 4 * (numel + 1) // world_size
 
 
-def dense_sum(transport: Transport, corrected: Tensor, nonfinite: bool, context: Context) -> tuple[Tensor, bool]:
+def dense_sum(
+    transport: Transport, corrected: Tensor, nonfinite: bool, context: Context
+) -> tuple[Tensor, bool]:
     """The sum over ranks of ``corrected`` (n,) float32, and whether any rank voted non-finite."""
     buffer = torch.empty(corrected.numel() + 1, dtype=torch.float32, device=corrected.device)
     buffer[:-1] = corrected

@@ -16,19 +16,22 @@ _LAST_ROUND = 31
 class GTopK(Aggregator):
     """Global top-k (Shi et al., arXiv:1901.04359; IJCAI 2019, eq. 4 to 7), for any number of ranks.
 
-    Merging two selections keeps the k largest magnitudes of their sum; values keep their sign, ties go to the lower
-    index, and every rank gets the same bits. A rank's value that any merge drops did not contribute, even when its
-    index comes back from another branch: it is refused and returns to that rank's residual. So gradient mass is
-    conserved for every P; restoring only what is absent from the final set, as the original code does, loses mass.
+    Merging two selections keeps the k largest magnitudes of their sum; values keep their sign, ties go to the
+    lower index, and every rank gets the same bits. A rank's value that any merge drops did not contribute,
+    even when its index comes back from another branch: it is refused and returns to that rank's residual. So
+    gradient mass is conserved for every P; restoring only what is absent from the final set, as the original
+    code does, loses mass.
 
-    The shape of the tree is part of the algorithm, for merging is not associative. With ``p = 2 ** floor(log2 P)``,
-    ranks ``p .. P-1`` first fold into ranks ``0 .. P-p-1``; the first p ranks then combine as a binary tree.
+    The shape of the tree is part of the algorithm, for merging is not associative. With ``p = 2 ** floor(log2
+    P)``, ranks ``p .. P-1`` first fold into ranks ``0 .. P-p-1``; the first p ranks then combine as a binary
+    tree.
 
     Args:
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``.
-        algorithm: ``"doubling"`` exchanges both ways in log2 p rounds and every rank sees the merges of its own
-            group, so what survived costs no traffic. ``"tree"`` is the paper's reduction to rank 0 and broadcast,
-            2 log2 p rounds, in which the result comes back with k survival bits. Both give the same result.
+        algorithm: ``"doubling"`` exchanges both ways in log2 p rounds and every rank sees the merges of its
+            own group, so what survived costs no traffic. ``"tree"`` is the paper's reduction to rank 0 and
+            broadcast, 2 log2 p rounds, in which the result comes back with k survival bits. Both give the
+            same result.
     """
 
     def __init__(self, transport: str | Transport = "distributed", algorithm: str = "doubling") -> None:
@@ -164,7 +167,9 @@ class _Merge:
     def _packed(self) -> Tensor:
         return pack(self.pairs, self.nonfinite, self.context)
 
-    def _move(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], round_number: int) -> None:
+    def _move(
+        self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], round_number: int
+    ) -> None:
         what = f"{self.context}, round {round_number}"
         self.transport.exchange(sends, receives, tag=self.context.tag + round_number, what=what)
 

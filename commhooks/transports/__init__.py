@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Counters, Message, Transport
+from .base import DEFAULT_TIMEOUT_S, Counters, Message, Transport
 
-__all__ = ["NAMES", "Counters", "Message", "Transport", "check_name", "make"]
+__all__ = ["DEFAULT_TIMEOUT_S", "NAMES", "Counters", "Message", "Transport", "check_name", "make"]
 
 NAMES = ("distributed", "mpi")
 
@@ -21,7 +21,7 @@ def check_name(transport: str | Transport) -> str | Transport:
 def make(
     transport: str | Transport,
     *,
-    timeout_s: float = 60.0,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     process_group: Any = None,
     device_type: str = "cpu",
 ) -> Transport:

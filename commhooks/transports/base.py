@@ -9,6 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+DEFAULT_TIMEOUT_S = 300.0
+"""Long enough for a rank that evaluates or saves while the others wait for its gradient."""
+
 Message = tuple[int, Tensor]
 """A peer's rank and the contiguous tensor sent to it or received from it."""
 
@@ -35,8 +38,8 @@ class Counters:
 class Transport(ABC):
     """Moves the bytes of contiguous tensors on ``device_type`` between ``world_size`` ranks.
 
-    Every call blocks its thread until it is complete, or raises within ``timeout_s``. ``tag`` tells apart messages
-    in flight at the same time (0 to 32767); ``what`` names them in errors ("bucket 3, round 1").
+    Every call blocks its thread until it is complete, or raises within ``timeout_s``. ``tag`` tells apart
+    messages in flight at the same time (0 to 32767); ``what`` names them in errors ("bucket 3, round 1").
 
     Raises (all calls):
         PeerTimeoutError: a peer did not answer in time; names it.
@@ -105,12 +108,16 @@ class Transport(ABC):
     def check_buffer(self, buffer: Tensor) -> None:
         """Refuses what would be sent wrongly in silence, such as a transposed view."""
         if not buffer.is_contiguous():
-            raise ValueError(f"buffer must be contiguous, got strides {buffer.stride()} for {tuple(buffer.shape)}")
+            raise ValueError(
+                f"buffer must be contiguous, got strides {buffer.stride()} for {tuple(buffer.shape)}"
+            )
         if buffer.device.type != self.device_type:
             raise TypeError(f"buffer must be on {self.device_type} for this transport, got {buffer.device}")
 
     @abstractmethod
-    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None: ...
+    def _exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str
+    ) -> None: ...
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None: ...

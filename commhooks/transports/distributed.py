@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommHooksError, PeerLostError, PeerTimeoutError
-from .base import Message, Transport
+from .base import DEFAULT_TIMEOUT_S, Message, Transport
 
 _POLL_S = 1e-4
 
@@ -33,7 +33,11 @@ class DistributedTransport(Transport):
     name = "distributed"
 
     def __init__(
-        self, process_group: dist.ProcessGroup | None = None, *, backend: str = "gloo", timeout_s: float = 60.0
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        backend: str = "gloo",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("transport 'distributed' needs torch.distributed.init_process_group first")
@@ -52,12 +56,12 @@ class DistributedTransport(Transport):
         )
 
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+        pending: list[tuple[Any, str]] = []
         if self.backend == "nccl":
             operations = [dist.P2POp(dist.irecv, b, self._ranks[p], self._group) for p, b in receives]
             operations += [dist.P2POp(dist.isend, b, self._ranks[p], self._group) for p, b in sends]
             pending = [(work, "any peer") for work in dist.batch_isend_irecv(operations)]
         else:
-            pending = []
             try:
                 for peer, b in receives:
                     pending.append((dist.irecv(b, self._ranks[peer], self._group, tag), f"rank {peer}"))
@@ -72,10 +76,14 @@ class DistributedTransport(Transport):
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
         rows = list(receive.unbind(0))
-        self._collective(lambda: dist.all_gather(rows, send, group=self._group, async_op=True), what, "all-gather")
+        self._collective(
+            lambda: dist.all_gather(rows, send, group=self._group, async_op=True), what, "all-gather"
+        )
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
-        self._collective(lambda: dist.all_reduce(buffer, group=self._group, async_op=True), what, "all-reduce")
+        self._collective(
+            lambda: dist.all_reduce(buffer, group=self._group, async_op=True), what, "all-reduce"
+        )
 
     def _collective(self, start: Any, what: str, operation: str) -> None:
         deadline = time.monotonic() + self.timeout_s
@@ -97,10 +105,10 @@ class DistributedTransport(Transport):
             raise self._typed(error, what, peer) from error
 
     def _wait_for_device(self, deadline: float, what: str) -> None:
-        """NCCL's wait only orders streams: poll the stream itself, so that a stall is seen by the deadline."""
+        """NCCL's wait only orders streams: poll the stream itself, so that a stall is seen in time."""
         if self.backend != "nccl":
             return
-        done = torch.cuda.Event()
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         while not done.query():
             time.sleep(_POLL_S)
@@ -110,8 +118,12 @@ class DistributedTransport(Transport):
     def _typed(self, error: RuntimeError, what: str, peer: str) -> CommHooksError:
         text = str(error)
         if "imed out" in text or "imeout" in text:
-            return PeerTimeoutError(f"rank {self.rank}, {what}: no answer from {peer} for {self.timeout_s:g} s")
-        return PeerLostError(f"rank {self.rank}, {what}: lost the connection to {peer}: {text.split(". ")[0]}")
+            return PeerTimeoutError(
+                f"rank {self.rank}, {what}: no answer from {peer} for {self.timeout_s:g} s"
+            )
+        return PeerLostError(
+            f"rank {self.rank}, {what}: lost the connection to {peer}: {text.split('. ')[0]}"
+        )
 
     def close(self) -> None:
         if self._group is not None and dist.is_initialized():

@@ -59,7 +59,9 @@ class InProcessTransport(Transport):
             except queue.Empty:
                 waited += min(_POLL_S, self.timeout_s)
             if self._mailboxes.broken is not None:
-                raise PeerLostError(f"rank {self.rank}, {what}: another rank failed") from self._mailboxes.broken
+                raise PeerLostError(
+                    f"rank {self.rank}, {what}: another rank failed"
+                ) from self._mailboxes.broken
             if waited >= self.timeout_s:
                 raise PeerTimeoutError(
                     f"rank {self.rank}, {what}: nothing from rank {peer} for {self.timeout_s:g} s"
@@ -93,7 +95,8 @@ def group(world_size: int, timeout_s: float = 30.0) -> list[InProcessTransport]:
 def run(world_size: int, work: Callable[[InProcessTransport], T], timeout_s: float = 30.0) -> list[T]:
     """Runs ``work(transport)`` for every rank in a thread of its own and returns the results by rank.
 
-    The first exception of any rank is raised again here; the others' waits end at once with ``PeerLostError``.
+    The first exception of any rank is raised again here; the others' waits end at once with
+    ``PeerLostError``.
     """
     transports = group(world_size, timeout_s)
     results: list[T | None] = [None] * world_size

@@ -1,4 +1,5 @@
-"""MPI point-to-point and collectives on buffers, by mpi4py (installed on demand: ``pip install commhooks[mpi]``)."""
+"""MPI point-to-point and collectives on buffers, by mpi4py (installed on demand: ``pip install
+commhooks[mpi]``)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
-from .base import Message, Transport
+from .base import DEFAULT_TIMEOUT_S, Message, Transport
 
 _SPIN_POLLS = 200  # polls that only yield the core, before a waiting rank starts to sleep between them
 _SLEEP_S = 5e-5
@@ -31,8 +32,8 @@ def load_mpi() -> Any:
         from mpi4py import MPI
     except ImportError as error:
         raise ImportError(
-            "transport 'mpi' needs mpi4py and an MPI library: `pip install mpi4py mpich` brings both as wheels; "
-            f"or use transport='distributed'. ({error})"
+            "transport 'mpi' needs mpi4py and an MPI library: `pip install mpi4py mpich` brings both as "
+            f"wheels; or use transport='distributed'. ({error})"
         ) from error
     except RuntimeError as error:  # mpi4py is there, its MPI library is not
         raise ImportError(
@@ -55,7 +56,7 @@ class MpiTransport(Transport):
 
     name = "mpi"
 
-    def __init__(self, comm: Any = None, timeout_s: float = 60.0) -> None:
+    def __init__(self, comm: Any = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._mpi = load_mpi()
         parent = self._mpi.COMM_WORLD if comm is None else comm
         super().__init__(parent.Get_rank(), parent.Get_size(), timeout_s)
