@@ -64,7 +64,7 @@ class Averager(ModelAverager):
         module: torch.nn.Module | None = None,
         buffers: BufferChoice = "average",
         reducer: Reducer | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float = transports.DEFAULT_TIMEOUT_S,
         process_group: dist.ProcessGroup | None = None,
         device_type: str = "cpu",
     ) -> None:

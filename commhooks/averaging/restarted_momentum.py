@@ -32,9 +32,9 @@ class MomentumAverager(Averager):
 
     def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         for group in optimizer.param_groups:
-            if "momentum" not in group:
+            if "momentum" not in group or "nesterov" not in group:
                 raise ValueError(
-                    f"optimizer must have a momentum (torch.optim.SGD), got {type(optimizer).__name__}"
+                    f"optimizer must have SGD's momentum (torch.optim.SGD), got {type(optimizer).__name__}"
                 )
             if group.get("dampening", 0.0) != 0.0:
                 raise ValueError(f"dampening must be 0, got {group['dampening']!r}")

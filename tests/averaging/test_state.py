@@ -1,0 +1,242 @@
+"""Saving and resuming: bit for bit at the same world size, from the averaged model at another one."""
+
+import copy
+
+import pytest
+import torch
+
+from commhooks import AllGather, ErrorFeedback, Reducer, TopK
+from commhooks.averaging import (
+    AveragedOptimizer,
+    BlockMomentum,
+    DecentralizedMomentum,
+    LocalSGD,
+    RestartedMomentum,
+    average_checkpoints,
+    topology,
+)
+from commhooks.transports import in_process
+
+from . import oracles
+from .workers import NUMEL, Pieces, in_ranks, run_steps, start
+
+KINDS = ("local", "block", "restarted", "decentralized", "local+topk", "block+topk", "restarted+topk")
+PERIOD = 3
+
+
+def make(kind, transport, dtype=torch.float32):
+    """Model, optimizer and averager of a kind; a fresh start, equal on all ranks."""
+    model = Pieces(start(), dtype=dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    name, _, compressed = kind.partition("+")
+    options = {"transport": transport}
+    if compressed:
+        aggregator = AllGather(transport=transport)
+        options["reducer"] = Reducer(TopK(0.3), aggregator, ErrorFeedback(), dense_crossover=False)
+    if name == "local":
+        averager = LocalSGD(PERIOD, params=model.parameters(), **options)
+    elif name == "block":
+        averager = BlockMomentum(0.7, PERIOD, params=model.parameters(), **options)
+    elif name == "restarted":
+        averager = RestartedMomentum(optimizer, PERIOD, **options)
+    else:
+        network = topology.one_peer_exponential(transport.world_size)
+        averager = DecentralizedMomentum(optimizer, network, **options)
+    return model, optimizer, averager
+
+
+def checkpoint(model, optimizer, averager):
+    parts = {"model": model, "optimizer": optimizer, "averager": averager}
+    return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+
+def load(state, model, optimizer, averager):
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    averager.load_state_dict(state["averager"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind):
+    world_size, total = 3, 13
+    gradient = oracles.make_gradient(world_size, total, NUMEL)
+
+    def straight(transport):
+        return run_steps(*make(kind, transport), gradient, transport.rank, total)
+
+    expected = in_ranks(world_size, straight)
+    for cut in (2, 3, 7):  # inside the first block, at a synchronisation, inside a later block
+
+        def first(transport, cut=cut):
+            parts = make(kind, transport)
+            run_steps(*parts, gradient, transport.rank, cut)
+            return checkpoint(*parts)
+
+        states = in_ranks(world_size, first)
+
+        def second(transport, cut=cut, states=states):
+            parts = make(kind, transport)
+            load(states[transport.rank], *parts)
+            return run_steps(*parts, gradient, transport.rank, total - cut, first=cut)
+
+        assert torch.equal(in_ranks(world_size, second), expected[cut:]), cut
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("new_size", (1, 2, 5))
+def test_another_world_size_continues_from_the_averaged_model(kind, new_size):
+    old_size, cut = 4, 5
+    gradient = oracles.make_gradient(5, 20, NUMEL)
+
+    def first(transport):
+        parts = make(kind, transport)
+        run_steps(*parts, gradient, transport.rank, cut)
+        return checkpoint(*parts), parts[0].flat(), parts[2]
+
+    results = in_ranks(old_size, first)
+    joined = average_checkpoints([state for state, _, _ in results])
+    mean = torch.stack([flat for _, flat, _ in results]).mean(dim=0)
+
+    def second(transport):
+        model, optimizer, averager = make(kind, transport)
+        load(joined, model, optimizer, averager)
+        assert averager.step == cut
+        history = run_steps(model, optimizer, averager, gradient, transport.rank, 4, first=cut)
+        residuals = None
+        if averager.reducer is not None:
+            residuals = averager.reducer.state_dict()["residual"]
+        return history, averager, residuals
+
+    for history, averager, _ in in_ranks(new_size, second):
+        torch.testing.assert_close(history[0], mean, rtol=0, atol=1e-6)
+        assert averager.step == cut + 4
+        if kind == "block":
+            assert averager.anchor.shape == (NUMEL,)
+
+
+def test_the_block_goes_on_at_another_world_size():
+    """w~ and v are kept: the next synchronisation is w~ + mu v + (mean w - w~), against the formulas."""
+    gradient = oracles.make_gradient(4, 6, NUMEL)
+    rate, mu = 0.1, 0.7
+
+    def first(transport):
+        model = Pieces(start())
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        averager = BlockMomentum(mu, PERIOD, params=model.parameters(), transport=transport)
+        run_steps(model, optimizer, averager, gradient, transport.rank, 4)
+        return checkpoint(model, optimizer, averager)
+
+    joined = average_checkpoints(in_ranks(4, first))
+
+    def second(transport):
+        model = Pieces(torch.zeros(NUMEL))
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        averager = BlockMomentum(mu, PERIOD, params=model.parameters(), transport=transport)
+        load(joined, model, optimizer, averager)
+        return run_steps(model, optimizer, averager, gradient, transport.rank, 2, first=4)
+
+    _, w_tildes, vs, _ = oracles.m_avg(start(), gradient, 4, 1, PERIOD, rate, mu)
+    w = torch.stack([w_tildes[1] - rate * gradient(p, 3, w_tildes[1]) for p in range(4)]).mean(dim=0)
+    w = [w, w]
+    for t in (4, 5):
+        w = [w[p] - rate * gradient(p, t, w[p]) for p in range(2)]
+    expected = w_tildes[1] + mu * vs[1] + (sum(w) / 2 - w_tildes[1])
+    result = in_ranks(2, second)
+    torch.testing.assert_close(result[-1, 0], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(result[-1, 0], result[-1, 1])
+
+
+@pytest.mark.parametrize("new_size", (1, 3, 8))
+def test_what_was_withheld_enters_at_another_world_size(new_size):
+    """The mean over ranks of the residuals is the same before and after."""
+    gradient = oracles.make_gradient(4, 8, NUMEL)
+
+    def first(transport):
+        parts = make("block+topk", transport)
+        run_steps(*parts, gradient, transport.rank, 6)
+        return checkpoint(*parts)
+
+    states = in_ranks(4, first)
+    joined = average_checkpoints(states)
+
+    def second(transport):
+        parts = make("block+topk", transport)
+        load(joined, *parts)
+        return parts[2].reducer.state_dict()["residual"]
+
+    after = in_ranks(new_size, second)
+    for name in ("parameter 0", "parameter 1"):
+        before = torch.stack([s["averager"]["reducers"][0]["residual"][name] for s in states]).mean(dim=0)
+        zero = torch.zeros_like(before)
+        now = torch.stack([a.get(name, zero) for a in after]).mean(dim=0)
+        assert before.abs().max() > 0
+        torch.testing.assert_close(now, before)
+
+
+def test_the_wrapper_carries_the_averagers_state():
+    transport = in_process.group(1)[0]
+    model, local, averager = make("block", transport)
+    optimizer = AveragedOptimizer(local, averager)
+    gradient = oracles.make_gradient(1, 4, NUMEL)
+    for t in range(4):
+        model.set_gradient(gradient(0, t, model.flat()))
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    model2, local2, averager2 = make("block", transport)
+    again = AveragedOptimizer(local2, averager2)
+    again.load_state_dict(state)
+    assert averager2.step == 4 and torch.equal(averager2.velocity, averager.velocity)
+
+
+def test_average_checkpoints_of_real_state_dicts():
+    """Adam's moments and BatchNorm's statistics are averaged, counts and hyperparameters taken over."""
+    states = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        model(torch.randn(4, 2)).sum().backward()
+        if rank == 1:
+            model[0].bias.grad = None  # no state for this one on rank 1
+        optimizer.step()
+        states.append({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "note": None})
+    joined = average_checkpoints(states)
+    mean = (states[0]["model"]["1.running_mean"] + states[1]["model"]["1.running_mean"]) / 2
+    torch.testing.assert_close(joined["model"]["1.running_mean"], mean)
+    assert joined["model"]["1.num_batches_tracked"] == 1 and joined["epoch"] == 3 and joined["note"] is None
+    moments = [s["optimizer"]["state"].get(1, {}).get("exp_avg", torch.zeros(2)) for s in states]
+    torch.testing.assert_close(joined["optimizer"]["state"][1]["exp_avg"], (moments[0] + moments[1]) / 2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model.load_state_dict(joined["model"])
+    torch.optim.Adam(model.parameters()).load_state_dict(joined["optimizer"])
+
+
+def test_states_in_the_wrong_place_are_refused():
+    transports = in_process.group(2)
+    averagers = [LocalSGD(2, transport=t) for t in transports]
+    states = [a.state_dict() for a in averagers]
+    with pytest.raises(ValueError, match="rank 0 of 2, this is rank 1 of 2"):
+        averagers[1].load_state_dict(states[0])
+    with pytest.raises(ValueError, match="rank 0 of 2, this is rank 0 of 1.*average_checkpoints"):
+        LocalSGD(2, transport=in_process.group(1)[0]).load_state_dict(states[0])
+    averagers[0].step = 1
+    with pytest.raises(ValueError, match=r"step must be the same.*\[0, 1\]"):
+        average_checkpoints([{"averager": a.state_dict()} for a in averagers])
+    with pytest.raises(ValueError, match=r"order, got \[1, 0\]"):
+        average_checkpoints([{"averager": s} for s in reversed(states)])
+    with pytest.raises(ValueError, match="at least one"):
+        average_checkpoints([])
+    with pytest.raises(ValueError, match="one shape"):
+        average_checkpoints([{"w": torch.zeros(2)}, {"w": torch.zeros(3)}])
+    with pytest.raises(ValueError, match=r"missing on ranks \[1\]"):
+        average_checkpoints([{"w": 1}, {}])
+    model, _, block = make("block", in_process.group(1)[0])
+    with pytest.raises(ValueError, match="anchor must have 10 elements, got 3"):
+        state = block.state_dict()
+        state["shared"]["anchor"] = torch.zeros(3)
+        block.load_state_dict(state)
+    plain, compressed = make("local", in_process.group(1)[0])[2], make("local+topk", in_process.group(1)[0])[2]
+    with pytest.raises(ValueError, match="with a reducer"):
+        plain.load_state_dict(compressed.state_dict())
+    with pytest.raises(ValueError, match="without a reducer"):
+        compressed.load_state_dict(plain.state_dict())
