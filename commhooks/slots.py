@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -58,13 +58,19 @@ class SlotTable:
     def slot(self, bucket: Bucket) -> tuple[Slot, bool]:
         """The slot of this bucket; a new one takes over its parameters' memory from wherever it was."""
         slot = self._slots.get(bucket.index)
-        if slot is not None and _same_keys(slot.keys, bucket.keys):
+        if slot is not None and _same_keys(slot.keys, bucket.keys) and self._owns(slot, all):
             return slot, False
         slot = Slot(bucket, self.with_velocity)
         for position, key in enumerate(slot.keys):
             self._claim(slot, position, key)
         self._slots[bucket.index] = slot
+        # The new layout may have fewer buckets: a slot whose parameters have all moved on is stale.
+        self._slots = {i: s for i, s in self._slots.items() if self._owns(s, any)}
         return slot, True
+
+    def _owns(self, slot: Slot, how: Callable[[Iterable[bool]], bool]) -> bool:
+        """Whether ``all`` or ``any`` of the slot's parameters (still) lie in it."""
+        return not slot.keys or how(self._place[key][0] is slot for key in slot.keys)
 
     def known(self, key: Hashable) -> bool:
         """Whether the parameter has a place already."""
@@ -98,7 +104,8 @@ class SlotTable:
 
     def residual_norm(self) -> float:
         """L2 norm of all residuals of this rank."""
-        squares = [float(s.residual.double().square().sum()) for s in self._slots.values()]
+        views = (slot.view(slot.residual, position) for slot, position in self._place.values())
+        squares = [float(view.double().square().sum()) for view in views]
         return math.sqrt(sum(squares))
 
     def state_dict(self) -> dict[str, Any]:
