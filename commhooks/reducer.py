@@ -235,7 +235,9 @@ class Reducer:
                 memory.restore(slot, out.refused.to(bucket.buffer.device))
             if self._measures_delta:
                 self._delta.add(transport, slot.residual, out, k, context.tag)
-            rounding = write_sparse(bucket.buffer, out.values, out.indices, self._factor(scale), scale)
+            factor = self._factor(scale)
+            share = factor * transport.world_size
+            rounding = write_sparse(bucket.buffer, out.values, out.indices, factor, share)
         self._keep_until_known(slot, out, rounding)
 
     def _keep_until_known(self, slot: Slot, out: Aggregated, rounding: SparseGrad | None) -> None:
@@ -262,7 +264,9 @@ class Reducer:
             self._throw_away(bucket, bad)
             return
         with figures.phase("write_back"):
-            rounding = write_dense(bucket.buffer, total.to(slot.residual.device), self._factor(scale), scale)
+            factor = self._factor(scale)
+            share = factor * transport.world_size
+            rounding = write_dense(bucket.buffer, total.to(slot.residual.device), factor, share)
 
         def commit() -> None:  # until then the residual still holds all that was sent
             kept = slot.residual.new_zeros(()) if active is None else slot.residual * ~active

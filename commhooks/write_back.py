@@ -11,7 +11,7 @@ from .sparse import SparseGrad
 
 
 def write_sparse(
-    buffer: Tensor, values: Tensor, indices: Tensor, factor: float, scale: float
+    buffer: Tensor, values: Tensor, indices: Tensor, factor: float, share: float
 ) -> SparseGrad | None:
     """``buffer`` (n,) becomes ``factor`` times the sum of the rows, zero elsewhere.
 
@@ -19,8 +19,8 @@ def write_sparse(
         buffer: float32, bfloat16 or float16; overwritten. What overflows float16 is clamped.
         values: shape ``(m, k)``, float32, added row by row.
         indices: shape ``(m, k)``, int32.
-        factor: loss scale over world size.
-        scale: loss scale alone.
+        factor: of the sum: loss scale, over the world size when it is averaged.
+        share: ``factor`` times world size. What is lost is divided by it, since every rank restores the same.
 
     Returns:
         What half precision kept from the model, in the memory's units, to be restored on every rank; None for
@@ -32,11 +32,11 @@ def write_sparse(
         return None
     row, where = coalesced(values, indices)
     ops.write_back(buffer, row[None], where[None], factor)
-    lost = (row * factor - buffer[where.long()].to(torch.float32)) / scale
+    lost = (row * factor - buffer[where.long()].to(torch.float32)) / share
     return SparseGrad(lost, where, buffer.numel())
 
 
-def write_dense(buffer: Tensor, total: Tensor, factor: float, scale: float) -> Tensor | None:
+def write_dense(buffer: Tensor, total: Tensor, factor: float, share: float) -> Tensor | None:
     """``buffer`` (n,) becomes ``factor * total``; returns what rounding kept, None for float32.
 
     ``total`` (n,) float32 is overwritten.
@@ -47,7 +47,7 @@ def write_dense(buffer: Tensor, total: Tensor, factor: float, scale: float) -> T
         return None
     limit = torch.finfo(buffer.dtype).max
     buffer.copy_(total.clamp(-limit, limit))
-    return total.sub_(buffer.to(torch.float32)).div_(scale)
+    return total.sub_(buffer.to(torch.float32)).div_(share)
 
 
 def coalesced(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
