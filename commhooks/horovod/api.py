@@ -1,0 +1,79 @@
+"""The way to Horovod: import, version, session, process sets."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from typing import Any
+
+from ..errors import PeerTimeoutError
+
+SUPPORTED = "0.28"
+_POLL_S = 2e-4
+
+
+def horovod() -> Any:
+    """The module ``horovod.torch``.
+
+    Raises:
+        ImportError: it is absent or was built for another torch; the message says what to do.
+    """
+    try:
+        return importlib.import_module("horovod.torch")
+    except ImportError as error:
+        raise ImportError(
+            "commhooks.horovod needs Horovod 0.28.x built for the installed torch: run scripts/install_horovod "
+            f"(3 to 8 minutes the first time). ({error})"
+        ) from error
+
+
+def require_version() -> None:
+    """Raises ``RuntimeError`` unless Horovod is 0.28.x, for what relies on parts of it that are not public."""
+    version = str(importlib.import_module("horovod").__version__)
+    if version.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
+        raise RuntimeError(
+            f"commhooks.horovod.DistributedOptimizer supports Horovod {SUPPORTED}.x, found {version}: it relies on "
+            "parts of Horovod that are not public. Install 0.28.1 (scripts/install_horovod), or use the stock "
+            "hvd.DistributedOptimizer with commhooks.horovod.Compression, which needs only public parts"
+        )
+
+
+def session() -> object:
+    """An object that lives from one ``hvd.init()`` to the next: an elastic reset makes a new one."""
+    return importlib.import_module("horovod.torch.mpi_ops")._handle_map
+
+
+def is_elastic() -> bool:
+    """Whether an elastic launcher started this process."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def check_process_set(process_set: Any) -> Any:
+    """``process_set``, or the global one for None.
+
+    Raises:
+        ValueError: Horovod does not know it.
+    """
+    hvd = horovod()
+    chosen = hvd.global_process_set if process_set is None else process_set
+    if not hvd.is_initialized():
+        raise ValueError("Horovod is not initialized: call hvd.init() first")
+    if getattr(chosen, "process_set_id", None) is None:
+        raise ValueError(f"process_set must be registered (hvd.add_process_set), got {process_set!r}")
+    return chosen
+
+
+def wait_for(handle: int, timeout_s: float, what: str) -> Any:
+    """The result of an asynchronous Horovod operation.
+
+    Raises:
+        PeerTimeoutError: it is not complete after ``timeout_s`` seconds.
+    """
+    hvd = horovod()
+    deadline = time.monotonic() + timeout_s
+    while not hvd.poll(handle):
+        if time.monotonic() > deadline:
+            raise PeerTimeoutError(f"rank {hvd.rank()}, {what}: no answer from any rank for {timeout_s:g} s")
+        time.sleep(_POLL_S)
+    return hvd.synchronize(handle)

@@ -1,0 +1,202 @@
+"""``Compression``: sparsification for Horovod's own optimizer, by its ``compression=`` argument.
+
+Only public parts of Horovod are used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..aggregators.base import Context, pack, unpack
+from ..errors import SettingsMismatchError
+from ..memory import Memory
+from ..schedules import DensitySchedule
+from ..selectors import RandomK, TopK
+from .api import horovod, wait_for
+from .compressor import CompressorCore, Flight
+
+_VOTE = 4096.0  # added to the marker by a rank that found NaN or Inf
+
+
+class SparseCompressor(horovod().compression.Compressor):  # type: ignore[misc]
+    """A compression object for ``hvd.DistributedOptimizer``: error feedback per parameter, a sparse exchange.
+
+    Horovod calls ``compress(p.grad)`` when a gradient is ready and ``decompress`` in ``synchronize()``, where the
+    result replaces the gradient. One object serves one optimizer. Made by :class:`Compression`.
+    """
+
+    def __init__(self, core: CompressorCore) -> None:
+        self.core = core
+        self._averages: bool | None = None  # which op the optimizer uses, read off the first result
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Flight]:
+        """What Horovod is to all-reduce, and what :meth:`decompress` needs.
+
+        Raises:
+            ValueError: ``tensor`` is the gradient of no parameter; the message names the option that causes it.
+        """
+        raise NotImplementedError
+
+    def decompress(self, tensor: Tensor, ctx: Flight) -> Tensor:
+        """The reduced gradient, in the parameter's shape and dtype.
+
+        Raises:
+            SettingsMismatchError: ranks disagree on settings or parameters.
+            NonFiniteGradientError: with ``nonfinite="error"``.
+            ValueError: the optimizer's ``op`` is neither Average nor Sum.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals, velocities and step counts by parameter name; save one per rank."""
+        return self.core.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what this rank's :meth:`state_dict` gave."""
+        self.core.load_state_dict(state)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the last step on this rank: bytes, compression ratio, residual norm."""
+        return self.core.stats()
+
+    def _marker(self) -> float:
+        """Rank 0 gives 3 and the others 1: sum, average, minimum, maximum and product all come out different."""
+        return 3.0 if self.core.process_set.rank() == 0 else 1.0
+
+    def _read_marker(self, reduced: float) -> tuple[bool, bool]:
+        """(some rank voted, all ranks took part) from the reduced marker; learns the op at the first call."""
+        world_size = self.core.process_set.size()
+        for averages in (True, False) if self._averages is None else (self._averages,):
+            total = round(reduced * world_size if averages else reduced)
+            votes, rest = divmod(total, int(_VOTE))
+            complete = rest == world_size + 2
+            if complete or self._averages is not None:
+                self._averages = averages
+                return votes > 0, complete
+        raise ValueError(
+            f"op must be hvd.Average or hvd.Sum for a sparse compression over {world_size} ranks: a marker came "
+            f"back as {reduced:g} (or process_set is not the optimizer's)"
+        )
+
+    def _count(self, sent: int) -> None:
+        self.core.current.bytes_sent += sent
+        self.core.current.bytes_received += sent
+
+
+class RandomKCompressor(SparseCompressor):
+    """k values under a mask that all ranks derive from (seed, the parameter's step, its name), all-reduced."""
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Flight]:
+        flight = self.core.take_off(tensor)
+        message = torch.empty(flight.pairs.k + 1, dtype=torch.float32, device=tensor.device)
+        message[:-1] = flight.pairs.values
+        message[-1] = self._marker() + (_VOTE if flight.nonfinite else 0.0)
+        world_size = self.core.process_set.size()
+        self._count(2 * (world_size - 1) * 4 * message.numel() // world_size)
+        return message, flight
+
+    def decompress(self, tensor: Tensor, ctx: Flight) -> Tensor:
+        core = self.core
+        core.check_agreement()
+        voted, complete = self._read_marker(float(tensor[-1]))
+        # After hvd.join() some ranks send zeros and draw no mask: the count stands still, so that masks stay shared.
+        ctx.entry.step += complete
+        share = 1.0 if self._averages else float(core.process_set.size())
+        return core.land(ctx, tensor[None, :-1].contiguous(), ctx.pairs.indices[None], 1.0, share, voted)
+
+
+class TopKCompressor(SparseCompressor):
+    """Each rank's own k largest, all-gathered beside Horovod's all-reduce of one element."""
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Flight]:
+        core = self.core
+        flight = core.take_off(tensor)
+        context = Context(flight.entry.index, flight.entry.step)
+        message = pack(flight.pairs, flight.nonfinite > 0, context)
+        flight.handle = horovod().allgather_async(
+            message, name=f"commhooks.topk.{flight.entry.name}", process_set=core.process_set
+        )
+        self._count((core.process_set.size() - 1) * 4 * message.numel())
+        return torch.tensor([self._marker()], dtype=torch.float32, device=tensor.device), flight
+
+    def decompress(self, tensor: Tensor, ctx: Flight) -> Tensor:
+        core, entry = self.core, ctx.entry
+        core.check_agreement()
+        self._read_marker(float(tensor))
+        assert ctx.handle is not None
+        gathered = wait_for(ctx.handle, core.timeout_s, f"all-gather of {entry.name}")
+        world_size = core.process_set.size()
+        if gathered.numel() % world_size:
+            raise SettingsMismatchError(f"{entry.name}: the ranks sent {gathered.numel()} words of unequal shares")
+        context = Context(entry.index, entry.step)
+        rows, votes = [], []
+        for rank, message in enumerate(gathered.view(world_size, -1)):
+            row, vote = unpack(message, ctx.grad.numel(), rank, context)
+            rows.append(row)
+            votes.append(vote)
+        entry.step += 1
+        factor, share = (1.0 / world_size, 1.0) if self._averages else (1.0, float(world_size))
+        values, indices = torch.stack([r.values for r in rows]), torch.stack([r.indices for r in rows])
+        return core.land(ctx, values, indices, factor, share, any(votes))
+
+
+class Compression:
+    """Sparse compressions for the stock ``hvd.DistributedOptimizer``.
+
+    Example:
+        >>> optimizer = hvd.DistributedOptimizer(
+        ...     optimizer, model.named_parameters(),
+        ...     compression=Compression.randomk(0.01, model.named_parameters()))
+    """
+
+    @staticmethod
+    def randomk(
+        density: float | DensitySchedule,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        seed: int = 0,
+        memory: Memory | None = None,
+        nonfinite: str = "propagate",
+        process_set: Any = None,
+        timeout_s: float = 60.0,
+    ) -> SparseCompressor:
+        """Random-k with a mask all ranks share; Horovod all-reduces ``k + 1`` floats per parameter.
+
+        Works with tensor groups, ``backward_passes_per_step``, process sets, ``gradient_predivide_factor``, op
+        Average and Sum, and ``hvd.join()``. Not with Adasum and ``sparse_as_dense``: ``ValueError``.
+
+        Args:
+            density: k/n in (0, 1], or a schedule; k is at least 1 for each parameter.
+            named_parameters: the ones given to the optimizer.
+            seed: of the masks, the same on all ranks.
+            memory: default ``ErrorFeedback()``. One object per compression.
+            nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as for :class:`commhooks.SparseState`.
+            process_set: the one given to the optimizer.
+            timeout_s: seconds until a missing rank is an error, where the wait is ours: Horovod's own waits
+                follow ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``.
+        """
+        selector = RandomK(density, seed)
+        core = CompressorCore(selector, named_parameters, memory, nonfinite, process_set, timeout_s)
+        return RandomKCompressor(core)
+
+    @staticmethod
+    def topk(
+        density: float | DensitySchedule,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        memory: Memory | None = None,
+        nonfinite: str = "propagate",
+        process_set: Any = None,
+        timeout_s: float = 60.0,
+    ) -> SparseCompressor:
+        """Exact top-k of every rank and parameter, by named all-gathers launched as gradients become ready.
+
+        A one-element dummy takes the all-reduce's place. Works where :meth:`randomk` does, except
+        ``hvd.join()``, which Horovod itself refuses beside an all-gather. Arguments as there.
+        """
+        core = CompressorCore(TopK(density), named_parameters, memory, nonfinite, process_set, timeout_s)
+        return TopKCompressor(core)

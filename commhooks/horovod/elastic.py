@@ -1,0 +1,66 @@
+"""Elastic Horovod: ``hvd.elastic.TorchState`` commits, restores and synchronises our objects like its own."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+from .api import horovod
+from .compression import SparseCompressor
+from .optimizer import SparseOptimizer
+
+_elastic = importlib.import_module("horovod.torch.elastic.state")
+
+
+class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[misc,name-defined]
+    """Commit and restore take each rank's residuals along; sync leaves them where they are.
+
+    A new worker starts with an empty residual and takes the step count from rank 0 (warm-up and masks depend on it).
+    """
+
+    def restore(self) -> None:
+        """Back to the commit, without talking to anybody: a peer may be the reason."""
+        saved = dict(self._saved_optimizer_state)
+        residuals = saved.pop("commhooks", None)
+        self.value.load_state_dict(saved)
+        if self.value._sync is not None and residuals is not None:
+            self.value._sync.rewind(residuals)
+
+    def sync(self) -> None:
+        super().sync()
+        sync = self.value._sync
+        if sync is None:
+            return
+        sync.reset()
+        sync.open()
+        reducer = sync.state.reducer
+        reducer.step = horovod().broadcast_object(reducer.step, root_rank=0, name="commhooks.step")
+        self.save()
+
+
+class CompressorHandler(_elastic.StateHandler):  # type: ignore[misc,name-defined]
+    """The same for a compression object, given as ``TorchState(..., compression=compression)``."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self.save()
+
+    def save(self) -> None:
+        self._saved = copy.deepcopy(self.value.state_dict())
+
+    def restore(self) -> None:
+        self.value.load_state_dict(self._saved)
+
+    def sync(self) -> None:
+        core = self.value.core
+        core.finish_step()
+        core.load_steps(horovod().broadcast_object(core.steps(), root_rank=0, name="commhooks.steps"))
+        self.save()
+
+
+def register_handlers() -> None:
+    """Makes ``hvd.elastic.TorchState`` use the handlers; ours must come before the one for all optimizers."""
+    registry = list(_elastic.get_handler_registry())
+    ours = [(SparseOptimizer, SparseOptimizerHandler), (SparseCompressor, CompressorHandler)]
+    _elastic.set_handler_registry(ours + [pair for pair in registry if pair not in ours])

@@ -1,0 +1,102 @@
+"""Which parameter is behind a gradient: found by identity, the only key that holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter.
+
+    Attributes:
+        name: its name, the same on all ranks.
+        parameter: the Parameter itself.
+        index: its place in the names' alphabetical order, the same on all ranks.
+        stream: 63 bits of the name's hash: what tells masks of one step apart.
+        step: exchanges of this parameter so far.
+    """
+
+    name: str
+    parameter: Tensor
+    index: int
+    stream: int
+    step: int = 0
+
+
+class ParameterTable:
+    """Finds the entry whose parameter's ``grad`` is a given tensor object.
+
+    Horovod calls ``compress(p.grad)`` in the order in which gradients become ready, which differs between ranks;
+    shapes repeat and addresses are reused. What holds is ``p.grad is tensor``. Call order only says where the
+    search begins.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        pairs = list(check_named(named_parameters))
+        places = {name: place for place, name in enumerate(sorted(name for name, _ in pairs))}
+        # backward reaches the last parameter first
+        self.entries = [Entry(name, p, places[name], stream_of(name)) for name, p in reversed(pairs)]
+        self._start = 0
+
+    def find(self, tensor: Tensor) -> Entry:
+        """The entry of the parameter whose gradient ``tensor`` is.
+
+        Raises:
+            ValueError: there is none; names the option of Horovod's optimizer that leads here.
+        """
+        count = len(self.entries)
+        for offset in range(count):
+            place = (self._start + offset) % count
+            if self.entries[place].parameter.grad is tensor:
+                self._start = place + 1
+                return self.entries[place]
+        raise ValueError(self._why_not(tensor))
+
+    def _why_not(self, tensor: Tensor) -> str:
+        for entry in self.entries:
+            if entry.parameter is tensor:
+                return (
+                    "op=Adasum is not supported: it combines parameter changes, not gradients, and a sparse sum "
+                    "has no Adasum. Use op=hvd.Average or hvd.Sum"
+                )
+            grad = entry.parameter.grad
+            if grad is not None and grad.is_sparse and grad.shape == tensor.shape:
+                return (
+                    f"sparse_as_dense=True is not supported with this compression ({entry.name}): the dense copy "
+                    "hides which parameter it belongs to. Use nn.Embedding(sparse=False), or "
+                    "commhooks.horovod.DistributedOptimizer(sparse_as_dense=True)"
+                )
+        return (
+            f"a tensor of shape {tuple(tensor.shape)} is the gradient of no parameter in named_parameters: give "
+            "the compression the same named_parameters as the optimizer (it serves optimizers, not hvd.allreduce)"
+        )
+
+
+def check_named(named_parameters: Any) -> list[tuple[str, Tensor]]:
+    """``named_parameters`` as a list.
+
+    Raises:
+        ValueError: it is empty, holds other things than (name, Tensor), or names twice the same.
+    """
+    pairs = list(named_parameters)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(f"named_parameters must hold (name, parameter) tuples, got {type(pair).__name__}")
+        if not isinstance(pair[1], Tensor):
+            raise ValueError(f"named_parameters must hold tensors, got {type(pair[1]).__name__} for {pair[0]!r}")
+    names = [name for name, _ in pairs]
+    if not pairs or len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"named_parameters must be unique and not empty, got {twice or 'nothing'}")
+    return pairs
+
+
+def stream_of(name: str) -> int:
+    """63 bits that depend on the name alone."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
