@@ -1,0 +1,98 @@
+"""What is compared: how each scheme is attached to a DDP model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+PEERS = ("dense", "fp16", "bf16", "powersgd1", "powersgd2", "powersgd4")
+OURS = ("topk", "gtopk", "gtopk-tree", "randomk")
+MPI_SUFFIX = "-mpi"
+SCHEMES = ("none", *PEERS, *OURS, *(name + MPI_SUFFIX for name in OURS))
+"""`none` communicates nothing; a name of ours alone uses gloo, with `-mpi` MPI; the rest is torch's own over gloo."""
+
+
+@dataclass
+class Attached:
+    """A DDP model with a scheme on it. `state`: our SparseState, or None."""
+
+    model: DistributedDataParallel
+    state: Any
+
+
+def is_ours(scheme: str) -> bool:
+    """Whether the scheme is one of commhooks'."""
+    return scheme.removesuffix(MPI_SUFFIX) in (*OURS, "auto")
+
+
+def attach(scheme: str, module: torch.nn.Module, density: float, bucket_mb: float | None = None) -> Attached:
+    """Wraps `module` and registers the scheme's hook. A collective call.
+
+    PowerSGD gets one bucket: with more it hangs on gloo. The others get DDP's default layout unless `bucket_mb` says
+    otherwise.
+
+    Raises:
+        ValueError: an unknown scheme.
+    """
+    if scheme not in (*SCHEMES, "auto"):
+        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+    cap = 4096 if scheme.startswith("powersgd") else bucket_mb
+    options: dict[str, Any] = {} if cap is None else {"bucket_cap_mb": cap}
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+    if is_ours(scheme):
+        return Attached(model, _attach_ours(scheme, model, density))
+    _attach_peer(scheme, model)
+    return Attached(model, None)
+
+
+def make_state(scheme: str, density: float) -> Any:
+    """A SparseState for one of our schemes."""
+    from commhooks import AllGather, GTopK, RandomK, SharedIndices, SparseState, TopK
+
+    name = scheme.removesuffix(MPI_SUFFIX)
+    transport = "mpi" if scheme.endswith(MPI_SUFFIX) else "distributed"
+    if name == "randomk":
+        return SparseState(RandomK(density), SharedIndices(transport))
+    if name == "topk":
+        return SparseState(TopK(density), AllGather(transport))
+    algorithm = "tree" if name == "gtopk-tree" else "doubling"
+    return SparseState(TopK(density), GTopK(transport, algorithm=algorithm))
+
+
+def _attach_ours(scheme: str, model: DistributedDataParallel, density: float) -> Any:
+    from commhooks import SparseState, register
+
+    if scheme == "auto":
+        numel = sum(p.numel() for p in model.module.parameters())
+        state = SparseState.auto(numel, density=density)
+    else:
+        state = make_state(scheme, density)
+    return register(model, state)
+
+
+def _attach_peer(scheme: str, model: DistributedDataParallel) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    if scheme == "none":
+        model.register_comm_hook(None, _nothing)
+    elif scheme in ("fp16", "bf16"):
+        compress = getattr(default_hooks, f"{scheme}_compress_hook")
+
+        def renamed(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses the bf16 hook by its name without NCCL
+            return compress(state, bucket)
+
+        model.register_comm_hook(None, renamed)
+    elif scheme.startswith("powersgd"):
+        state = powerSGD_hook.PowerSGDState(
+            process_group=None, matrix_approximation_rank=int(scheme[8:]), start_powerSGD_iter=2
+        )
+        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+def _nothing(state, bucket):  # type: ignore[no-untyped-def]  # register_comm_hook looks at annotations
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future

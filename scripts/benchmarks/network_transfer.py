@@ -1,0 +1,60 @@
+"""One host's part of `Network.transfer`: sends to its right neighbour while it receives from its left one.
+
+Run inside a namespace: `network_transfer.py ADDRESS BYTES TIMEOUT_S`; prints the seconds between the first and the last
+byte that arrived.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+
+PORT = 29777
+_CHUNK = 1 << 18
+
+
+def main(address: str, payload: int, timeout_s: float) -> None:
+    """Serves and sends once; exits with a traceback when a peer does not come in time."""
+    socket.setdefaulttimeout(timeout_s)
+    with socket.create_server(("", PORT), backlog=8) as server:
+        sender = threading.Thread(target=_send, args=(address, payload, timeout_s), daemon=True)
+        sender.start()
+        connection, _ = server.accept()
+        with connection:
+            seconds = _receive(connection, payload)
+        sender.join(timeout_s)
+    print(f"{seconds:.6f}")
+
+
+def _receive(connection: socket.socket, payload: int) -> float:
+    got = len(connection.recv(1))
+    started = time.perf_counter()
+    while got < payload:
+        piece = len(connection.recv(_CHUNK))
+        if not piece:
+            raise ConnectionError(f"the neighbour left after {got} of {payload} bytes")
+        got += piece
+    return time.perf_counter() - started
+
+
+def _send(address: str, payload: int, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection = socket.create_connection((address, PORT), timeout=timeout_s)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+    block = bytes(_CHUNK)
+    with connection:
+        left = payload
+        while left:
+            left -= connection.send(block[: min(left, _CHUNK)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
