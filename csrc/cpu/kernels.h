@@ -1,0 +1,103 @@
+// The table of inner loops that exist once per instruction set.
+//
+// This header and what it includes must stay free of C++ library templates: the files that include it are compiled with
+// different target flags, and a shared inline function built for AVX-512 must never be the one the linker keeps.
+#ifndef COMMHOOKS_CPU_KERNELS_H
+#define COMMHOOKS_CPU_KERNELS_H
+
+#include <stdint.h>
+
+namespace commhooks {
+
+constexpr uint32_t kMagnitudeBits = 0x7fffffffu;
+constexpr uint32_t kLargestFiniteKey = 0x7f7fffffu;
+// Buffers that kernels append to have this many places beyond their capacity: a whole vector is stored at a time.
+constexpr int64_t kAppendSlack = 64;
+
+struct FuseArgs {
+  const void *grad;
+  float *residual;
+  float *velocity;  // or nullptr
+  float factor;
+  float momentum;
+  int32_t dtype;
+};
+
+// Where a pass puts the candidates it takes out: those whose key (|c| as an integer) is above `floor`.
+struct Appender {
+  float *values;
+  int32_t *indices;
+  int64_t count;
+  int64_t capacity;
+  int64_t nonfinite;
+  uint32_t floor;
+  int32_t overflow;  // set when a candidate had to stay because `capacity` was reached
+};
+
+struct Emitted {
+  float *values;
+  int32_t *indices;
+  int64_t size;
+};
+
+// A stretch of the union of two index-sorted lists a and b. tags[u]: bit 0 when element u of the union is in a, bit 1 when
+// it is in b; the elements of a that belong to the stretch are [begin_a, end_a).
+struct Stretch {
+  const uint8_t *tags;
+  int64_t size;
+  int64_t begin_a;
+  int64_t end_a;
+  int64_t begin_b;
+  int64_t end_b;
+};
+
+struct MergeInput {
+  const float *values_a;
+  const int32_t *indices_a;
+  const float *values_b;
+  const int32_t *indices_b;
+};
+
+struct Survivors {
+  uint8_t *a;
+  uint8_t *b;
+};
+
+struct Kernels {
+  const char *name;
+  // The fused pass over [begin, end); `append` chooses whether candidates are taken out.
+  void (*fuse)(const FuseArgs &args, int64_t begin, int64_t end, bool append, Appender &out);
+  // Takes candidates out of values that are already corrected.
+  void (*collect)(float *residual, int64_t begin, int64_t end, Appender &out);
+  bool (*all_zero)(const void *grad, int32_t dtype, int64_t begin, int64_t end);
+  // Corrected values of `count` elements from `begin`, nothing written back; not finite: 0.
+  void (*sample)(const FuseArgs &args, int64_t begin, int64_t count, float *out);
+  void (*key_range)(const float *values, int64_t size, uint32_t *lowest, uint32_t *highest);
+  // Writes the values whose keys are in [low, high] to `out`; returns how many.
+  int64_t (*between)(const float *values, int64_t size, uint32_t low, uint32_t high, float *out);
+  void (*count)(const float *values, int64_t size, uint32_t key, int64_t *above, int64_t *equal);
+  // Keeps keys above `key` and the first `ties` equal to it; what is not kept goes back into `residual` (or nowhere).
+  void (*emit)(const float *values, const int32_t *indices, int64_t size, uint32_t key, int64_t ties, Emitted out,
+               float *residual);
+  // Writes the stretch's indices and values (sums where both have the index); both need kAppendSlack more places.
+  void (*combine)(const MergeInput &in, const Stretch &stretch, float *values, int32_t *indices);
+  // Like emit, and marks in `survivors` which elements of a and b are kept.
+  void (*emit_merged)(const Stretch &stretch, const float *values, const int32_t *indices, uint32_t key, int64_t ties,
+                      Emitted out, Survivors survivors);
+  // Streaming stores of `bytes` (a multiple of 64) to `destination` (64-aligned); source nullptr: zeros.
+  void (*stream)(void *destination, const void *source, int64_t bytes);
+  // One pass of the Feistel network over out[j] = first + j, in place over `size` indices.
+  void (*feistel)(uint32_t *indices, int64_t size, const uint32_t *round_keys, int32_t half_bits);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(COMMHOOKS_HAVE_X86)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+#if defined(__aarch64__)
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace commhooks
+#endif
