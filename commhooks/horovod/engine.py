@@ -51,7 +51,8 @@ class GradientSync:
         state.attach(self)
         state.set_names((name, p) for p, name in names.items())
         self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
-        self.passes, self.sums, self.sparse_as_dense = passes, sums, sparse_as_dense
+        self.passes, self.sparse_as_dense = passes, sparse_as_dense
+        state.reducer.average = not sums
         self._requested = state.reducer.aggregator.requested
         self._session: object = None
         self._lock = threading.Lock()  # gradients on several devices arrive on several threads
@@ -161,8 +162,6 @@ class GradientSync:
         reducer.memory.table.load(residuals)
 
     def _hand_back(self, bucket: FusedBucket) -> None:
-        if self.sums:
-            bucket.buffer.mul_(self.process_set.size())
         for parameter, view in bucket.views.items():
             if parameter.grad is None:  # some other rank used it: all ranks take the same update
                 parameter.grad = torch.zeros_like(parameter)
