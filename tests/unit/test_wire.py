@@ -1,0 +1,115 @@
+"""Bytes per step, counted under the transport's own counters, equal the formulas."""
+
+import math
+
+import pytest
+import torch
+from commhooks import Bucket
+from commhooks.transports import in_process
+
+from ranks import reducer
+
+HEADER = 16
+SIZES = (1, 2, 3, 4, 5, 8)
+
+
+def traffic(scheme, world_size, n, k, steps=3):
+    """What each rank sent and received in the last of ``steps`` steps.
+
+    Returns:
+        for each rank (stats, sent bytes per message, received bytes per message), from outside the counters.
+    """
+
+    def work(transport):
+        sent, received = [], []
+        exchange, all_reduce = transport._exchange, transport._all_reduce
+
+        def counted(sends, receives, tag, what):
+            sent.extend(b.numel() * b.element_size() for _, b in sends)
+            received.extend(b.numel() * b.element_size() for _, b in receives)
+            exchange(sends, receives, tag, what)
+
+        transport._exchange = counted
+        red = reducer(scheme, transport, k / n)
+        generator = torch.Generator().manual_seed(transport.rank)
+        for _ in range(steps):
+            sent.clear(), received.clear()
+            red.reduce(Bucket(0, torch.randn(n, generator=generator), ("p",), (n,)))
+        return red.stats(), list(sent), list(received)
+
+    return in_process.run(world_size, work)
+
+
+def core(world_size):
+    return 2 ** int(math.log2(world_size))
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+@pytest.mark.parametrize("k", [3, 50])
+def test_doubling_sends_at_most_ceil_log2_messages_of_8k_and_a_header(world_size, k):
+    message, bits = 8 * k + HEADER, math.ceil(k / 8)
+    rounds, folds = int(math.log2(core(world_size))), world_size - core(world_size)
+    for rank, (stats, sent, received) in enumerate(traffic("gtopk", world_size, 400, k)):
+        if rank >= core(world_size):
+            expected = [message]
+        elif rank < folds:
+            expected = [message] * rounds + [message + bits]
+        else:
+            expected = [message] * rounds
+        assert sent == expected
+        assert stats["bytes_sent"] == sum(expected)
+        assert stats["bytes_received"] == sum(received)
+        steps = math.ceil(math.log2(world_size))
+        assert sum(sent) <= steps * (8 * k + HEADER) + (bits if rank < folds else 0)
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+def test_the_tree_sends_log2_p_messages_and_survival_bits(world_size):
+    k = 20
+    results = traffic("gtopk-tree", world_size, 400, k)
+    message, bits = 8 * k + HEADER, math.ceil(k / 8)
+    everything = sum(stats["bytes_sent"] for stats, _, _ in results)
+    assert everything == (world_size - 1) * (2 * message + bits)
+    assert everything == sum(stats["bytes_received"] for stats, _, _ in results)
+    assert everything == sum(sum(sent) for _, sent, _ in results)
+    if world_size > 1:
+        assert max(stats["bytes_sent"] for stats, _, _ in results) <= math.ceil(math.log2(world_size)) * (
+            message + bits
+        )
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+@pytest.mark.parametrize("k", [3, 50])
+def test_all_gather_receives_every_other_ranks_message(world_size, k):
+    for stats, sent, received in traffic("union", world_size, 400, k):
+        assert received == [8 * k + HEADER] * (world_size - 1)
+        assert stats["bytes_received"] == (8 * k + HEADER) * (world_size - 1) == stats["bytes_sent"]
+
+
+@pytest.mark.parametrize("world_size", SIZES)
+def test_shared_indices_and_dense_all_reduce_values_alone(world_size):
+    """Counted as a ring all-reduce of the values and one vote."""
+    for scheme, elements in (("shared", 20 + 1), ("dense", 400 + 1)):
+        for stats, _, _ in traffic(scheme, world_size, 400, 20):
+            assert stats["bytes_sent"] == 2 * (world_size - 1) * 4 * elements // world_size, scheme
+            assert stats["dense_bytes"] == 1600
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("scheme", ["union", "gtopk", "gtopk-tree", "shared"])
+def test_what_an_aggregator_promises_is_what_its_busiest_rank_sends(scheme, world_size):
+    promised = []
+
+    def work(transport):
+        promised.append(reducer(scheme, transport, 0.05).aggregator.wire_bytes(20, world_size))
+
+    in_process.run(world_size, work)
+    busiest = max(stats["bytes_sent"] for stats, _, _ in traffic(scheme, world_size, 400, 20))
+    assert busiest <= promised[0] <= busiest + 2 * (20 * 8 + HEADER + 3)
+    if scheme != "gtopk-tree":
+        assert busiest == promised[0]
+
+
+def test_compression_ratio_is_dense_bytes_over_bytes_sent():
+    stats, sent, _ = traffic("gtopk", 4, 4000, 4)[0]
+    assert stats["compression_ratio"] == 16000 / (2 * (32 + 16)) == 16000 / sum(sent)
