@@ -20,6 +20,7 @@ from .schedules import (
     suggest_period,
     suggest_restart_period,
 )
+from .stagewise import Stagewise
 from .topology import Topology
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "PowerLR",
     "Quadratic",
     "RestartedMomentum",
+    "Stagewise",
     "StronglyConvexLR",
     "SyncSet",
     "Topology",

@@ -1,7 +1,7 @@
 """The papers' pseudocode as plain loops over workers in one process; nothing of commhooks is used here.
 
-Everything is float64. A gradient is a function ``gradient(p, t, x)`` of worker, step (from 0) and point, the same one
-the workers under test are given, so that trajectories can be compared step for step.
+Everything is float64. A gradient is a function ``gradient(p, t, x)`` of worker, step (from 0) and point, the
+same one the workers under test are given, so that trajectories can be compared step for step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 
 def make_gradient(world_size, steps, numel, seed=0):
-    """Gradients of worker- and step-dependent quadratics: ``A_pt x - b_pt`` with A a little off the identity."""
+    """Gradients of quadratics of worker and step: ``A_pt x - b_pt`` with A a little off the identity."""
     generator = torch.Generator().manual_seed(seed)
     a = 0.2 * torch.randn(world_size, steps, numel, numel, generator=generator, dtype=torch.float64)
     a = a + torch.eye(numel, dtype=torch.float64)
@@ -26,7 +26,7 @@ def local_sgd(x0, gradient, world_size, steps, rate, sync, weights=None):
     for t in range(steps):
         x = [x[p] - rate(t) * gradient(p, t, x[p]) for p in range(world_size)]
         if t + 1 in sync:
-            mean = sum(w * xp for w, xp in zip(weights, x)) / sum(weights)
+            mean = sum(w * xp for w, xp in zip(weights, x, strict=True)) / sum(weights)
             x = [mean.clone() for _ in range(world_size)]
         history.append(torch.stack(x))
     return torch.stack(history)
@@ -79,7 +79,7 @@ def pr_sgd_m(x0, gradient, world_size, steps, rate, beta, period, option):
 
 
 def decentralized(x0, gradient, world_size, steps, rate, beta, matrices, option):
-    """PR-SGD-Momentum's Algorithm 2 with W of step t ``matrices[t % len]``. ``x0`` is ``(n,)`` or ``(P, n)``."""
+    """PR-SGD-M, Algorithm 2, with W of step t ``matrices[t % len]``; ``x0`` is ``(n,)`` or ``(P, n)``."""
     x = [row.clone() for row in x0.expand(world_size, x0.shape[-1])]
     u = [torch.zeros_like(row) for row in x]
     xs, us = [torch.stack(x)], [torch.stack(u)]

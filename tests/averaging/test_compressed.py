@@ -24,7 +24,7 @@ def reducer_for(scheme, transport):
 
 
 def compressed_m_avg(x0, gradient, world_size, blocks, mu, keep):
-    """M-AVG whose change w_p - w~ is sent by per-worker top-k with error feedback (the combination is ours)."""
+    """M-AVG whose change w_p - w~ goes by per-worker top-k with error feedback (a combination of ours)."""
     w_tilde, v = x0.clone(), torch.zeros_like(x0)
     residual = [torch.zeros_like(x0) for _ in range(world_size)]
     for n in range(blocks):
@@ -71,7 +71,10 @@ def test_a_reducer_that_sends_everything_changes_nothing(kind, world_size):
     def work(transport, with_reducer):
         model = Pieces(start(), dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-        options = {"transport": transport, "reducer": reducer_for("dense", transport) if with_reducer else None}
+        options = {
+            "transport": transport,
+            "reducer": reducer_for("dense", transport) if with_reducer else None,
+        }
         if kind == "local":
             averager = LocalSGD(PERIOD, params=model.parameters(), **options)
         elif kind == "block":
@@ -158,7 +161,9 @@ def test_fewer_bytes_travel_and_training_still_converges():
             parameter.grad = parameter.detach() - target + 0.1 * torch.randn(numel, generator=noise)
             optimizer.step()
             averager.average_parameters([parameter])
-        return torch.tensor([float((parameter.detach() - target).norm()), transport.counters.bytes_sent - before])
+        return torch.tensor(
+            [float((parameter.detach() - target).norm()), transport.counters.bytes_sent - before]
+        )
 
     dense, sparse = (in_ranks(world_size, lambda t, d=d: work(t, d))[:, 0] for d in (None, 0.05))
     assert sparse[1] < dense[1] / 5
@@ -186,7 +191,11 @@ def test_a_change_with_inf_is_skipped_on_all_ranks_if_the_reducer_says_so():
         model = Pieces(start(), dtype=torch.float32)
         before = model.flat()
         reducer = Reducer(
-            TopK(0.3), AllGather(transport=transport), ErrorFeedback(), nonfinite="skip", dense_crossover=False
+            TopK(0.3),
+            AllGather(transport=transport),
+            ErrorFeedback(),
+            nonfinite="skip",
+            dense_crossover=False,
         )
         averager = LocalSGD(1, params=model.parameters(), transport=transport, reducer=reducer)
         if transport.rank == 1:

@@ -41,7 +41,18 @@ def test_members_of_each_set():
     assert steps_of(OneShot(37)) == [37]
     assert steps_of(PostLocal(3, Every(10))) == [1, 2, 3, 13, 23, 33]
     assert steps_of(Growing(first=1, maximum=8)) == [1, 3, 7, 15, 23, 31, 39]
-    assert steps_of(Growing(first=2, maximum=5, factor=1.5, total_steps=40)) == [2, 5, 9, 14, 19, 24, 29, 34, 39, 40]
+    assert steps_of(Growing(first=2, maximum=5, factor=1.5, total_steps=40)) == [
+        2,
+        5,
+        9,
+        14,
+        19,
+        24,
+        29,
+        34,
+        39,
+        40,
+    ]
     assert 0 not in Every(1) and "8" not in Every(8)
     assert repr(AtSteps([5, 4])) == "AtSteps([4, 5])"
 
@@ -124,7 +135,7 @@ def test_learning_rates_of_the_theorems():
 
 
 def test_rates_fit_the_transformation_of_lemma_6():
-    """beta rho_t = beta eta_t + rho_{t-1}, with the theorems' rho_t and the second strategy's corrected one."""
+    """beta rho_t = beta eta_t + rho_{t-1} with the theorems' rho_t, and the second strategy's corrected one."""
     beta, mu = 0.9, 0.25
     eta = rates(lambda o: StronglyConvexLR(o, mu, beta))
     rho = [-beta / (mu * (t + 1)) for t in range(7)]
@@ -177,7 +188,9 @@ def test_bad_rates_are_named(make, shown):
 @pytest.mark.parametrize("weights", (Quadratic(5.0), Uniform(), LastHalf(7)))
 def test_output_average_is_the_weighted_mean_over_workers_and_steps(weights):
     total, world_size = 7, 3
-    iterates = torch.randn(world_size, total + 1, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    iterates = torch.randn(
+        world_size, total + 1, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     w = torch.tensor([weights(t) for t in range(total)], dtype=torch.float64)
     expected = (w[:, None] * iterates[:, :total].mean(dim=0)).sum(dim=0) / w.sum()
 

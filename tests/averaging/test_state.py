@@ -199,7 +199,9 @@ def test_average_checkpoints_of_real_state_dicts():
         if rank == 1:
             model[0].bias.grad = None  # no state for this one on rank 1
         optimizer.step()
-        states.append({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "note": None})
+        states.append(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "note": None}
+        )
     joined = average_checkpoints(states)
     mean = (states[0]["model"]["1.running_mean"] + states[1]["model"]["1.running_mean"]) / 2
     torch.testing.assert_close(joined["model"]["1.running_mean"], mean)
@@ -235,7 +237,10 @@ def test_states_in_the_wrong_place_are_refused():
         state = block.state_dict()
         state["shared"]["anchor"] = torch.zeros(3)
         block.load_state_dict(state)
-    plain, compressed = make("local", in_process.group(1)[0])[2], make("local+topk", in_process.group(1)[0])[2]
+    plain, compressed = (
+        make("local", in_process.group(1)[0])[2],
+        make("local+topk", in_process.group(1)[0])[2],
+    )
     with pytest.raises(ValueError, match="with a reducer"):
         plain.load_state_dict(compressed.state_dict())
     with pytest.raises(ValueError, match="without a reducer"):

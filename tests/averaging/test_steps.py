@@ -104,9 +104,7 @@ def test_restarted_momentum_and_what_nesterov_maps_to(world_size, option):
 
         def work(transport, period=period):
             model = Pieces(start())
-            optimizer = torch.optim.SGD(
-                model.parameters(), lr=RATE, momentum=BETA, nesterov=option == "II"
-            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=BETA, nesterov=option == "II")
             averager = RestartedMomentum(optimizer, period, transport=transport)
             assert averager.options == [option]
             history = run_steps(model, optimizer, averager, gradient, transport.rank, STEPS)
@@ -120,7 +118,13 @@ def test_restarted_momentum_and_what_nesterov_maps_to(world_size, option):
 
 def networks(world_size):
     """Every kind that exists at this size."""
-    kinds = [topology.ring, topology.torus, topology.exponential, topology.complete, topology.one_peer_exponential]
+    kinds = [
+        topology.ring,
+        topology.torus,
+        topology.exponential,
+        topology.complete,
+        topology.one_peer_exponential,
+    ]
     if world_size & (world_size - 1) == 0:
         kinds.append(topology.hypercube)
     chain = topology.from_edges(world_size, itertools.pairwise(range(world_size)), "chain")
@@ -134,9 +138,7 @@ def test_decentralized_momentum(world_size):
 
         def work(transport, network=network, option=option):
             model = Pieces(start() * (1 + transport.rank))  # any start will do
-            optimizer = torch.optim.SGD(
-                model.parameters(), lr=RATE, momentum=BETA, nesterov=option == "II"
-            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=BETA, nesterov=option == "II")
             averager = DecentralizedMomentum(optimizer, network, transport=transport)
             history = run_steps(model, optimizer, averager, gradient, transport.rank, STEPS)
             return torch.cat([history, flat_momentum(optimizer)[None]])
@@ -151,7 +153,7 @@ def test_decentralized_momentum(world_size):
 
 @pytest.mark.parametrize("world_size", SIZES)
 def test_identities(world_size):
-    """I = 1 is mini-batch momentum SGD; so is the complete graph; local SGD and K-AVG with K = 1 without momentum."""
+    """I = 1 and the complete graph are mini-batch momentum SGD; local SGD and K-AVG with K = 1 plain SGD."""
     gradient = oracles.make_gradient(world_size, STEPS, NUMEL)
 
     def work(transport):
@@ -163,7 +165,9 @@ def test_identities(world_size):
             if kind == "restarted":
                 averager = RestartedMomentum(optimizer, 1, transport=transport)
             elif kind == "complete":
-                averager = DecentralizedMomentum(optimizer, topology.complete(world_size), transport=transport)
+                averager = DecentralizedMomentum(
+                    optimizer, topology.complete(world_size), transport=transport
+                )
             elif kind == "local":
                 averager = LocalSGD(1, transport=transport)
             else:

@@ -16,7 +16,9 @@ class Pieces(torch.nn.Module):
     def __init__(self, flat, dtype=torch.float64, buffers=False):
         super().__init__()
         parts = flat.to(dtype).split([torch.Size(s).numel() for s in SHAPES])
-        self.parts = torch.nn.ParameterList([part.clone().reshape(s) for part, s in zip(parts, SHAPES)])
+        self.parts = torch.nn.ParameterList(
+            [part.clone().reshape(s) for part, s in zip(parts, SHAPES, strict=True)]
+        )
         if buffers:
             self.register_buffer("running", torch.zeros(3, dtype=dtype))
             self.register_buffer("count", torch.zeros((), dtype=torch.int64))

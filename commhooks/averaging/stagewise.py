@@ -1,0 +1,166 @@
+"""Stagewise M-DSGD: a constant rate per stage, proximal term, fresh memory (arXiv:1905.12960, section 6)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import message
+from .schedules import positive_int
+
+if TYPE_CHECKING:
+    from ..reducer import Reducer
+    from ..state import SparseState
+
+logger = logging.getLogger(__name__)
+
+
+class Stagewise:
+    """Runs M-DSGD (the sparse hook, with its memory and momentum) in stages, on ``F(w) + ||w - w~_s||^2 / (2
+    gamma)``.
+
+    Stage s = 0, 1, ... starts from ``w~_s`` with fresh memory and velocity, takes ``T_s`` steps at the
+    constant rate ``eta_s = eta0 / (s + 1)`` with ``eta_s T_s >= 12 gamma``, and ends at the average of its
+    iterates ``w_0 .. w_{T_s - 1}`` (eq. 15 and 16, Theorem 12). Add :meth:`penalty` to every loss, so that
+    the proximal gradient enters the memory with the rest of the gradient, and call :meth:`step` after every
+    optimizer step.
+
+    The fresh memory drops what was withheld, by the paper's definition; :attr:`withheld` says how much.
+
+    Args:
+        optimizer: SGD without momentum (the memory has it); its ``lr`` is set here, stage by stage.
+        state: the ``SparseState`` of the hook, or a ``Reducer``, whose memory starts anew with each stage;
+            None: a dense run.
+        gamma: of the proximal term; below ``1 / c`` for a c-weakly convex F, the theorem takes ``1 / (2 c)``.
+        eta0: learning rate of the first stage.
+        stage_steps: T_s as a function of s; default: the smallest that the theorem allows.
+        weak_convexity: c, if known, to check ``gamma`` against.
+
+    Attributes:
+        stage: s, the stage the next step belongs to.
+        stage_step: steps done in it.
+        withheld: norm of this rank's residual that each finished stage dropped, in gradient units.
+
+    Example::
+
+        stages = Stagewise(optimizer, state, gamma=0.5, eta0=0.1)
+        for x, y in loader:
+            (loss_fn(ddp(x), y) + stages.penalty()).backward()
+            optimizer.step()
+            stages.step()
+
+    Raises:
+        ValueError: an argument out of range; an optimizer with momentum; a stage shorter than the theorem
+            allows.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        state: SparseState | Reducer | None = None,
+        *,
+        gamma: float,
+        eta0: float,
+        stage_steps: Callable[[int], int] | None = None,
+        weak_convexity: float | None = None,
+    ) -> None:
+        for name, value in (("gamma", gamma), ("eta0", eta0)):
+            if not 0.0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        if weak_convexity is not None and not gamma * weak_convexity < 1.0:
+            raise ValueError(
+                f"gamma must be below 1 / weak_convexity = {1 / weak_convexity:g}, got {gamma!r}"
+            )
+        for group in optimizer.param_groups:
+            if group.get("momentum", 0.0) != 0.0:
+                raise ValueError(f"the optimizer's momentum must be 0, got {group['momentum']!r}")
+        self.optimizer, self.gamma, self.eta0 = optimizer, float(gamma), float(eta0)
+        self.tensors = message.parameters_of(optimizer.param_groups)
+        self._reducer: Any = getattr(state, "reducer", state)
+        self._stage_steps = stage_steps
+        self.stage, self.stage_step = 0, 0
+        self.withheld: list[float] = []
+        self.anchor = [t.detach().clone() for t in self.tensors]
+        self._sum = message.flatten(self.tensors, torch.float64)
+        self._set_rate()
+
+    @property
+    def rate(self) -> float:
+        """eta_s of the present stage."""
+        return self.eta0 / (self.stage + 1)
+
+    def steps_of(self, stage: int) -> int:
+        """T_s of a stage."""
+        rate = self.eta0 / (stage + 1)
+        least = math.ceil(12.0 * self.gamma / rate * (1 - 1e-12))
+        if self._stage_steps is None:
+            return least
+        steps = positive_int(f"stage_steps({stage})", self._stage_steps(stage))
+        if steps < least:
+            raise ValueError(f"stage_steps({stage}) must be at least 12 gamma / eta_s = {least}, got {steps}")
+        return steps
+
+    def penalty(self) -> Tensor:
+        """``||w - w~_s||^2 / (2 gamma)``, a scalar with a graph; add it to this rank's loss.
+
+        DDP with ``find_unused_parameters=True`` would see parameters that only this term uses as unused:
+        leave that option off.
+        """
+        squares = [(t - a).square().sum() for t, a in zip(self.tensors, self.anchor, strict=True)]
+        return torch.stack(squares).sum() / (2.0 * self.gamma)
+
+    def step(self) -> bool:
+        """Counts an optimizer step; at the end of a stage puts its average into the parameters. True then.
+
+        The same on every rank without communication, as the ranks' parameters are equal.
+        """
+        self.stage_step += 1
+        length = self.steps_of(self.stage)
+        if self.stage_step < length:
+            self._sum += message.flatten(self.tensors, torch.float64)
+            return False
+        message.unflatten_(self.tensors, self._sum / length)
+        self._forget()
+        self.stage, self.stage_step = self.stage + 1, 0
+        for anchor, tensor in zip(self.anchor, self.tensors, strict=True):
+            anchor.copy_(tensor.detach())
+        self._sum = message.flatten(self.tensors, torch.float64)
+        self._set_rate()
+        return True
+
+    def _forget(self) -> None:
+        """Fresh memory and velocity; notes the norm of what is dropped."""
+        if self._reducer is None:
+            return
+        table = self._reducer.memory.table
+        self.withheld.append(table.residual_norm())
+        table.load({"residual": {}, "velocity": {}})
+        logger.info("stage %d ends: a residual of norm %.3g is dropped", self.stage, self.withheld[-1])
+
+    def _set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stage, step, anchor w~_s, the running sum of iterates and what was dropped so far."""
+        return {
+            "stage": self.stage,
+            "stage_step": self.stage_step,
+            "withheld": list(self.withheld),
+            "anchor": [a.clone() for a in self.anchor],
+            "sum": self._sum.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues a saved run; load model, optimizer and hook state as well."""
+        self.stage, self.stage_step = state["stage"], state["stage_step"]
+        self.withheld = list(state["withheld"])
+        for own, saved in zip(self.anchor, state["anchor"], strict=True):
+            own.copy_(saved)
+        self._sum.copy_(state["sum"])
+        self._set_rate()

@@ -1,0 +1,139 @@
+"""The same algorithms over gloo and MPI processes; stalled and dead peers; DDP with local hooks."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import mpiexec, spawn_gloo
+
+from commhooks.averaging import Every, LocalSGD, PostLocalState, local_hook, post_local_hook
+from commhooks.errors import PeerLostError, PeerTimeoutError
+from commhooks.transports import in_process, make
+
+from .scenarios import check_all
+
+JOB = Path(__file__).parent / "mpi_job.py"
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 5))
+def test_in_process(world_size):
+    in_process.run(world_size, check_all)
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_gloo(world_size):
+    def work(rank, size):
+        transport = make("distributed", timeout_s=20.0)
+        check_all(transport)
+        transport.close()
+        return transport.name, transport.rank
+
+    assert spawn_gloo(work, world_size) == [("distributed", r) for r in range(world_size)]
+
+
+@pytest.mark.mpi
+def test_mpi():
+    world_size = 3
+    done = mpiexec(JOB, world_size, args=["steps"], timeout=60)
+    assert sorted(done.stdout.splitlines()) == [
+        f"rank {r} of {world_size} is well" for r in range(world_size)
+    ]
+
+
+@pytest.mark.mpi
+def test_a_stalled_mpi_rank_ends_the_job_with_its_name():
+    done = mpiexec(JOB, 2, args=["stall"], timeout=30, check=False)
+    assert done.returncode != 0 and not done.timed_out
+    assert "PeerTimeoutError" in done.stderr and "LocalSGD after step 2" in done.stderr
+
+
+def test_stalled_and_dead_gloo_peers_are_errors_within_the_timeout():
+    def work(rank, size, dies):
+        averager = LocalSGD(2, timeout_s=1.0)
+        parameter = torch.nn.Parameter(torch.zeros(4))
+        averager.average_parameters([parameter])
+        started = time.monotonic()
+        if rank == 1 and dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1:
+            time.sleep(5)
+            os._exit(0)
+        try:
+            averager.average_parameters([parameter])
+        except (PeerTimeoutError, PeerLostError) as error:
+            os.write(1, b"")  # the group is broken: leave without its destructors
+            result = (type(error).__name__, str(error), time.monotonic() - started)
+            dist.destroy_process_group()
+            return result
+        return None
+
+    for dies in (False, True):
+        outcome = spawn_gloo(work, 2, args=(dies,), check=False, timeout=20)[0]
+        name, text, seconds = outcome.result
+        assert "after step 2" in text and seconds < 4
+        assert name == "PeerTimeoutError" or dies
+
+
+def _ddp_job(rank, size, hook, state, averager_of):
+    """DDP with a hook and an averager. Returns the parameters after each step."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    model = DistributedDataParallel(net, broadcast_buffers=False)
+    model.register_comm_hook(state, hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = averager_of(net)
+    generator = torch.Generator().manual_seed(rank)
+    history = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, generator=generator)).square().mean().backward()
+        optimizer.step()
+        averager.average_parameters(model.parameters())
+        history.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]).tolist())
+    return history
+
+
+def _bare_job(rank, size, averager_of):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    averager = averager_of(net)
+    generator = torch.Generator().manual_seed(rank)
+    history = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        net(torch.randn(8, 4, generator=generator)).square().mean().backward()
+        optimizer.step()
+        averager.average_parameters(net.parameters())
+        history.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]).tolist())
+    return history
+
+
+def test_ddp_with_the_local_hook_is_the_bare_model():
+    def averager_of(net):
+        return LocalSGD(3, module=net, timeout_s=20.0)
+
+    ddp = spawn_gloo(_ddp_job, 2, args=(local_hook, None, averager_of))
+    bare = spawn_gloo(_bare_job, 2, args=(averager_of,))
+    assert ddp == bare
+    assert ddp[0][1] != ddp[1][1] and ddp[0][2] == ddp[1][2]
+
+
+def test_post_local_sgd_is_dense_until_its_step():
+    def averager_of(net):
+        return LocalSGD(Every(2, start=2), module=net, timeout_s=20.0)
+
+    first, second = spawn_gloo(_ddp_job, 2, args=(post_local_hook, PostLocalState(2), averager_of))
+    equal = [a == b for a, b in zip(first, second, strict=True)]
+    assert equal == [True, True, False, True, False, True]
+    state = PostLocalState(4)
+    state.load_state_dict({"step": 3})
+    assert state.state_dict() == {"step": 3}
+    with pytest.raises(ValueError, match="start.*-1"):
+        PostLocalState(-1)
