@@ -110,7 +110,7 @@ class ErrorFeedback(Memory):
 
     def describe(self) -> str:
         return (
-            f"ErrorFeedback(momentum={self.momentum:g}, factor_masking={self.factor_masking}, "
+            f"ErrorFeedback(momentum={self.momentum!r}, factor_masking={self.factor_masking}, "
             f"clip_norm={self.clip_norm}, rescale_with_lr={self.optimizer is not None})"
         )
 

@@ -34,7 +34,7 @@ class ConstantDensity(DensitySchedule):
         return self.value
 
     def __repr__(self) -> str:
-        return f"{self.value:g}"
+        return f"{self.value!r}"
 
 
 class ExponentialWarmup(DensitySchedule):
@@ -81,7 +81,7 @@ class ExponentialWarmup(DensitySchedule):
         return math.exp((1 - progress) * math.log(self.start) + progress * math.log(self.final))
 
     def __repr__(self) -> str:
-        return f"{self.start:g}->{self.final:g} over {self.warmup}x{self.unit}"
+        return f"{self.start!r}->{self.final!r} over {self.warmup}x{self.unit}"
 
 
 def _positive(name: str, value: int | None) -> int:
