@@ -39,9 +39,7 @@ def test_gloo(world_size):
 def test_mpi():
     world_size = 3
     done = mpiexec(JOB, world_size, args=["steps"], timeout=60)
-    assert sorted(done.stdout.splitlines()) == [
-        f"rank {r} of {world_size} is well" for r in range(world_size)
-    ]
+    assert all(f"rank {r} of {world_size} is well" in done.stdout for r in range(world_size))
 
 
 @pytest.mark.mpi

@@ -8,7 +8,6 @@ from commhooks.averaging import (
     AveragedOptimizer,
     BlockMomentum,
     DecentralizedMomentum,
-    Every,
     LocalSGD,
     RestartedMomentum,
     topology,

@@ -135,7 +135,7 @@ def test_learning_rates_of_the_theorems():
 
 
 def test_rates_fit_the_transformation_of_lemma_6():
-    """beta rho_t = beta eta_t + rho_{t-1} with the theorems' rho_t, and the second strategy's corrected one."""
+    """beta rho_t = beta eta_t + rho_{t-1} with the theorems' rho_t and the second strategy's, corrected."""
     beta, mu = 0.9, 0.25
     eta = rates(lambda o: StronglyConvexLR(o, mu, beta))
     rho = [-beta / (mu * (t + 1)) for t in range(7)]
