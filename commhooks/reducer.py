@@ -289,6 +289,8 @@ class Reducer:
             for written in self._written:
                 written.rollback()
             self._written.clear()
+            self._current = StepFigures()  # the next bucket begins a new step
+            self.nonfinite_steps += 1
             raise NonFiniteGradientError(f"rank {self.aggregator.transport.rank}, {message}")
 
     @property

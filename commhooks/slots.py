@@ -83,6 +83,11 @@ class SlotTable:
 
     def _claim(self, slot: Slot, position: int, key: Hashable) -> None:
         name = self.names.get(key, key if isinstance(key, str) else None)
+        if name is None and any(self._loaded.values()):
+            raise ValueError(
+                f"memory was loaded by parameter name and {self.name_of(key)} has none: attach the state with "
+                "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
+            )
         old = self._place.get(key)
         for kind, target in (("residual", slot.residual), ("velocity", slot.velocity)):
             if target is None:
