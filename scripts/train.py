@@ -33,6 +33,7 @@ def main() -> None:
         summary = run.train()
         if world.is_main:
             print(render(summary), flush=True)
+    launch.leave()
 
 
 def refuse(world: Any, error: ValueError) -> None:

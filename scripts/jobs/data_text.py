@@ -1,6 +1,6 @@
 """Real text that every machine has: the Python standard library's own sources, by character or by word.
 
-Files are read in sorted order, every tenth goes to the test set; the vocabulary is the training set's, most frequent first
+Files are read in sorted order, the last tenth of each goes to the test set; the vocabulary is the training set's, most frequent first
 and then in the order of the code points, so it is the same wherever the interpreter is.
 """
 
@@ -45,7 +45,7 @@ def load(level: str = "char", size: int = 1_000_000, vocabulary: int = 2000, fil
 
     Args:
         level: "char" or "word".
-        size: characters read, train and test together; whole files until it is reached.
+        size: most characters read, training and test together.
         vocabulary: most tokens kept, the unknown one included; the rest becomes "<unk>".
         files: other files to read, in this order.
 
@@ -56,18 +56,24 @@ def load(level: str = "char", size: int = 1_000_000, vocabulary: int = 2000, fil
         raise ValueError(f"level={level!r} is none of {LEVELS}")
     if vocabulary < 2:
         raise ValueError(f"vocabulary={vocabulary} is below 2")
-    texts: list[list[str]] = [[], []]
-    total = 0
-    for number, path in enumerate(files if files is not None else sources()):
-        if total >= size:
+    if size < 1000:
+        raise ValueError(f"size={size} is below 1000 characters")
+    train: list[str] = []
+    test: list[str] = []
+    left = size
+    for path in files if files is not None else sources():
+        text = path.read_text(encoding="utf-8", errors="replace")[:left]
+        left -= len(text)
+        tokens = split(text, level)
+        cut = len(tokens) - len(tokens) // 10
+        train += tokens[:cut]
+        test += tokens[cut:]
+        if left == 0:
             break
-        tokens = split(path.read_text(encoding="utf-8", errors="replace"), level)
-        total += sum(map(len, tokens))
-        texts[number % 10 == 9].extend(tokens)
-    if not texts[0] or not texts[1]:
-        raise ValueError(f"size={size}: ten source files are needed and were not read")
-    words = build_vocabulary(texts[0], vocabulary)
-    return Corpus(encode(texts[0], words), encode(texts[1], words), words)
+    if not test:
+        raise ValueError("no Python sources found on this machine")
+    words = build_vocabulary(train, vocabulary)
+    return Corpus(encode(train, words), encode(test, words), words)
 
 
 def split(text: str, level: str) -> list[str]:

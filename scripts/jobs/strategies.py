@@ -107,13 +107,14 @@ class Sparse(DDP):
         self.optimizer = sgd(model, options, momentum=0.0 if in_memory else options.momentum)
         self.model = wrap(model, options, world)
         self.state = sparse_state(options, steps_per_epoch)
+        self._delta_every = options.delta_every
         commhooks.register(self.model, self.state)
 
     def info(self) -> StepInfo:
         stats = self.state.stats()
-        return StepInfo(
-            stats["bytes_sent"], stats["bytes_received"], stats.get("delta"), stats.get("residual_norm")
-        )
+        measured = self._delta_every > 0 and (stats["step"] - 1) % self._delta_every == 0
+        delta = stats["delta"] if measured else None
+        return StepInfo(stats["bytes_sent"], stats["bytes_received"], delta, stats["residual_norm"])
 
     def _passthrough(self) -> Any:
         return self.state.passthrough()

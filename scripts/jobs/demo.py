@@ -1,0 +1,163 @@
+"""The demonstration: one job under four schemes, a table and a figure (run by scripts/demo)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+from .log import count, read, table
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", "HYDRA_")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table: how it is called, how it is started, the options of train.py."""
+
+    name: str
+    mpi: bool
+    options: tuple[str, ...]
+
+
+ENTRIES = (
+    Entry("dense (DDP)", False, ("--scheme", "dense")),
+    Entry("top-k, all-gather", False, ("--scheme", "topk")),
+    Entry("gTop-k, MPI", True, ("--scheme", "gtopk", "--transport", "mpi")),
+    Entry("random-k", False, ("--scheme", "randomk")),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs all entries one after the other; ends with the table on standard output."""
+    p = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    p.add_argument("--epochs", type=int, default=8)
+    p.add_argument("--density", type=float, default=0.01)
+    p.add_argument("--ranks", type=int, default=4)
+    p.add_argument("--model", default="resnet20", choices=("resnet20", "mlp"))
+    p.add_argument("--output", type=Path, default=Path("demo.png"), help="the figure (demo.png)")
+    p.add_argument("--keep", type=Path, metavar="DIR", help="keep the logs here")
+    options = p.parse_args(arguments)
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="commhooks-demo-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    logs = {}
+    for number, entry in enumerate(ENTRIES):
+        print(f"demo: {entry.name} ({number + 1} of {len(ENTRIES)})", file=sys.stderr, flush=True)
+        logs[entry.name] = folder / f"{number}-{entry.options[1]}.jsonl"
+        train(entry, options, logs[entry.name])
+    records = {name: read(path) for name, path in logs.items()}
+    print(f"\n{title(records, options)}\n")
+    print(render(records), flush=True)
+    draw(records, options.output, title(records, options))
+    if options.keep is None:
+        shutil.rmtree(folder)
+    print(f"\nfigure: {options.output} ({time.monotonic() - started:.0f} s in all)")
+
+
+def train(entry: Entry, options: Any, log: Path) -> None:
+    """One training run as a job of its own; ends the demonstration with its status if it fails."""
+    if entry.mpi:
+        mpiexec = Path(sys.executable).parent / "mpiexec"
+        launcher = [str(mpiexec), "-n", str(options.ranks), sys.executable, "-m", "mpi4py"]
+    else:
+        count_ = f"--nproc-per-node={options.ranks}"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", count_]
+    given = ["--task", "digits", "--model", options.model, "--epochs", str(options.epochs), "--momentum", "0.9"]
+    given += ["--density", str(options.density), "--lr", "0.05", "--batch-size", "32", "--log-file", str(log)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
+    env["OMP_NUM_THREADS"] = "1"
+    env.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    process = subprocess.Popen(
+        [*launcher, str(TRAIN), *given, *entry.options], env=env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        status = process.wait(timeout=600)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if status != 0:
+        sys.exit(f"demo: the run under {entry.name!r} failed with status {status}")
+
+
+def title(records: dict[str, list[dict[str, Any]]], options: Any) -> str:
+    """What was trained, in a line."""
+    start = next(iter(records.values()))[0]
+    return (
+        f"{start['options']['model']} ({start['parameters']:,} parameters) on digits, {options.ranks} ranks, "
+        f"{options.epochs} epochs of {start['steps_per_epoch']} steps, density {options.density:g}"
+    )
+
+
+def render(records: dict[str, list[dict[str, Any]]]) -> str:
+    """The table: ratio is dense bytes over bytes sent, both a step and rank."""
+    rows = []
+    dense = _end(next(iter(records.values())))["bytes_sent_per_step"]
+    for name, run in records.items():
+        end = _end(run)
+        last = [record["loss"] for record in run if record["event"] == "step"][-5:]
+        sent = end["bytes_sent_per_step"]
+        rows.append(
+            (
+                name,
+                f"{sum(last) / len(last):.3f}",
+                f"{end['test_loss']:.3f}",
+                f"{end['test_accuracy']:.1%}",
+                count(sent),
+                f"{dense / sent:.1f}" if sent else "-",
+            )
+        )
+    return table(("scheme", "train loss", "test loss", "test accuracy", "bytes a step", "ratio"), rows)
+
+
+def _end(run: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(record for record in run if record["event"] == "end")
+
+
+def draw(records: dict[str, list[dict[str, Any]]], path: Path, heading: str) -> None:
+    """Training loss against the step and against megabytes sent, one line a scheme."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for (name, run), style in zip(records.items(), ("k-", "C0-", "C1--", "C2-")):
+        steps = [record for record in run if record["event"] == "step"]
+        loss = smooth([record["loss"] for record in steps])
+        sent, total = [], 0.0
+        for record in steps:
+            total += record["bytes_sent"]
+            sent.append(total / 1e6)
+        left.plot([record["step"] for record in steps], loss, style, label=name, linewidth=1.6)
+        right.plot(sent, loss, style, label=name, linewidth=1.6)
+    left.set(xlabel="step", ylabel="training loss (mean over ranks, smoothed)", yscale="log")
+    right.set(xlabel="megabytes sent by a rank", xscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend()
+    figure.suptitle(heading, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average, started at the first value."""
+    result: list[float] = []
+    for value in values:
+        result.append(value if not result else weight * result[-1] + (1 - weight) * value)
+    return result
+
+
+if __name__ == "__main__":
+    main()
