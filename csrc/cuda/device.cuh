@@ -58,6 +58,15 @@ commhooks_status launch(const char *what, void (*kernel)(Params...), int blocks,
     if (status_of_try != COMMHOOKS_OK) return status_of_try;        \
   } while (0)
 
+// Reads what other blocks may be changing with atomics at this moment.
+__device__ inline uint32_t load_now(uint32_t *counter) {
+#ifdef COMMHOOKS_EMULATE
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+#else
+  return *static_cast<volatile uint32_t *>(counter);
+#endif
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
 

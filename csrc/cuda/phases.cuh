@@ -20,14 +20,6 @@ struct Plan {
   int num_phases;
 };
 
-__device__ inline uint32_t read_shared_counter(uint32_t *counter) {
-#ifdef COMMHOOKS_EMULATE
-  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
-#else
-  return *static_cast<volatile uint32_t *>(counter);
-#endif
-}
-
 // The next item of this block; waits for the phases before it. Every thread of the block must call it.
 __device__ inline Item next_item(Schedule *schedule, const Plan &plan, uint32_t *shared) {
   uint32_t drawn = 0;
@@ -41,7 +33,7 @@ __device__ inline Item next_item(Schedule *schedule, const Plan &plan, uint32_t 
   if (item.phase == plan.num_phases) return item;
   if (threadIdx.x == 0) {
     for (int phase = 0; phase < item.phase; ++phase) {
-      while (read_shared_counter(&schedule->done[phase]) < plan.items[phase]) __nanosleep(100);
+      while (load_now(&schedule->done[phase]) < plan.items[phase]) __nanosleep(100);
     }
     __threadfence();
   }

@@ -36,7 +36,7 @@ template <typename G>
 __device__ void flag_part(const Operands &op, int64_t begin, int64_t end, uint32_t *flag) {
   for (int64_t at = begin; at < end; at += 32 * kEach) {
     uint32_t known = 0;
-    if (lane_id() == 0) known = __ldcg(flag);
+    if (lane_id() == 0) known = load_now(flag);
     if (__shfl_sync(kFullWarp, known, 0) != 0) return;
     bool nonzero = false;
 #pragma unroll

@@ -1,5 +1,9 @@
 // The fibers behind simt.h. A fiber starts by ucontext; after that _setjmp and _longjmp switch, which, unlike
 // swapcontext, make no system call.
+//
+// With COMMHOOKS_EMULATE_RACES (and the kernels built with -fsanitize=thread, this file without) each fiber is one to
+// ThreadSanitizer, and only barriers, __syncwarp and atomics order them: races between the threads of a block, in
+// shared or global memory, and between blocks are reported, whatever the schedule was.
 #undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks
 #include "simt.h"
 
@@ -12,6 +16,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef COMMHOOKS_EMULATE_RACES
+#include <sanitizer/tsan_interface.h>
+#endif
+
 namespace simt {
 namespace {
 
@@ -21,6 +29,7 @@ enum class State { kReady, kAtBarrier, kAtWarp, kDone };
 
 struct Warp {
   int arrived = 0;
+  char order[2];  // only their addresses matter
   uint64_t deposits[32];
   uint64_t results[32];
 };
@@ -31,6 +40,9 @@ struct Block {
   int threads = 0;
   int current = 0;
   int at_barrier = 0;
+  char order[2];
+  std::vector<unsigned> barriers;  // how many each thread has passed
+  std::vector<unsigned> warp_barriers;
   const std::function<void()> *body = nullptr;
   jmp_buf scheduler;
   std::unique_ptr<jmp_buf[]> fibers;
@@ -43,6 +55,28 @@ struct Block {
 
 thread_local Block *block = nullptr;
 
+#ifdef COMMHOOKS_EMULATE_RACES
+thread_local ucontext_t scheduler_context;
+thread_local void *scheduler_fiber = nullptr;
+thread_local std::vector<void *> *race_fibers = nullptr;
+
+void before(void *order) { __tsan_release(order); }
+void after(void *order) { __tsan_acquire(order); }
+
+void switch_out() {
+  __tsan_switch_to_fiber(scheduler_fiber, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&block->entries[block->current], &scheduler_context);
+}
+
+void switch_to(int thread) {
+  block->current = thread;
+  __tsan_switch_to_fiber((*race_fibers)[thread], __tsan_switch_to_fiber_no_sync);
+  swapcontext(&scheduler_context, &block->entries[thread]);
+}
+#else
+void before(void *) {}
+void after(void *) {}
+
 void switch_out() {
   if (_setjmp(block->fibers[block->current]) == 0) _longjmp(block->scheduler, 1);
 }
@@ -54,9 +88,12 @@ void switch_to(int thread) {
   block->started[thread] = 1;
   setcontext(&block->entries[thread]);
 }
+#endif
 
 void fiber_main() {
+  after(&block->order[0]);
   (*block->body)();
+  before(&block->at_barrier);
   block->states[block->current] = State::kDone;
   switch_out();
 }
@@ -100,6 +137,8 @@ void run_block(Block *mine) {
   mine->fibers.reset(new jmp_buf[threads]);
   mine->entries.resize(threads);
   mine->started.assign(threads, 0);
+  mine->barriers.assign(threads, 0);
+  mine->warp_barriers.assign(threads, 0);
   mine->states.assign(threads, State::kReady);
   mine->warps.resize(threads / 32);
   mine->stacks.reset(new char[threads * kStackBytes]);
@@ -111,7 +150,20 @@ void run_block(Block *mine) {
     fiber->uc_link = nullptr;
     makecontext(fiber, fiber_main, 0);
   }
+#ifdef COMMHOOKS_EMULATE_RACES
+  std::vector<void *> fibers;
+  scheduler_fiber = __tsan_get_current_fiber();
+  // What the launching thread wrote comes before every fiber: without the flag creation is no synchronisation, but a
+  // switch with synchronisation at the start is.
+  for (size_t thread = 0; thread < threads; ++thread) fibers.push_back(__tsan_create_fiber(0));
+  race_fibers = &fibers;
+  __tsan_release(&mine->order[0]);
+#endif
   schedule();
+#ifdef COMMHOOKS_EMULATE_RACES
+  __tsan_acquire(&mine->at_barrier);
+  for (void *const fiber : fibers) __tsan_destroy_fiber(fiber);
+#endif
 }
 
 }  // namespace
@@ -136,15 +188,25 @@ void launch(int blocks, int threads, const std::function<void()> &body) {
 }
 
 void block_barrier() {
+  char *const order = &block->order[++block->barriers[block->current] & 1];
+  before(order);
   if (++block->at_barrier == block->threads) {
     block->at_barrier = 0;
     for (State &state : block->states) {
       if (state == State::kAtBarrier) state = State::kReady;
     }
-    return;
+  } else {
+    block->states[block->current] = State::kAtBarrier;
+    switch_out();
   }
-  block->states[block->current] = State::kAtBarrier;
-  switch_out();
+  after(order);
+}
+
+void warp_barrier() {
+  char *const order = &block->warps[block->current / 32].order[++block->warp_barriers[block->current] & 1];
+  before(order);
+  warp_exchange(0);
+  after(order);
 }
 
 const uint64_t *warp_exchange(uint64_t value) {

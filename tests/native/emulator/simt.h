@@ -61,6 +61,7 @@ Dimension grid_size();
 void launch(int blocks, int threads, const std::function<void()> &body);
 
 void block_barrier();
+void warp_barrier();
 // Deposits `value`; when all 32 lanes of the warp have done so, all go on. Returns the deposits of the warp.
 const uint64_t *warp_exchange(uint64_t value);
 void yield();
@@ -79,8 +80,12 @@ const T *aligned(const T *pointer) {
 #define gridDim (simt::grid_size())
 
 inline void __syncthreads() { simt::block_barrier(); }
-inline void __syncwarp() { simt::warp_exchange(0); }
+inline void __syncwarp() { simt::warp_barrier(); }
+#ifdef COMMHOOKS_EMULATE_RACES
+inline void __threadfence() {}  // ThreadSanitizer knows no fences; the atomics below order anyway
+#else
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+#endif
 inline void __nanosleep(unsigned) { simt::yield(); }
 
 template <typename T>
