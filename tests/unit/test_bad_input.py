@@ -155,6 +155,7 @@ def test_what_is_not_ddps_bucket_is_refused_with_a_way_out():
         "Compiled DDP",
     )  # fmt: skip
     complaint(TypeError, lambda: sparse_hook(state, grad), "DistributedDataParallel", "FSDP")
+    complaint(TypeError, lambda: sparse_hook(state, grad, grad[:2]), "DistributedDataParallel", "FSDP")
     complaint(TypeError, lambda: sparse_hook("state", grad), "SparseState", "str")
 
 

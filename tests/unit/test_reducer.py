@@ -379,7 +379,7 @@ def test_loaded_memory_nobody_can_claim_is_not_dropped_in_silence():
         red.load_state_dict(
             {"rank": 0, "world_size": 1, "step": 3, "residual": {"w": torch.ones(4)}, "velocity": {}}
         )
-        with pytest.raises(ValueError, match="names.*register"):
+        with pytest.raises(ValueError, match="by parameter name.*register"):
             red.reduce(Bucket(0, torch.ones(4), (parameter,), (4,)))
 
     in_process.run(1, work)

@@ -1,0 +1,119 @@
+"""A rank that dies or stalls, over in_process: typed errors that name rank and bucket, and nothing hangs."""
+
+import threading
+import time
+
+import pytest
+import torch
+from commhooks import (
+    Bucket,
+    CommHooksError,
+    NonFiniteGradientError,
+    PeerLostError,
+    PeerTimeoutError,
+    SettingsMismatchError,
+)
+from commhooks.transports import in_process
+
+from ranks import SCHEMES, reducer
+
+
+def break_at(transport, bucket, action):
+    """Does ``action`` on rank 1 just before its first message of this bucket in the second step."""
+    exchange, seen = transport._exchange, []
+
+    def wrapped(sends, receives, tag, what):
+        if what.startswith(f"bucket {bucket}, step 1") and not seen:
+            seen.append(what)
+            action()
+        exchange(sends, receives, tag, what)
+
+    if transport.rank == 1:
+        transport._exchange = wrapped
+
+
+def two_steps(transport, scheme):
+    red = reducer(scheme, transport, 0.5)
+    for step in range(2):
+        for index in range(3):
+            red.reduce(Bucket(index, torch.ones(6), (f"p{index}",), (6,), index == 2))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_rank_that_dies_in_mid_step(scheme):
+    errors = {}
+
+    class Died(Exception):
+        pass
+
+    def die():
+        raise Died("gone")
+
+    def work(transport):
+        break_at(transport, 1, die)
+        try:
+            two_steps(transport, scheme)
+        except BaseException as error:
+            errors[transport.rank] = error
+            raise
+
+    started = time.monotonic()
+    with pytest.raises(Died):
+        in_process.run(3, work, timeout_s=20.0)
+    assert time.monotonic() - started < 5.0
+    for rank in (0, 2):
+        assert isinstance(errors[rank], PeerLostError) and "bucket 1, step 1" in str(errors[rank])
+        assert f"rank {rank}" in str(errors[rank])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_rank_that_stalls_in_mid_step(scheme):
+    errors, wake = {}, threading.Event()
+
+    def work(transport):
+        break_at(transport, 1, lambda: wake.wait(20.0))
+        try:
+            two_steps(transport, scheme)
+        except BaseException as error:
+            errors[transport.rank] = error
+            if transport.rank != 1:
+                wake.set()
+            raise
+
+    started = time.monotonic()
+    with pytest.raises(PeerTimeoutError, match=r"rank \d, bucket 1, step 1.*nothing from rank \d for 0.3 s"):
+        in_process.run(3, work, timeout_s=0.3)
+    assert time.monotonic() - started < 5.0
+    assert {type(error) for error in errors.values()} <= {PeerTimeoutError, PeerLostError}
+    first = next(e for e in errors.values() if isinstance(e, PeerTimeoutError))
+    assert "from rank 1" in str(first) or scheme.startswith("gtopk")
+
+
+def test_errors_are_what_they_say():
+    for error in (PeerTimeoutError, PeerLostError, SettingsMismatchError, NonFiniteGradientError):
+        assert issubclass(error, CommHooksError) and issubclass(error, RuntimeError) and error.__doc__
+    assert issubclass(SettingsMismatchError, ValueError)
+
+
+def test_transports_of_any_kind_give_the_same_sums():
+    """all-gather, all-reduce and broadcast of the in-process transport, at every root."""
+    for world_size in (1, 2, 3, 5, 8):
+
+        def work(transport):
+            rank = transport.rank
+            mine = torch.arange(3, dtype=torch.float32) + rank
+            rows = torch.empty(transport.world_size, 3)
+            transport.all_gather(mine, rows, tag=0, what="gather")
+            total = mine.clone()
+            transport.all_reduce(total, tag=1, what="sum")
+            copies = []
+            for root in range(transport.world_size):
+                buffer = torch.tensor([rank])
+                transport.broadcast(buffer, root=root, tag=2, what="copy")
+                copies.append(buffer.item())
+            return rows, total, copies
+
+        expected = torch.stack([torch.arange(3.0) + r for r in range(world_size)])
+        for rows, total, copies in in_process.run(world_size, work):
+            assert torch.equal(rows, expected) and torch.equal(total, expected.sum(0))
+            assert copies == list(range(world_size))
