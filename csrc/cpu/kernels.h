@@ -31,6 +31,7 @@ struct Appender {
   int64_t capacity;
   int64_t nonfinite;
   uint32_t floor;
+  int32_t dense;     // a hint: more than about one candidate in 200 elements
   int32_t overflow;  // set when a candidate had to stay because `capacity` was reached
 };
 

@@ -82,23 +82,36 @@ struct Fuse {
     if (kVelocity) V::store(velocity + i, v);
   }
 
-  // Groups of four vectors; a group in which nothing is above the floor takes the short way.
-  int64_t groups(int64_t i, int64_t end, bool append, Appender &out) const {
+  // Groups of four vectors. kDense: candidates are so frequent that whether a group has one cannot be predicted, so
+  // every group goes through the appending.
+  template <bool kAppend, bool kDense>
+  int64_t groups(int64_t i, int64_t end, Appender &out) const {
     constexpr int64_t w = V::kLanes;
-    // Non-finite keys are above every floor used here, so one comparison finds both kinds.
-    const uint32_t floor = append && out.floor < kLargestFiniteKey ? out.floor : kLargestFiniteKey;
+    const uint32_t floor = kAppend && out.floor < kLargestFiniteKey ? out.floor : kLargestFiniteKey;
     for (; i + 4 * w <= end; i += 4 * w) {
       Float v[4];
       Float c[4];
-      uint32_t any = 0;
+      uint32_t lanes[4];
       for (int u = 0; u < 4; ++u) {
         v[u] = new_velocity(gradient(i + u * w), i + u * w);
         c[u] = V::add(V::load(residual + i + u * w), v[u]);
-        any |= V::above(c[u], floor);
+        lanes[u] = V::above(c[u], floor);
       }
-      if (any != 0) {
-        for (int u = 0; u < 4; ++u) careful(i + u * w, append, out);
-        continue;
+      // Non-finite keys are above every floor used here, so one comparison finds both kinds.
+      if (kDense || (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0) {
+        uint32_t bad = 0;
+        for (int u = 0; u < 4; ++u) bad |= V::above(c[u], kLargestFiniteKey);
+        if (__builtin_expect(bad != 0 || !kAppend || out.count >= out.capacity || out.floor > floor, 0)) {
+          for (int u = 0; u < 4; ++u) careful(i + u * w, kAppend, out);
+          continue;
+        }
+        for (int u = 0; u < 4; ++u) {
+          if (!kDense && lanes[u] == 0) continue;
+          V::compress(out.values + out.count, c[u], lanes[u]);
+          V::compress_indices(out.indices + out.count, static_cast<int32_t>(i + u * w), lanes[u]);
+          out.count += popcount(lanes[u]);
+          c[u] = V::clear(c[u], lanes[u]);
+        }
       }
       for (int u = 0; u < 4; ++u) {
         V::store(residual + i + u * w, c[u]);
@@ -116,7 +129,13 @@ void fuse_range(const FuseArgs &args, int64_t begin, int64_t end, bool append, A
   int64_t i = begin;
   // Up to a cache line of the residual, which is both read and written.
   while (i < end && (reinterpret_cast<uintptr_t>(args.residual + i) & 63u) != 0) single.careful(i++, append, out);
-  i = wide.groups(i, end, append, out);
+  if (!append) {
+    i = wide.template groups<false, false>(i, end, out);
+  } else if (out.dense != 0) {
+    i = wide.template groups<true, true>(i, end, out);
+  } else {
+    i = wide.template groups<true, false>(i, end, out);
+  }
   for (; i + V::kLanes <= end; i += V::kLanes) wide.careful(i, append, out);
   for (; i < end; ++i) single.careful(i, append, out);
 }
@@ -274,9 +293,19 @@ inline uint32_t emit_one(const float *values, const int32_t *indices, EmitState 
 template <class V>
 void emit(const float *values, const int32_t *indices, int64_t size, uint32_t key, int64_t ties, Emitted out,
           float *residual) {
+  constexpr int64_t kAhead = 64;
   EmitState state{key, ties, out, 0, residual};
   int64_t j = 0;
-  for (; j + V::kLanes <= size; j += V::kLanes) emit_one<V>(values + j, indices + j, state);
+  for (; j + V::kLanes <= size; j += V::kLanes) {
+    if (residual != nullptr && j + kAhead + V::kLanes <= size) {
+      // What will go back is far apart in memory: its cache lines are asked for early.
+      uint32_t rest = (~0u >> (32 - V::kLanes)) & ~V::above(V::load(values + j + kAhead), key);
+      for (; rest != 0; rest &= rest - 1) {
+        __builtin_prefetch(residual + indices[j + kAhead + __builtin_ctz(rest)], 1);
+      }
+    }
+    emit_one<V>(values + j, indices + j, state);
+  }
   for (; j < size; ++j) emit_one<ScalarVector>(values + j, indices + j, state);
 }
 

@@ -12,7 +12,7 @@
 namespace commhooks {
 namespace {
 
-constexpr int64_t kMaxSamples = 409600;
+constexpr int64_t kMaxSamples = 204800;
 // Pieces whose cache lines are asked for before they are needed.
 constexpr int64_t kAhead = 16;
 
@@ -31,7 +31,7 @@ class Pieces {
     const Range &range = plan_.active[range_];
     const int64_t begin = range.begin + (at - before_);
     // At the end of a range the piece begins earlier, or is shorter.
-    const int64_t shifted = std::max(range.begin, std::min(begin, range.end - kPiece));
+    const int64_t shifted = std::max(range.begin, std::min(begin & ~(kPiece - 1), range.end - kPiece));
     return {shifted, std::min(range.end, shifted + kPiece)};
   }
 
@@ -81,7 +81,7 @@ int64_t draw(const Plan &plan, const FuseArgs &args, int64_t pieces, int64_t fir
 }  // namespace
 
 Guess plan_guess(int64_t numel, int64_t k, int64_t effort) {
-  int64_t samples = std::max(std::min(numel / 128, kMaxSamples), 24 * (numel / k));
+  int64_t samples = std::max(std::min(numel / 256, kMaxSamples), 24 * (numel / k));
   samples = std::min(samples * effort, numel / 16);
   samples = std::max<int64_t>(samples / kPiece, 16) * kPiece;
   const double expected = static_cast<double>(samples) * static_cast<double>(k) / static_cast<double>(numel);

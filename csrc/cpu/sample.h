@@ -9,9 +9,9 @@
 
 namespace commhooks {
 
-// Elements that are read at neighbouring places. Longer pieces would save cache misses, but gradients are clustered
-// (whole rows of a weight are large together), and then a piece counts for little more than one element.
-constexpr int64_t kPiece = 8;
+// Elements that are read at neighbouring places: a cache line. Longer pieces would be cheaper per element, but gradients
+// are clustered (whole rows of a weight are large together), and then a piece counts for little more than one element.
+constexpr int64_t kPiece = 16;
 
 struct Guess {
   int64_t samples;   // a multiple of kPiece

@@ -93,6 +93,7 @@ class TopK {
     parallel(plan_.tasks(), [&](int t) {
       const size_t at = static_cast<size_t>(t);
       candidates_[at].floor = floor;
+      candidates_[at].dense = k_ > plan_.numel / 250 ? 1 : 0;
       for (const Range &range : plan_.shares[at]) {
         kernels().fuse(plan_.args, range.begin, range.end, append, candidates_[at]);
       }
