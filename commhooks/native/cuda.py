@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import library
 from .fused import Fused, Merged, Selected
 
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -75,8 +76,6 @@ def declare(path: str) -> ctypes.CDLL:
 
 
 def _loaded() -> ctypes.CDLL:
-    from . import library
-
     found = library.cuda()
     if found is None:
         raise RuntimeError("the CUDA library is not there: commhooks.native.ops should not have called it")

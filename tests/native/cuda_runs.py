@@ -1,0 +1,144 @@
+"""The checks of ``cuda_cases`` on sizes that a few seconds allow; also run by itself, under a sanitizer say.
+
+    python tests/native/cuda_runs.py small --device cuda
+    python tests/native/cuda_runs.py small --device cpu --library libcommhooks_cuda_emulated.so
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import cuda_cases as cases  # noqa: E402
+
+from commhooks.native import cuda  # noqa: E402
+from commhooks.native.fused import PAD  # noqa: E402
+
+
+def emulate(path: Path) -> None:
+    """Lets ``commhooks.native.cuda`` call the emulated library, on tensors of the CPU. For the whole process."""
+    cuda._loaded = lambda: cuda.declare(str(path))
+    cuda._guard = lambda device: contextlib.nullcontext()
+    cuda._stream = lambda device: 0
+
+
+def ks(numel: int) -> list[int]:
+    return sorted({0, min(1, numel), numel // 1000, numel // 37, numel // 3, numel})
+
+
+def select_topk(device: str, sizes: tuple[int, ...], *, every: int = 1) -> int:
+    """All data, dtypes and options in turn; returns the number of misses."""
+    misses = turn = 0
+    for numel in sizes:
+        for kind in cases.DATA:
+            for dtype in cases.DTYPES:
+                for k in ks(numel):
+                    turn += 1
+                    if turn % every:
+                        continue
+                    options = turn * 7 % 16
+                    fused = cases.make_fused(kind, numel, dtype, turn, options=options)
+                    what = f"{kind} numel {numel} k {k} {dtype} options {options} turn {turn}"
+                    unaligned = bool(options & 8)
+                    misses += cases.check_select_topk(device, fused, k, what, unaligned=unaligned, seed=turn)
+    return misses
+
+
+def select_others(device: str, sizes: tuple[int, ...], *, every: int = 1) -> None:
+    """``select_threshold`` and ``select_indices``."""
+    turn = 0
+    for numel in sizes:
+        for kind in cases.DATA:
+            for threshold in (0.0, 0.8, 2.5, float("inf")):
+                for start in sorted({0, numel // 2, max(numel - 1, 0)}):
+                    turn += 1
+                    if turn % every:
+                        continue
+                    k = ks(numel)[turn % len(ks(numel))]
+                    fused = cases.make_fused(kind, numel, cases.DTYPES[turn % 3], turn, options=turn * 7 % 16)
+                    what = f"{kind} numel {numel} k {k} threshold {threshold} start {start} turn {turn}"
+                    cases.check_select_threshold(device, fused, threshold, k, start, what)
+                    used = torch.randperm(numel)[:k].sort().values.to(torch.int32)
+                    padded = torch.cat((used, torch.full((turn % 3,), PAD, dtype=torch.int32)))
+                    cases.check_select_indices(device, fused, padded, what)
+
+
+def random_and_merge(device: str, *, large: bool = False) -> None:
+    for numel, k in ((1, 1), (2, 1), (2, 2), (5, 0), (1000, 1000), (70001, 700), (200_000, 3)):
+        cases.check_random_indices(device, numel, k)
+    merges = [
+        (10, (0, 0), (0, 0), 3),
+        (10, (0, 3), (2, 0), 5),
+        (10, (10, 10), (0, 0), 4),
+        (1000, (100, 50), (3, 0), 60),
+        (1000, (100, 50), (3, 7), 0),
+        (1000, (100, 50), (0, 0), 400),
+        (30_000, (5000, 6000), (100, 0), 3000),
+        (1_000_000, (2048, 2048), (0, 0), 2048),
+    ]
+    if large:
+        merges += [(25_000_000, (250_000, 250_000), (0, 0), 250_000), (3_000_000, (1_500_000, 7), (1, 2), 10**6)]
+        cases.check_random_indices(device, 100_000_000, 100_000)
+    for numel, sizes, pads, k in merges:
+        for ties in (False, True):
+            cases.check_merge_topk(device, numel, sizes, pads, k, ties)
+
+
+def write(device: str) -> None:
+    for numel, k, pads in ((5, 0, 2), (5, 5, 0), (1000, 100, 7), (40_000, 5000, 0)):
+        for scale in (1.0, -0.3):
+            cases.check_scatter_add(device, numel, k, pads, scale)
+    for dtype in cases.DTYPES:
+        for numel, rows, k, pads in ((5, 1, 0, 2), (5, 1, 5, 0), (1003, 1, 100, 7), (1003, 4, 300, 7)):
+            if rows == 1 or dtype == torch.float32:
+                cases.check_write_back(device, dtype, numel, rows, k, pads, 0.25)
+
+
+def small(device: str) -> int:
+    """Every kernel once or a few times: what a slow tool can bear. Returns the number of misses."""
+    misses = select_topk(device, (33, 5003, 90_001), every=17)
+    select_others(device, (700, 40_001), every=19)
+    cases.check_sample_threshold(device, 100_000, 1000)
+    for numel, k in ((1000, 1000), (70_001, 700)):
+        cases.check_random_indices(device, numel, k)
+    cases.check_merge_topk(device, 30_000, (3000, 4000), (10, 0), 2000, True)
+    write(device)
+    return misses
+
+
+def few(device: str) -> int:
+    """Every kernel and path, as little as that takes."""
+    misses = 0
+    for kind, options, k in (("gaussian", 3, 200), ("ties", 0, 5000), ("equal", 2, 70)):
+        fused = cases.make_fused(kind, 20_011, torch.float32, 1, options=options)
+        misses += cases.check_select_topk(device, fused, k, f"{kind} options {options} k {k}")
+    cases.check_select_threshold(device, fused, 1.0, 1000, 11_000, "few")
+    cases.check_select_indices(device, fused, torch.arange(0, 20_011, 7, dtype=torch.int32), "few")
+    cases.check_random_indices(device, 70_001, 700)
+    cases.check_merge_topk(device, 30_000, (3000, 4000), (10, 0), 2000, True)
+    return misses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs the CUDA kernels against the reference.")
+    parser.add_argument("what", choices=["small", "few"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--library", type=Path, help="an emulated library")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.library is not None:
+        emulate(options.library)
+    run = small if options.what == "small" else few
+    print(f"{options.what}: as the reference says, {run(options.device)} misses on the way")
+
+
+if __name__ == "__main__":
+    main()
