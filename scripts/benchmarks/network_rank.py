@@ -1,6 +1,6 @@
-"""One rank of `scripts/bench network`: times steps of every case of a job and lets rank 0 print one JSON line for each.
+"""One rank of `scripts/bench network`: times steps of every case of a job and lets rank 0 write one JSON line for each.
 
-Run by `network_launch.run_ranks`: `network_rank.py JOB.json`. A job is a list of cases (`Case`).
+Run by `network_launch.run_ranks`: `network_rank.py JOB.json OUT.jsonl`. A job is a list of cases (`Case`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-MARK = "@case "
-_WARMUP = 3  # DDP lays its buckets anew after the first step, PowerSGD starts at the third
+_WARMUP = 2  # DDP lays its buckets anew after the first step
+_WARMUP_POWERSGD = 4  # it begins to compress at the third step
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
 
 def main() -> None:
     """Runs the job that the command line names."""
-    cases = [Case(**c) for c in json.loads(Path(sys.argv[1]).read_text())]
+    cases, out = [Case(**c) for c in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2])
     from benchmarks.network_launch import join
 
     rank, _ = join()
@@ -40,7 +40,8 @@ def main() -> None:
     for case in cases:
         figures = run_case(case, rank)
         if rank == 0:
-            print(MARK + json.dumps(asdict(case) | figures), flush=True)
+            with out.open("a") as file:
+                file.write(json.dumps(asdict(case) | figures) + "\n")
         gc.collect()
     dist.destroy_process_group()
 
@@ -58,7 +59,7 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
 
     attached = attach(case.scheme, StandIn(MODELS[case.model](), seed=rank), case.density, case.bucket_mb)
     start = torch.zeros((), requires_grad=True)
-    for _ in range(_WARMUP):
+    for _ in range(_WARMUP_POWERSGD if case.scheme.startswith("powersgd") else _WARMUP):
         _step(attached.model, start)
     figures = _timed_steps(case, attached, start)
     if attached.state is not None:
