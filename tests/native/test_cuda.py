@@ -1,0 +1,167 @@
+"""The CUDA kernels on a GPU against the reference on the CPU, bit for bit; run by scripts/gpu_check."""
+
+from __future__ import annotations
+
+import threading
+
+import cuda_cases as cases
+import cuda_runs as runs
+import pytest
+import torch
+
+from commhooks.native import cuda, cuda_arrays, library, ops, reference
+from commhooks.native.fused import Fused
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def loaded() -> None:
+    if library.cuda() is None:
+        pytest.skip(f"{library.path('cuda')} was not built")
+
+
+def test_select_topk() -> None:
+    misses = runs.select_topk("cuda", (0, 1, 2, 31, 517, 5003, 90_001), every=2)
+    misses += runs.select_topk("cuda", (1_000_003,), every=7)
+    assert misses > 0, "the miss path was never taken"
+
+
+def test_every_half_is_read_right() -> None:
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        fused = Fused(patterns.view(dtype), torch.zeros(patterns.numel()))
+        cases.check_select_topk("cuda", fused, 3000, f"every {dtype}")
+
+
+def test_select_others() -> None:
+    runs.select_others("cuda", (0, 1, 700, 40_001, 300_007), every=3)
+    for numel, k in ((100, 10), (200_000, 2000), (3_000_000, 3000)):
+        cases.check_sample_threshold("cuda", numel, k)
+
+
+def test_lists() -> None:
+    runs.random_and_merge("cuda", large=True)
+    runs.write("cuda")
+
+
+def test_large_buckets_and_guesses() -> None:
+    """The sizes that training uses; the guess holds on data that is not degenerate."""
+    misses = 0
+    for turn, (numel, k) in enumerate(((6_553_600, 6554), (6_553_600, 65_536), (25_000_000, 25_000))):
+        for kind in ("gaussian", "heavy"):
+            fused = cases.make_fused(kind, numel, torch.float32, turn, options=2 * (turn % 2))
+            misses += cases.check_select_topk("cuda", fused, k, f"{kind} numel {numel} k {k}", seed=turn)
+    assert misses <= 1
+    for kind in ("equal", "clustered", "ties"):
+        fused = cases.make_fused(kind, 6_553_600, torch.float32, 1)
+        cases.check_select_topk("cuda", fused, 6554, f"{kind}, large")
+
+
+def test_repeated_steps() -> None:
+    """Error feedback over steps; the same result on every run of the same inputs."""
+    numel, k = 400_009, 4001
+    mine = cases.on_device(cases.make_fused("gaussian", numel, torch.float32, 1, options=3), "cuda")
+    again = cases.on_device(mine, "cuda")
+    theirs = cases.on_device(mine, "cpu")
+    for step in range(8):
+        ours = cuda.select_topk(mine, k, step)
+        twice = cuda.select_topk(again, k, step + 100)
+        expected = reference.select_topk(theirs, k)
+        cases.same_selection(ours, expected, mine, theirs, f"step {step}")
+        cases.same_selection(twice, expected, again, theirs, f"step {step}, another sample")
+
+
+def test_nearly_two_to_the_31st() -> None:
+    """Index arithmetic at the largest size; the winners are planted."""
+    numel, k = 2**31 - 2, 1000
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GB of free memory on the device")
+    where = torch.cat((torch.tensor([0, numel - 1]), torch.randint(1, numel - 1, (2 * k,)).unique()[: k - 2]))
+    where = where.sort().values.cuda()
+    grad = torch.zeros(numel, dtype=torch.bfloat16, device="cuda").uniform_(-1.0, 1.0)
+    residual = torch.zeros(numel, device="cuda")
+    residual[where] = torch.linspace(5.0, 9.0, where.numel(), device="cuda")
+    expected = (residual[where] + grad[where].float()).clone()
+    got = ops.select_topk(Fused(grad, residual), where.numel())
+    assert torch.equal(got.indices.long(), where)
+    assert torch.equal(got.values, expected)
+    assert got.report[:2].tolist() == [where.numel(), 0]
+    assert not residual[where].any()
+    last = int(where[-1])
+    assert residual[last - 1] == grad[last - 1].float()
+
+
+def test_streams_and_threads() -> None:
+    """Calls on several streams from several threads at once do not disturb each other."""
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for turn in range(10):
+                fused = cases.make_fused("gaussian", 150_001, torch.float32, 100 * seed + turn)
+                try:
+                    cases.check_select_topk("cuda", fused, 1500, f"thread {seed} turn {turn}")
+                except AssertionError as error:
+                    wrong.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_capture_into_a_graph() -> None:
+    """Nothing waits or allocates on the device: so a whole selection can be captured and replayed."""
+    start = cases.make_fused("gaussian", 300_007, torch.float32, 9, options=2)
+    mine, theirs = cases.on_device(start, "cuda"), cases.on_device(start, "cpu")
+    cuda.select_topk(cases.on_device(start, "cuda"), 3000)  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = cuda.select_topk(mine, 3000)
+    for step in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        cases.same_selection(ours, reference.select_topk(theirs, 3000), mine, theirs, f"replay {step}")
+
+
+def test_no_synchronisation() -> None:
+    mine = cases.on_device(cases.make_fused("ties", 300_007, torch.float32, 9, options=7), "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = ops.select_topk(mine, 3000)
+        ops.scatter_add(mine.residual, got.values, got.indices)
+        ops.merge_topk(got.values, got.indices, got.values, got.indices, 3000)
+        ops.random_indices(1, 2, 3, 300_007, 100, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_dispatch_and_errors() -> None:
+    fused = cases.on_device(cases.make_fused("gaussian", 1000, torch.float32, 1), "cuda")
+    with pytest.raises(ValueError, match="k must be"):
+        ops.select_topk(fused, 1001)
+    with pytest.raises(ValueError, match="k must be"):
+        cuda.select_topk(fused, 1001)
+    assert library.cuda_module() is cuda
+
+
+def test_cupy() -> None:
+    """CuPy arrays on CuPy's stream: the same memory, and ordered without waiting."""
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        residual = cupy.zeros(200_003, dtype=cupy.float32)
+        grad = cupy.arange(200_003, dtype=cupy.float32) - 100_000
+        with cuda_arrays.stream_of(grad):
+            assert torch.cuda.current_stream().cuda_stream == stream.ptr
+            tensor = cuda_arrays.as_tensor(residual)
+            assert tensor.data_ptr() == residual.data.ptr
+            got = ops.select_topk(Fused(cuda_arrays.as_tensor(grad), tensor), 3)
+            values = cuda_arrays.like(got.values, grad)
+            assert values.data.ptr == got.values.data_ptr()
+        assert sorted(values.tolist()) == [100_000.0, 100_001.0, 100_002.0]
+        assert float(residual[0]) == -100_000.0 and float(residual[200_002]) == 0.0
