@@ -68,21 +68,13 @@ def why_not(marker: str) -> str | None:
 
 
 def _why_no_native() -> str | None:
-    try:
-        from commhooks.native import library
-    except ImportError as error:
-        return f"commhooks.native cannot be imported: {error}"
-    for name in ("why_not_cpu", "cpu", "load_cpu"):
-        probe = getattr(library, name, None)
-        if callable(probe):
-            try:
-                found = probe()
-            except Exception as error:
-                return f"the compiled library does not load: {error}"
-            if name == "why_not_cpu":
-                return None if found is None else str(found)
-            return None if found is not None else "the compiled library libcommhooks_cpu.so was not built"
-    return "commhooks.native.library does not say whether the compiled library is there"
+    from commhooks.native import library
+
+    return (
+        None
+        if library.cpu() is not None
+        else "the compiled library libcommhooks_cpu.so is not there or turned off"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -40,7 +40,9 @@ def sources() -> list[Path]:
     return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"), key=lambda path: path.name)
 
 
-def load(level: str = "char", size: int = 1_000_000, vocabulary: int = 2000, files: Sequence[Path] | None = None) -> Corpus:
+def load(
+    level: str = "char", size: int = 1_000_000, vocabulary: int = 2000, files: Sequence[Path] | None = None
+) -> Corpus:
     """Read about `size` characters and number their tokens.
 
     Args:

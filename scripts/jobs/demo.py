@@ -72,13 +72,25 @@ def train(entry: Entry, options: Any, log: Path) -> None:
     else:
         count_ = f"--nproc-per-node={options.ranks}"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", count_]
-    given = ["--task", "digits", "--model", options.model, "--epochs", str(options.epochs), "--momentum", "0.9"]
+    given = [
+        "--task",
+        "digits",
+        "--model",
+        options.model,
+        "--epochs",
+        str(options.epochs),
+        "--momentum",
+        "0.9",
+    ]
     given += ["--density", str(options.density), "--lr", "0.05", "--batch-size", "32", "--log-file", str(log)]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     env["OMP_NUM_THREADS"] = "1"
     env.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     process = subprocess.Popen(
-        [*launcher, str(TRAIN), *given, *entry.options], env=env, stdout=subprocess.DEVNULL, start_new_session=True
+        [*launcher, str(TRAIN), *given, *entry.options],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         status = process.wait(timeout=600)

@@ -108,7 +108,9 @@ def _join(kind: str, device: str, timeout: timedelta) -> World:
         comm = _world_comm()
         rank, size = comm.Get_rank(), comm.Get_size()
         place = _device(device, _local_rank(comm))
-        dist.init_process_group(backend, store=_store(comm, timeout), rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=_store(comm, timeout), rank=rank, world_size=size, timeout=timeout
+        )
     else:
         rank, size = 0, 1
         place = _device(device, 0)

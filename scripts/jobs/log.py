@@ -118,7 +118,9 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     def line(row: Sequence[str]) -> str:
         first, *rest = [(cell, width) for cell, width in zip(row, widths)]
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
+        return (
+            "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
+        )
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
@@ -127,4 +129,3 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def count(number: float) -> str:
     """A number of bytes with thousands separated."""
     return f"{number:,.0f}"
-

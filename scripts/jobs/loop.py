@@ -95,7 +95,9 @@ class Run:
         info = self.strategy.info()
         delta = math.nan if info.delta is None else info.delta
         norm = math.nan if info.residual_norm is None else info.residual_norm
-        self._pending.append((self.done, [loss, info.bytes_sent, info.bytes_received, delta, norm], [elapsed_s, lr]))
+        self._pending.append(
+            (self.done, [loss, info.bytes_sent, info.bytes_received, delta, norm], [elapsed_s, lr])
+        )
         return loss
 
     def _flush(self) -> None:
@@ -104,7 +106,9 @@ class Run:
             return
         means = self.world.mean(torch.tensor([row for _, row, _ in self._pending], dtype=torch.float64))
         busiest = torch.tensor([[times[0], row[1]] for _, row, times in self._pending], dtype=torch.float64)
-        for (step, _, (_, lr)), mean, most in zip(self._pending, means.tolist(), self.world.max(busiest).tolist()):
+        for (step, _, (_, lr)), mean, most in zip(
+            self._pending, means.tolist(), self.world.max(busiest).tolist()
+        ):
             loss, sent, received, delta, norm = mean
             self._sums["bytes_sent"] += sent
             self._sums["bytes_received"] += received

@@ -17,7 +17,18 @@ BY_TASK: dict[str, dict[str, Any]] = {
     "ptb": {"model": "lstm", "lr": 2.0, "epochs": 40, "batch_size": 20},
 }
 # what may differ between a run and the run that resumes it
-FREE = ("log", "checkpoint", "checkpoint_every", "resume", "stop_after", "log_every", "data", "timeout", "transport", "quiet")
+FREE = (
+    "log",
+    "checkpoint",
+    "checkpoint_every",
+    "resume",
+    "stop_after",
+    "log_every",
+    "data",
+    "timeout",
+    "transport",
+    "quiet",
+)
 
 DESCRIPTION = """Data-parallel training with a sparse gradient exchange.
 
@@ -30,8 +41,12 @@ def parser() -> argparse.ArgumentParser:
     """All options, in groups."""
     p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what is trained")
-    g.add_argument("--task", choices=TASKS, default="digits", help="data set (default: digits, needs no download)")
-    g.add_argument("--data", metavar="DIR", help="local folder for cifar10 (python version) and ptb (ptb.*.txt)")
+    g.add_argument(
+        "--task", choices=TASKS, default="digits", help="data set (default: digits, needs no download)"
+    )
+    g.add_argument(
+        "--data", metavar="DIR", help="local folder for cifar10 (python version) and ptb (ptb.*.txt)"
+    )
     g.add_argument("--model", choices=MODELS, help="default: resnet20 for images, lstm for text")
     g.add_argument("--hidden", type=int, default=128, help="hidden units of mlp and lstm (128)")
     g.add_argument("--dropout", type=float, default=0.2, help="of the lstm (0.2)")
@@ -43,14 +58,22 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--scheme", choices=SCHEMES, default="topk")
     g.add_argument("--density", type=float, default=0.01, help="share of the gradient that is sent (0.01)")
     g.add_argument("--transport", choices=("distributed", "mpi"), default="distributed")
-    g.add_argument("--momentum", type=float, default=0.0, help="in the memory; in the optimizer where there is none")
+    g.add_argument(
+        "--momentum", type=float, default=0.0, help="in the memory; in the optimizer where there is none"
+    )
     g.add_argument("--factor-masking", action="store_true", help="zero the velocity where a value was sent")
-    g.add_argument("--warmup", type=int, default=0, metavar="EPOCHS", help="density falls from 0.25 over so many epochs")
+    g.add_argument(
+        "--warmup", type=int, default=0, metavar="EPOCHS", help="density falls from 0.25 over so many epochs"
+    )
     g.add_argument("--clip-norm", type=float, help="clip the local gradient per bucket, before the memory")
-    g.add_argument("--no-error-feedback", dest="error_feedback", action="store_false", help="drop what is not sent")
+    g.add_argument(
+        "--no-error-feedback", dest="error_feedback", action="store_false", help="drop what is not sent"
+    )
     g.add_argument("--no-dense-crossover", dest="dense_crossover", action="store_false")
     g.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb (25)")
-    g.add_argument("--timeout", type=float, default=60.0, help="seconds until a missing rank is an error (60)")
+    g.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds until a missing rank is an error (60)"
+    )
     g = p.add_argument_group("how it is trained")
     g.add_argument("--lr", type=float)
     g.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine")
@@ -61,13 +84,36 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     g = p.add_argument_group("what is written")
     # torchrun takes a bare --log after the script for an abbreviation of its own options
-    g.add_argument("--log-file", "--log", dest="log", metavar="FILE", help="JSON lines (under torchrun: --log-file)")
-    g.add_argument("--log-every", type=int, default=10, help="steps between writes to the log (10); each step has its line")
-    g.add_argument("--delta-every", type=int, default=0, help="measure Assumption 1's delta every so many steps (0: never)")
+    g.add_argument(
+        "--log-file", "--log", dest="log", metavar="FILE", help="JSON lines (under torchrun: --log-file)"
+    )
+    g.add_argument(
+        "--log-every",
+        type=int,
+        default=10,
+        help="steps between writes to the log (10); each step has its line",
+    )
+    g.add_argument(
+        "--delta-every",
+        type=int,
+        default=0,
+        help="measure Assumption 1's delta every so many steps (0: never)",
+    )
     g.add_argument("--checkpoint", metavar="DIR", help="checkpoint after each epoch")
-    g.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="checkpoint every so many steps instead")
-    g.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoint, if there is one")
-    g.add_argument("--stop-after", type=int, metavar="STEPS", help="checkpoint and stop when so many steps have been done")
+    g.add_argument(
+        "--checkpoint-every", type=int, metavar="STEPS", help="checkpoint every so many steps instead"
+    )
+    g.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --checkpoint, if there is one",
+    )
+    g.add_argument(
+        "--stop-after",
+        type=int,
+        metavar="STEPS",
+        help="checkpoint and stop when so many steps have been done",
+    )
     g.add_argument("--quiet", action="store_true", help="no progress display")
     return p
 
@@ -96,7 +142,17 @@ def check(options: Any) -> None:
         raise ValueError(f"--density {options.density} is outside (0, 1]")
     if not 0.0 <= options.momentum < 1.0:
         raise ValueError(f"--momentum {options.momentum} is outside [0, 1)")
-    for name in ("hidden", "window", "text_size", "epochs", "batch_size", "log_every", "lr", "timeout", "bucket_mb"):
+    for name in (
+        "hidden",
+        "window",
+        "text_size",
+        "epochs",
+        "batch_size",
+        "log_every",
+        "lr",
+        "timeout",
+        "bucket_mb",
+    ):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is not positive")
     for name in ("warmup", "delta_every", "weight_decay", "seed"):
@@ -109,7 +165,9 @@ def check(options: Any) -> None:
         if getattr(options, name) and options.checkpoint is None:
             raise ValueError(f"--{name.replace('_', '-')} needs --checkpoint DIR")
     if options.factor_masking and (options.momentum == 0.0 or not options.error_feedback):
-        raise ValueError("--factor-masking masks the velocity of the memory: it needs --momentum and error feedback")
+        raise ValueError(
+            "--factor-masking masks the velocity of the memory: it needs --momentum and error feedback"
+        )
     if options.clip_norm is not None and not options.error_feedback:
         raise ValueError("--clip-norm clips before the memory: it needs error feedback")
 

@@ -152,7 +152,9 @@ def sparse_state(options: Any, steps_per_epoch: int) -> Any:
 
     density: Any = options.density
     if options.warmup > 0:
-        density = c.ExponentialWarmup(options.density, warmup_epochs=options.warmup, steps_per_epoch=steps_per_epoch)
+        density = c.ExponentialWarmup(
+            options.density, warmup_epochs=options.warmup, steps_per_epoch=steps_per_epoch
+        )
     to = {"transport": options.transport}
     selector, aggregator = {
         "topk": lambda: (c.TopK(density), c.AllGather(**to)),

@@ -40,7 +40,9 @@ class Task(Protocol):
     def start(self) -> Tensor | None:
         """The carry at the start of an epoch."""
 
-    def loss(self, model: nn.Module, epoch: int, step: int, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def loss(
+        self, model: nn.Module, epoch: int, step: int, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Mean loss of this rank's batch, with its graph, and the carry for the next step."""
 
     def evaluate(self, model: nn.Module) -> Tensor:
@@ -50,7 +52,9 @@ class Task(Protocol):
 class Images:
     """Classification of images held in memory, shuffled anew each epoch, the last incomplete batch left out."""
 
-    def __init__(self, arrays: data_digits.Arrays, model: nn.Module, share: Share, device: torch.device) -> None:
+    def __init__(
+        self, arrays: data_digits.Arrays, model: nn.Module, share: Share, device: torch.device
+    ) -> None:
         total = share.batch_size * share.size
         if len(arrays.train_x) < total:
             raise ValueError(
@@ -77,7 +81,9 @@ class Images:
             x = data_cifar10.crop_and_flip(x, torch.Generator().manual_seed(seed % 2**63))
         return x.to(self.device), y.to(self.device)
 
-    def loss(self, model: nn.Module, epoch: int, step: int, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def loss(
+        self, model: nn.Module, epoch: int, step: int, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         x, y = self.batch(epoch, step)
         return functional.cross_entropy(model(x), y), None
 
@@ -105,7 +111,9 @@ class Text:
         columns = share.batch_size * share.size
         length = len(corpus.train) // columns
         if length <= window:
-            raise ValueError(f"batch_size={share.batch_size} on {share.size} ranks: columns shorter than {window} tokens")
+            raise ValueError(
+                f"batch_size={share.batch_size} on {share.size} ranks: columns shorter than {window} tokens"
+            )
         mine = slice(share.rank * share.batch_size, (share.rank + 1) * share.batch_size)
         self.tokens = corpus.train[: length * columns].view(columns, length)[mine].t().contiguous()
         length = len(corpus.test) // share.size
@@ -116,7 +124,9 @@ class Text:
     def start(self) -> Tensor | None:
         return self.model.start(self.share.batch_size)
 
-    def loss(self, model: nn.Module, epoch: int, step: int, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def loss(
+        self, model: nn.Module, epoch: int, step: int, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         first = step * self.window
         x = self.tokens[first : first + self.window].to(self.device)
         y = self.tokens[first + 1 : first + 1 + self.window].to(self.device)

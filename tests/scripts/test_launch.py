@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
 from launch import ROOT, clean_environment, mpiexec, run, spawn_gloo, torchrun
 
 
@@ -87,12 +86,32 @@ def test_a_launchers_variables_do_not_reach_the_ranks(monkeypatch):
     assert clean_environment({"RANK": "1"})["RANK"] == "1"
 
 
+# conftest.py needs no more of torch, and importing the real one five times takes seconds
+TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: False)
+def set_num_threads(count):
+    pass
+"""
+
+
 def _pytest(tmp_path: Path, text: str, **env: str) -> subprocess.CompletedProcess:
     """Run pytest on one file with a copy of the project's conftest."""
     for name in ("conftest.py", "launch.py"):
         (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
+    (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "test_it.py").write_text(textwrap.dedent(text))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+        str(tmp_path),
+    ]
     return run(command, timeout=60, env=env, check=False, cwd=tmp_path)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import write_cifar, write_ptb
-
-from jobs import checkpoint, launch as job_launch, loop, options, strategies
+from jobs import checkpoint, loop, options, strategies
+from jobs import launch as job_launch
 from jobs.log import Log, read, table
 from launch import ROOT, mpiexec, mpiexec_path, run, spawn_gloo, torchrun
+from test_data import write_cifar, write_ptb
 
 TRAIN = ROOT / "scripts" / "train.py"
 MLP = ["--model", "mlp", "--hidden", "64", "--batch-size", "32", "--quiet"]
@@ -70,7 +70,19 @@ RESUMED = {
     "randomk": [*MLP, "--scheme", "randomk"],
     "threshold": [*MLP, "--scheme", "threshold"],
     "batch-norm": ["--model", "resnet20", "--batch-size", 120, "--scheme", "gtopk", "--quiet"],
-    "text": ["--task", "text", "--text-size", 90_000, "--hidden", 16, "--batch-size", 24, "--quiet", "--scheme", "topk"],
+    "text": [
+        "--task",
+        "text",
+        "--text-size",
+        90_000,
+        "--hidden",
+        16,
+        "--batch-size",
+        24,
+        "--quiet",
+        "--scheme",
+        "topk",
+    ],
 }
 
 
@@ -146,7 +158,11 @@ def test_checkpoints_are_complete_and_only_two_are_kept(tmp_path):
     in_ranks(2, [*MLP, *COMMON, "--checkpoint", tmp_path, "--checkpoint-every", 5, "--stop-after", 22])
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step-00000020", "step-00000022"]
-    assert sorted(path.name for path in (tmp_path / names[1]).iterdir()) == ["common.pt", "rank0.pt", "rank1.pt"]
+    assert sorted(path.name for path in (tmp_path / names[1]).iterdir()) == [
+        "common.pt",
+        "rank0.pt",
+        "rank1.pt",
+    ]
     (tmp_path / ".step-00000025.part").mkdir()  # a writer that was killed
     world = job_launch.World(1, 2, "torchrun", torch.device("cpu"))
     common, parts = checkpoint.load(tmp_path, world)
@@ -170,7 +186,9 @@ def test_the_log_says_what_happened_in_each_step_and_epoch(tmp_path):
     assert len(sent) == 1 and 2 * 8 * k <= sent.pop() <= 2 * 8 * k + 256  # two rounds and their headers
     assert [line["step"] for line in lines if "delta" in line] == [1, 5, 9, 13, 17, 21]
     epochs = read(log, "epoch")
-    assert [line["epoch"] for line in epochs] == [1, 2] and epochs[-1]["test_accuracy"] == end["test_accuracy"]
+    assert [line["epoch"] for line in epochs] == [1, 2] and epochs[-1]["test_accuracy"] == end[
+        "test_accuracy"
+    ]
     assert epochs[0]["train_loss"] == pytest.approx(sum(line["loss"] for line in lines[:11]) / 11)
     assert end["event"] == "end" and end["test_accuracy"] == summary["test_accuracy"] > 0.3
 
@@ -244,7 +262,18 @@ def test_an_mpiexec_of_another_mpi_is_found_out(tmp_path):
 def test_published_formats_train_from_a_local_folder(tmp_path):
     write_cifar(tmp_path / "cifar", per_file=8)
     write_ptb(tmp_path / "ptb")
-    image = ["--task", "cifar10", "--data", tmp_path / "cifar", "--epochs", 1, "--batch-size", 10, "--scheme", "topk"]
+    image = [
+        "--task",
+        "cifar10",
+        "--data",
+        tmp_path / "cifar",
+        "--epochs",
+        1,
+        "--batch-size",
+        10,
+        "--scheme",
+        "topk",
+    ]
     text = ["--task", "ptb", "--data", tmp_path / "ptb", "--epochs", 2, "--batch-size", 2, "--window", 10]
     image, text = in_ranks(
         2, [*image, "--quiet"], [*text, "--hidden", 16, "--scheme", "randomk", "--density", 0.1, "--quiet"]
@@ -274,7 +303,9 @@ def test_options_that_cannot_be_meant_are_refused(given, message, capsys):
 def test_a_task_that_cannot_be_had_is_one_line_and_a_status(tmp_path):
     done = torchrun(TRAIN, 2, args=["--task", "ptb", "--data", tmp_path], check=False, timeout=60)
     assert done.returncode != 0
-    assert "train.py: error: " in done.stderr and "ptb.train.txt" in done.stderr and "loop.py" not in done.stderr
+    assert (
+        "train.py: error: " in done.stderr and "ptb.train.txt" in done.stderr and "loop.py" not in done.stderr
+    )
     with pytest.raises(ValueError, match="--model lstm does not fit --task digits"):
         loop.tasks.make(parse("--model", "lstm"), loop.tasks.Share(0, 1, 8, 0), torch.device("cpu"))
 
