@@ -1,0 +1,167 @@
+"""Bad arguments raise TypeError or ValueError with their name before anything is touched; arrays of other libraries."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+import torch
+
+from commhooks import arrays
+from commhooks.native import library, ops
+from commhooks.native.fused import PAD, Fused
+
+N = 10
+
+
+def operands(**changes: Any) -> Fused:
+    fields: dict[str, Any] = {"grad": torch.ones(N), "residual": torch.zeros(N), **changes}
+    return Fused(**fields)
+
+
+def index(*places: int) -> torch.Tensor:
+    return torch.tensor(places, dtype=torch.int32)
+
+
+WRONG_OPERANDS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"grad": torch.ones(N, dtype=torch.float64)}, TypeError, "grad"),
+    ({"grad": torch.ones(N, dtype=torch.int32)}, TypeError, "grad"),
+    ({"grad": [1.0] * N}, TypeError, "grad"),
+    ({"grad": torch.ones(N - 1)}, ValueError, "grad"),
+    ({"grad": torch.ones(2 * N)[::2]}, ValueError, "grad"),
+    ({"grad": torch.ones(1, N)}, ValueError, "grad"),
+    ({"grad": torch.ones(N, device="meta")}, ValueError, "grad"),
+    ({"grad": torch.ones(N, requires_grad=True)}, ValueError, "grad"),
+    ({"residual": torch.zeros(N, dtype=torch.float16)}, TypeError, "residual"),
+    ({"velocity": torch.zeros(N + 1)}, ValueError, "velocity"),
+    ({"velocity": torch.zeros(N, dtype=torch.bfloat16)}, TypeError, "velocity"),
+    ({"momentum": 0.9}, ValueError, "momentum"),
+    ({"scale_tensor": torch.ones(2)}, ValueError, "scale_tensor"),
+    ({"scale_tensor": torch.ones((), dtype=torch.float64)}, TypeError, "scale_tensor"),
+    ({"segments": torch.tensor([0, 5, N], dtype=torch.int32)}, TypeError, "segments"),
+    ({"segments": torch.tensor([0])}, ValueError, "segments"),
+    ({"segments": torch.tensor([0, 5, N + 1])}, ValueError, "segments"),
+    ({"segments": torch.tensor([1, 5, N])}, ValueError, "segments"),
+    ({"segments": torch.tensor([0, 7, 5, N])}, ValueError, "segments"),
+]
+
+
+@pytest.mark.parametrize("changes, error, name", WRONG_OPERANDS)
+def test_wrong_operands(changes: dict[str, Any], error: type[Exception], name: str) -> None:
+    fused = operands(**changes)
+    calls: list[Callable[[], Any]] = [
+        lambda: ops.select_topk(fused, 3),
+        lambda: ops.select_threshold(fused, 0.5, 3),
+        lambda: ops.select_indices(fused, index(1, 2)),
+    ]
+    for call in calls:
+        with pytest.raises(error, match=name):
+            call()
+    if fused.residual.dtype == torch.float32:
+        assert not fused.residual.any()
+
+
+def test_shared_memory_is_refused() -> None:
+    room = torch.zeros(N + 4)
+    with pytest.raises(ValueError, match="grad and residual must not share memory"):
+        ops.select_topk(Fused(room[:N], room[4:]), 3)
+
+
+@pytest.mark.parametrize(
+    "call, error, name",
+    [
+        (lambda: ops.select_topk(operands(), N + 1), ValueError, "k must"),
+        (lambda: ops.select_topk(operands(), -1), ValueError, "k must"),
+        (lambda: ops.select_topk(operands(), 1.5), TypeError, "k must"),
+        (lambda: ops.select_topk(operands(), 1, threads=0), ValueError, "threads"),
+        (lambda: ops.select_threshold(operands(), -1.0, 3), ValueError, "threshold"),
+        (lambda: ops.select_threshold(operands(), float("nan"), 3), ValueError, "threshold"),
+        (lambda: ops.select_threshold(operands(), 1.0, 3, start=N), ValueError, "start"),
+        (lambda: ops.select_indices(operands(), index(2, 1)), ValueError, "indices"),
+        (lambda: ops.select_indices(operands(), index(1, 1)), ValueError, "indices"),
+        (lambda: ops.select_indices(operands(), index(-1, 1)), ValueError, "indices"),
+        (lambda: ops.select_indices(operands(), index(1, N)), ValueError, "indices"),
+        (lambda: ops.select_indices(operands(), index(1, PAD, 3)), ValueError, "indices"),
+        (lambda: ops.select_indices(operands(), torch.tensor([1, 2])), TypeError, "indices"),
+        (lambda: ops.random_indices(0, 0, 0, 2**31 - 1, 3), ValueError, "numel"),
+        (lambda: ops.random_indices(0, 0, 0, 5, 6), ValueError, "k must"),
+        (
+            lambda: ops.merge_topk(torch.ones(2), index(2, 1), torch.ones(1), index(1), 3),
+            ValueError,
+            "indices_a",
+        ),
+        (
+            lambda: ops.merge_topk(torch.ones(2), index(1, 2), torch.ones(2), index(1, 1), 3),
+            ValueError,
+            "indices_b",
+        ),
+        (
+            lambda: ops.merge_topk(torch.ones(3), index(1, 2), torch.ones(1), index(1), 3),
+            ValueError,
+            "values_a",
+        ),
+        (lambda: ops.merge_topk(torch.ones(1), index(1), torch.ones(1), index(1), -1), ValueError, "k must"),
+        (lambda: ops.scatter_add(torch.ones(3), torch.ones(1), index(3)), ValueError, "indices"),
+        (lambda: ops.scatter_add(torch.ones(3).half(), torch.ones(1), index(1)), TypeError, "dense"),
+        (lambda: ops.write_back(torch.ones(3), torch.ones(1), index(3)), ValueError, "indices"),
+        (lambda: ops.write_back(torch.ones(3), torch.ones(2, 1), index(1)), ValueError, "values and indices"),
+        (
+            lambda: ops.write_back(torch.ones(3).half(), torch.ones(2, 1), index(1, 2)[:, None]),
+            ValueError,
+            "one row",
+        ),
+        (lambda: arrays.topk([1.0], 1), TypeError, "grad must export"),
+    ],
+)
+def test_wrong_arguments(call: Callable[[], Any], error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=name):
+        call()
+
+
+def test_huge_tensors_are_refused() -> None:
+    huge = torch.zeros(1, dtype=torch.float32).expand(2**31 - 1)
+    with pytest.raises(ValueError, match="must"):
+        ops.select_topk(Fused(huge, huge), 1)
+
+
+def test_numpy_arrays() -> None:
+    grad = np.array([0.1, -3.0, 0.2, 2.0], dtype=np.float32)
+    grad.flags.writeable = False
+    residual = np.zeros_like(grad)
+    values, indices = arrays.topk(grad, 2, residual=residual, scale=2.0)
+    assert isinstance(values, np.ndarray) and indices.dtype == np.int32
+    assert values.tolist() == [-6.0, 4.0] and indices.tolist() == [1, 3]
+    assert np.allclose(residual, [0.2, 0.0, 0.4, 0.0])
+    merged = arrays.merge(values, indices, values, indices, 1)
+    assert merged.values.tolist() == [-12.0] and merged.survives_b.tolist() == [True, False]
+    residual.flags.writeable = False
+    with pytest.raises(ValueError, match="residual must be writeable"):
+        arrays.topk(grad, 2, residual=residual)
+    with pytest.raises(ValueError, match="contiguous"):
+        arrays.topk(grad[::-1], 2)
+
+
+class Exporter:
+    """An array that knows nothing but DLPack."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
+def test_dlpack_arrays() -> None:
+    residual = torch.tensor([0.0, 0.0, 9.0])
+    values, indices = arrays.topk(Exporter(torch.ones(3)), 1, residual=Exporter(residual))
+    assert values.tolist() == [10.0] and indices.tolist() == [2]
+    assert residual.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_describe_names_the_implementation() -> None:
+    text = library.describe()
+    assert text["cpu kernels"].startswith("native (" if library.cpu() is not None else "torch operators")
