@@ -1,0 +1,32 @@
+"""Started on every rank by test_jobs.py: `job.py MODULE FOLDER`."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def main():
+    import torch
+
+    torch.set_num_threads(1)
+    import horovod.torch as hvd
+    import jobs_sets
+
+    size = int(os.environ["COMMHOOKS_TEST_RANKS"])
+    if size >= 3:
+        jobs_sets.CHOSEN = hvd.ProcessSet([0, size - 1])
+        hvd.init(process_sets=[jobs_sets.CHOSEN])
+    else:
+        hvd.init()
+    assert hvd.size() == size
+    import common
+
+    importlib.import_module(sys.argv[1])
+    common.run_cases(sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
