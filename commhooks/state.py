@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class SparseState:
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`Reducer`.
         grad_scaler: the job's ``GradScaler``. The memory is then kept in unscaled units and a change of scale
             leaves it right. Without it a change of scale weighs what is in the memory by old over new scale.
-        dense_crossover: send a bucket densely when that takes fewer bytes.
+        dense_crossover: send a bucket densely when that takes fewer bytes; or a rule: see :class:`Reducer`.
         delta_every: measure Assumption 1's delta every so many steps; 0: never.
         timeout_s: seconds until a missing rank is an error.
         process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives
@@ -49,6 +50,7 @@ class SparseState:
 
     Attributes:
         error: what made the state fail, or None. A failed state raises it again at every later step.
+        plan: what :meth:`auto` decided, or None.
     """
 
     _owner: Any
@@ -61,7 +63,7 @@ class SparseState:
         *,
         nonfinite: str = "propagate",
         grad_scaler: Any = None,
-        dense_crossover: bool = True,
+        dense_crossover: bool | Callable[[int, int, int], bool] = True,
         delta_every: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         process_group: Any = None,
@@ -114,6 +116,25 @@ class SparseState:
     def dense(cls, transport: str | Transport = "distributed", **options: Any) -> SparseState:
         """Everything, by all-reduce in float32: the baseline on the same transport."""
         return cls(None, Dense(transport), **options)
+
+    @classmethod
+    def auto(cls, model: Any, transport: str = "distributed", **options: Any) -> Any:
+        """Probes network and device and takes what the cost model says; a collective call.
+
+        All ranks decide alike, by the slowest rank's figures, and rank 0 logs the plan once. Buckets for which
+        sparse exchange would be slower go dense, and all of them where compression does not pay.
+
+        Args:
+            model: the module (wrapped or not), or its number of parameters.
+            transport: ``"distributed"`` or ``"mpi"``.
+            options: ``densities`` (allowed ones), ``backward_s`` (time of one backward, which hides
+                communication) and ``device`` for the plan; the rest is this class's.
+
+        Returns:
+            A state whose attribute ``plan`` tells what was chosen and why, with the ``bucket_cap_mb`` to give DDP.
+        """
+        # By name: the planner is built on this module, not the other way round.
+        return import_module("commhooks.planner.auto").auto(cls, model, transport, **options)
 
     def submit(
         self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool
@@ -240,6 +261,7 @@ class SparseState:
         self.reducer.memory.table.load(saved)
 
     def _reset_runtime(self) -> None:
+        self.plan: Any = None
         self.error: BaseException | None = None
         self._worker = Worker("commhooks")
         self._owner = None
@@ -260,6 +282,12 @@ class SparseState:
         if is_last:
             self._steps_seen += 1
             self._indices.clear()
+        for p in parameters:
+            if isinstance(p, Tensor) and p.is_complex():  # DDP hands their buckets over as twice as many reals
+                raise TypeError(
+                    f"bucket {index}: gradients must be dense float32, bfloat16 or float16, got {p.dtype} "
+                    f"({table.name_of(p)})"
+                )
         numels = tuple(p.numel() for p in parameters if isinstance(p, Tensor))
         if not self.reducer.aggregator.is_open:
             self.open(buffer.device.type)

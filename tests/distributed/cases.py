@@ -138,3 +138,70 @@ def buckets_seen(state):
 
     state.submit = noting
     return seen
+
+
+def parameter_buckets(state, ddp):
+    """Makes the state note the parameters' names of every bucket; the last entry is the latest step's layout."""
+    names = {p: n for n, p in ddp.module.named_parameters()}
+    steps, submit = [[]], state.submit
+
+    def noting(buffer, index, parameters, is_last):
+        steps[-1].append([names[p] for p in parameters])
+        if is_last:
+            steps.append([])
+        return submit(buffer, index, parameters, is_last)
+
+    state.submit = noting
+    return steps
+
+
+def corrected_now(ddp, state, gradients, beta=0.0):
+    """``u_p + v_p`` of this rank as Algorithm 1 has it, and ``v_p``; parameters without gradient take no part."""
+    u, v = memory_of(ddp, state), memory_of(ddp, state, "velocity") if beta else None
+    named = sorted(ddp.module.named_parameters())
+    g = flat(torch.zeros_like(p) if gradients[n] is None else gradients[n] for n, p in named)
+    active = torch.cat(
+        [
+            torch.full((p.numel(),), gradients[n] is not None and bool((gradients[n] != 0).any()))
+            for n, p in named
+        ]
+    )
+    velocity = g if v is None else torch.where(active, beta * v + g, v)
+    return torch.where(active, u + velocity, u), velocity
+
+
+def check_step(ddp, state, batches, beta=0.0, scale=1.0, tolerance=1e-6, options=None):
+    """Accumulates ``batches`` (all but the last under no_sync) and asserts that the exchange conserves mass.
+
+    Returns:
+        the update (n,) float32, in unscaled units; None where DDP left no gradient counts as 0.
+    """
+    options = options or {}
+    total = None
+    for batch in batches:
+        g = local_gradients(ddp, batch, **options)
+        total = g if total is None else {n: total[n] + g[n] for n in g}
+    corrected, velocity = corrected_now(ddp, state, total, beta)
+    ddp.zero_grad()
+    for batch in batches[:-1]:
+        with ddp.no_sync():
+            (loss_of(ddp, batch, **options) * scale).backward()
+    (loss_of(ddp, batches[-1], **options) * scale).backward()
+    named = sorted(ddp.module.named_parameters())
+    update = flat(torch.zeros_like(p) if p.grad is None else p.grad for _, p in named) / scale
+    size = mean_over_ranks(corrected.abs()) + mean_over_ranks(velocity.abs()) + 1e-30
+    error = mean_over_ranks(memory_of(ddp, state)) + update.double() - mean_over_ranks(corrected)
+    worst = float((error.abs() / size.clamp(min=float(size.max()) * 1e-3)).max())
+    assert worst <= tolerance, worst
+    if beta:
+        torch.testing.assert_close(memory_of(ddp, state, "velocity"), velocity, rtol=1e-5, atol=1e-6)
+    assert same_on_all_ranks(update)
+    return update
+
+
+def sgd_step(ddp, update, rate=0.05):
+    """Plain SGD with what DDP left in .grad."""
+    with torch.no_grad():
+        for p in ddp.parameters():
+            if p.grad is not None:
+                p -= rate * p.grad
