@@ -8,6 +8,7 @@ from typing import Any, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 
 def _cupy_of(array: object) -> Any:
@@ -30,7 +31,9 @@ def stream_of(*arrays: object) -> Iterator[None]:
         with torch.cuda.device(device):
             # 0 is the legacy default stream, which is torch's default stream too.
             stream: Any = (
-                torch.cuda.ExternalStream(pointer, device) if pointer else torch.cuda.default_stream(device)
+                torch.cuda.ExternalStream(pointer, device)  # type: ignore[no-untyped-call]
+                if pointer
+                else torch.cuda.default_stream(device)
             )
             with torch.cuda.stream(stream):
                 yield
@@ -49,7 +52,7 @@ def as_tensor(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array
     if hasattr(array, "__dlpack__"):
-        tensor: Tensor = torch.from_dlpack(array)
+        tensor: Tensor = from_dlpack(array)
         return tensor
     if hasattr(array, "__cuda_array_interface__"):
         return torch.as_tensor(array, device="cuda")

@@ -85,7 +85,9 @@ def make_fused(kind: str, numel: int, dtype: torch.dtype, seed: int, *, options:
         residual = torch.cat((torch.zeros(1), residual))[1:]
         grad = torch.cat((torch.zeros(3), grad))[3:]
     return Fused(
-        grad=grad.to(dtype) if not options & 8 else torch.cat((torch.zeros(3, dtype=dtype), grad.to(dtype)))[3:],
+        grad=grad.to(dtype)
+        if not options & 8
+        else torch.cat((torch.zeros(3, dtype=dtype), grad.to(dtype)))[3:],
         residual=residual,
         velocity=velocity,
         momentum=0.9 if options & 1 else 0.0,
@@ -133,7 +135,9 @@ def same_bits(ours: Tensor, theirs: Tensor, what: str) -> None:
     if count or ours.shape != theirs.shape:
         first = int(wrong.reshape(-1).nonzero()[0])
         a, b = ours.reshape(-1)[first].item(), theirs.reshape(-1)[first].item()
-        raise AssertionError(f"{what}: {count} of {ours.numel()} differ, first at {first}: {a!r} is not {b!r}")
+        raise AssertionError(
+            f"{what}: {count} of {ours.numel()} differ, first at {first}: {a!r} is not {b!r}"
+        )
 
 
 def same_selection(ours: Selected, theirs: Selected, mine: Fused, reference_side: Fused, what: str) -> None:
@@ -146,7 +150,9 @@ def same_selection(ours: Selected, theirs: Selected, mine: Fused, reference_side
         same_bits(mine.velocity, reference_side.velocity, f"{what}: velocity")
 
 
-def check_select_topk(device: str, fused: Fused, k: int, what: str, *, unaligned: bool = False, seed: int = 0) -> int:
+def check_select_topk(
+    device: str, fused: Fused, k: int, what: str, *, unaligned: bool = False, seed: int = 0
+) -> int:
     """Returns the number of misses, for those who want some."""
     mine, theirs = on_device(fused, device, unaligned), on_device(fused, "cpu")
     ours = cuda.select_topk(mine, k, seed)
@@ -155,7 +161,9 @@ def check_select_topk(device: str, fused: Fused, k: int, what: str, *, unaligned
     return int(ours.report[2])
 
 
-def check_select_threshold(device: str, fused: Fused, threshold: float, k: int, start: int, what: str) -> None:
+def check_select_threshold(
+    device: str, fused: Fused, threshold: float, k: int, start: int, what: str
+) -> None:
     mine, theirs = on_device(fused, device), on_device(fused, "cpu")
     ours = cuda.select_threshold(mine, threshold, k, start)
     expected = reference.select_threshold(theirs, threshold, k, start)
@@ -227,7 +235,9 @@ def check_scatter_add(device: str, numel: int, k: int, pads: int, scale: float) 
     same_bits(ours, dense, f"scatter_add {numel} {k} {pads}")
 
 
-def check_write_back(device: str, dtype: torch.dtype, numel: int, rows: int, k: int, pads: int, scale: float) -> None:
+def check_write_back(
+    device: str, dtype: torch.dtype, numel: int, rows: int, k: int, pads: int, scale: float
+) -> None:
     pairs = [make_pairs(numel, k, pads, 20 + row, False) for row in range(rows)]
     values = torch.stack([pair[0] for pair in pairs])
     indices = torch.stack([pair[1] for pair in pairs])

@@ -1,7 +1,7 @@
 """The checks of ``cuda_cases`` on sizes that a few seconds allow; also run by itself, under a sanitizer say.
 
-    python tests/native/cuda_runs.py small --device cuda
-    python tests/native/cuda_runs.py small --device cpu --library libcommhooks_cuda_emulated.so
+python tests/native/cuda_runs.py small --device cuda
+python tests/native/cuda_runs.py small --device cpu --library libcommhooks_cuda_emulated.so
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def random_and_merge(device: str, *, large: bool = False) -> None:
         (1_000_000, (2048, 2048), (0, 0), 2048),
     ]
     if large:
-        merges += [(25_000_000, (250_000, 250_000), (0, 0), 250_000), (3_000_000, (1_500_000, 7), (1, 2), 10**6)]
+        merges += [
+            (25_000_000, (250_000, 250_000), (0, 0), 250_000),
+            (3_000_000, (1_500_000, 7), (1, 2), 10**6),
+        ]
         cases.check_random_indices(device, 100_000_000, 100_000)
     for numel, sizes, pads, k in merges:
         for ties in (False, True):

@@ -29,11 +29,17 @@ def test_builds_through_cmake(tmp_path: Path) -> None:
     loaded = ctypes.CDLL(str(library))  # also where there is no driver: the runtime is linked in
     assert loaded.commhooks_cuda_abi_version() == 1
     loaded.commhooks_cuda_scratch_bytes.restype = ctypes.c_int64
-    size = loaded.commhooks_cuda_scratch_bytes(0, ctypes.c_int64(10**8), ctypes.c_int64(10**5), ctypes.c_int64(0))
+    size = loaded.commhooks_cuda_scratch_bytes(
+        0, ctypes.c_int64(10**8), ctypes.c_int64(10**5), ctypes.c_int64(0)
+    )
     assert 10**8 // 8 < size < 10**8 // 4
-    assert loaded.commhooks_cuda_scratch_bytes(9, ctypes.c_int64(1), ctypes.c_int64(1), ctypes.c_int64(0)) == -1
+    assert (
+        loaded.commhooks_cuda_scratch_bytes(9, ctypes.c_int64(1), ctypes.c_int64(1), ctypes.c_int64(0)) == -1
+    )
     if shutil.which("cuobjdump") is None:
         return
-    listed = subprocess.run(["cuobjdump", "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["cuobjdump", "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True
+    )
     for target in TARGETS.split(";"):
         assert f"sm_{target}" in listed.stdout

@@ -88,7 +88,9 @@ def test_races(tmp_path: Path) -> None:
     """ThreadSanitizer sees every fiber as a thread: no two threads touch one place without order."""
     reason = emulator.why_not(tmp_path)
     setarch = shutil.which("setarch")
-    runtime = subprocess.run([*emulator.compiler()[:1], "-print-file-name=libtsan.so"], capture_output=True, text=True)
+    runtime = subprocess.run(
+        [*emulator.compiler()[:1], "-print-file-name=libtsan.so"], capture_output=True, text=True
+    )
     if reason or setarch is None or not Path(runtime.stdout.strip()).is_absolute():
         pytest.skip(reason or "no setarch or no libtsan.so")
     library = emulator.build(tmp_path, misses=True, races=True)
@@ -100,7 +102,17 @@ def test_races(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
     }
     # Without randomised addresses: ThreadSanitizer's shadow memory has a fixed place.
-    command = [setarch, "-R", sys.executable, str(script), "few", "--device", "cpu", "--library", str(library)]
+    command = [
+        setarch,
+        "-R",
+        sys.executable,
+        str(script),
+        "few",
+        "--device",
+        "cpu",
+        "--library",
+        str(library),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     if "unexpected memory mapping" in done.stderr or "personality" in done.stderr:
         pytest.skip("ThreadSanitizer cannot lay out its memory here")

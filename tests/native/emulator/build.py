@@ -38,7 +38,13 @@ def build(folder: Path, *, misses: bool = False, races: bool = False) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = ["-std=c++17", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    common += ["-ffp-contract=off", "-DCOMMHOOKS_EMULATE", f"-I{HERE}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'include'}"]
+    common += [
+        "-ffp-contract=off",
+        "-DCOMMHOOKS_EMULATE",
+        f"-I{HERE}",
+        f"-I{CSRC / 'cuda'}",
+        f"-I{CSRC / 'include'}",
+    ]
     if misses:
         common.append("-DCOMMHOOKS_TEST_MISSES")
     if races:
