@@ -18,12 +18,23 @@ from jobs import launch, loop, options
 from jobs.log import count, table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCHEMES = ("topk", "gtopk", "randomk")
+# scheme, error feedback, momentum (None: the study's). A coordinate that random-k sends every 1/density steps carries
+# what was gathered since: with momentum on top it overshoots, so it is shown without as well.
+CASES: tuple[tuple[str, bool, float | None], ...] = (
+    ("dense", True, None),
+    ("topk", True, None),
+    ("gtopk", True, None),
+    ("randomk", True, None),
+    ("randomk", True, 0.0),
+    ("topk", False, None),
+    ("gtopk", False, None),
+    ("randomk", False, None),
+)
 NAMES = {"dense": "dense (DDP)", "topk": "top-k, all-gather", "gtopk": "gTop-k", "randomk": "random-k"}
-# by model: learning rate, batch per rank, share of the epochs
+# by model: learning rate, the same without momentum, batch per rank, share of the epochs
 MODELS: dict[str, dict[str, Any]] = {
-    "mlp": {"lr": 0.1, "batch_size": 16, "epochs": 1.0},
-    "resnet20": {"lr": 0.05, "batch_size": 32, "epochs": 0.5},
+    "mlp": {"lr": 0.1, "plain_lr": 0.1, "batch_size": 16, "epochs": 1.0},
+    "resnet20": {"lr": 0.05, "plain_lr": 0.3, "batch_size": 32, "epochs": 0.5},
 }
 
 
@@ -44,19 +55,16 @@ def main() -> None:
     started = time.perf_counter()
     with launch.session() as world:
         results: list[dict[str, Any]] = []
-        cases = [
-            (model, scheme, feedback)
-            for model in study.models
-            for scheme, feedback in [("dense", True), *((s, f) for f in (True, False) for s in SCHEMES)]
-        ]
-        for number, (model, scheme, feedback) in enumerate(cases):
+        cases = [(model, *case) for model in study.models for case in CASES]
+        for number, (model, scheme, feedback, momentum) in enumerate(cases):
             for seed in study.seeds:
-                results.append(one(study, world, model, scheme, feedback, seed))
+                momentum = study.momentum if momentum is None else momentum
+                results.append(one(study, world, (model, scheme, feedback, momentum), seed))
                 if world.is_main:
                     last = results[-1]
                     print(
-                        f"accuracy: {number + 1}/{len(cases)} {model} {scheme} feedback={feedback} seed={seed}: "
-                        f"{last['test_accuracy']:.2%} ({time.perf_counter() - started:.0f} s)",
+                        f"accuracy: {number + 1}/{len(cases)} {model} {scheme} feedback={feedback} seed={seed} "
+                        f"momentum={momentum:g} {last['test_accuracy']:.2%} ({time.perf_counter() - started:.0f} s)",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -65,13 +73,26 @@ def main() -> None:
     launch.leave()
 
 
-def one(study: Any, world: launch.World, model: str, scheme: str, feedback: bool, seed: int) -> dict[str, Any]:
+def one(study: Any, world: launch.World, case: tuple[str, str, bool, float], seed: int) -> dict[str, Any]:
     """One run: the loop's summary with what was asked for, and the test accuracy after each epoch."""
+    model, scheme, feedback, momentum = case
     setting = MODELS[model]
+    lr = setting["lr"] if momentum else setting["plain_lr"]
     epochs = max(1, round(study.epochs * setting["epochs"]))
-    given = ["--task", "digits", "--model", model, "--scheme", scheme, "--density", study.density, "--seed", seed]
-    given += ["--epochs", epochs, "--batch-size", setting["batch_size"], "--lr", setting["lr"], "--quiet"]
-    given += ["--momentum", study.momentum, "--warmup", min(study.warmup, epochs)]
+    given = [
+        "--task",
+        "digits",
+        "--model",
+        model,
+        "--scheme",
+        scheme,
+        "--density",
+        study.density,
+        "--seed",
+        seed,
+    ]
+    given += ["--epochs", epochs, "--batch-size", setting["batch_size"], "--lr", lr, "--quiet"]
+    given += ["--momentum", momentum, "--warmup", min(study.warmup, epochs)]
     given += [] if feedback else ["--no-error-feedback"]
     run = loop.Run(options.parse([str(part) for part in given]), world)
     curve: list[float] = []
@@ -82,23 +103,28 @@ def one(study: Any, world: launch.World, model: str, scheme: str, feedback: bool
         curve.append(run.evaluation["test_accuracy"])
 
     run._evaluate = recorded  # type: ignore[method-assign]
-    return {"model": model, "seed": seed, **run.train(), "error_feedback": feedback, "accuracy_by_epoch": curve}
+    asked = {"model": model, "seed": seed, "lr": lr, "momentum": momentum}
+    return {**asked, **run.train(), "error_feedback": feedback, "accuracy_by_epoch": curve}
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and spread over seeds, by model, scheme and feedback, in the order of the runs."""
-    groups: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, bool, float], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["model"], result["scheme"], result["error_feedback"]), []).append(result)
+        key = (result["model"], result["scheme"], result["error_feedback"], result["momentum"])
+        groups.setdefault(key, []).append(result)
+    baseline = {key[0]: runs for key, runs in groups.items() if key[1] == "dense"}
     rows = []
-    for (model, scheme, feedback), runs in groups.items():
+    for (model, scheme, feedback, momentum), runs in groups.items():
         accuracy = [100 * run["test_accuracy"] for run in runs]
-        dense = [100 * run["test_accuracy"] for run in groups[(model, "dense", True)]]
+        dense = [100 * run["test_accuracy"] for run in baseline[model]]
         rows.append(
             {
                 "model": model,
                 "scheme": scheme,
                 "error_feedback": feedback,
+                "momentum": momentum,
+                "lr": runs[0]["lr"],
                 "seeds": len(runs),
                 "mean": statistics.mean(accuracy),
                 "spread": statistics.stdev(accuracy) if len(runs) > 1 else 0.0,
@@ -107,7 +133,9 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "behind_dense": statistics.mean(dense) - statistics.mean(accuracy),
                 "bytes_sent_per_step": statistics.mean(run["bytes_sent_per_step"] for run in runs),
                 "epochs": len(runs[0]["accuracy_by_epoch"]),
-                "curve": [statistics.mean(values) for values in zip(*(run["accuracy_by_epoch"] for run in runs))],
+                "curve": [
+                    statistics.mean(values) for values in zip(*(run["accuracy_by_epoch"] for run in runs))
+                ],
             }
         )
     return rows
@@ -118,7 +146,13 @@ def write(study: Any, results: list[dict[str, Any]], ranks: int, elapsed_s: floa
     study.output.mkdir(parents=True, exist_ok=True)
     rows = summarise(results)
     settings = {name: value for name, value in vars(study).items() if name != "output"}
-    content = {"settings": settings, "ranks": ranks, "elapsed_s": round(elapsed_s, 1), "summary": rows, "runs": results}
+    content = {
+        "settings": settings,
+        "ranks": ranks,
+        "elapsed_s": round(elapsed_s, 1),
+        "summary": rows,
+        "runs": results,
+    }
     (study.output / "accuracy.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(rows, study.output / "accuracy.png")
     (study.output / "accuracy.md").write_text(page(study, rows, ranks, elapsed_s))
@@ -142,6 +176,8 @@ def page(study: Any, rows: list[dict[str, Any]], ranks: int, elapsed_s: float) -
             (
                 NAMES[row["scheme"]],
                 "-" if row["scheme"] == "dense" else "yes" if row["error_feedback"] else "no",
+                f"{row['momentum']:g}",
+                f"{row['lr']:g}",
                 f"{row['mean']:.2f} ± {row['spread']:.2f}",
                 f"{row['lowest']:.2f} to {row['highest']:.2f}",
                 f"{row['behind_dense']:+.2f}",
@@ -149,8 +185,18 @@ def page(study: Any, rows: list[dict[str, Any]], ranks: int, elapsed_s: float) -
             )
             for row in mine
         ]
-        headings = ("scheme", "error feedback", "test accuracy, %", "range", "points behind dense", "bytes a step")
-        parts += ["", f"## {model}, {mine[0]['epochs']} epochs", "", table(headings, lines), "", verdict(mine)]
+        headings = (
+            *("scheme", "error feedback", "momentum", "lr"),
+            *("test accuracy, %", "range", "points behind dense", "bytes a step"),
+        )
+        parts += [
+            "",
+            f"## {model}, {mine[0]['epochs']} epochs",
+            "",
+            table(headings, lines),
+            "",
+            verdict(mine),
+        ]
     parts += [
         "",
         "![test accuracy by epoch](accuracy.png)",
@@ -163,34 +209,41 @@ def page(study: Any, rows: list[dict[str, Any]], ranks: int, elapsed_s: float) -
 
 def verdict(rows: list[dict[str, Any]]) -> str:
     """Whether top-k and gTop-k with error feedback come within a point of dense, and what the others do."""
-    sentences = []
+    within, beyond = [], []
     for row in rows:
-        if row["scheme"] == "dense":
-            continue
-        within = "within" if row["behind_dense"] <= 1.0 else "**not** within"
-        how = "with" if row["error_feedback"] else "without"
-        sentences.append(f"{NAMES[row['scheme']]} {how} error feedback: {within} one point of dense.")
-    return " ".join(sentences)
+        if row["scheme"] != "dense":
+            (within if row["behind_dense"] <= 1.0 else beyond).append(name(row))
+    return f"Within one point of dense: {', '.join(within) or 'none'}. Not: {', '.join(beyond) or 'none'}."
+
+
+def name(row: dict[str, Any]) -> str:
+    """How a row is called in a sentence and in the figure."""
+    feedback = "" if row["error_feedback"] else ", no feedback"
+    plain = "" if row["momentum"] else ", no momentum"
+    return NAMES[row["scheme"]] + feedback + plain
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean test accuracy by epoch; full lines with error feedback, dotted ones without."""
+    """Mean test accuracy by epoch; full lines with error feedback (dashed: no momentum), dotted ones without."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(5.5 * len(models), 4.2), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(5.5 * len(models), 4.2), squeeze=False, layout="constrained"
+    )
     colours = {"dense": "k", "topk": "C0", "gtopk": "C1", "randomk": "C2"}
     for axis, model in zip(axes[0], models):
         for row in rows:
             if row["model"] != model:
                 continue
-            label = NAMES[row["scheme"]] + ("" if row["error_feedback"] else ", no feedback")
-            style = "-" if row["error_feedback"] else ":"
+            style = ":" if not row["error_feedback"] else "-" if row["momentum"] else "--"
             epochs = range(1, len(row["curve"]) + 1)
-            axis.plot(epochs, [100 * v for v in row["curve"]], style, color=colours[row["scheme"]], label=label)
+            axis.plot(
+                epochs, [100 * v for v in row["curve"]], style, color=colours[row["scheme"]], label=name(row)
+            )
         axis.set(title=model, xlabel="epoch", ylabel="test accuracy, % (mean over seeds)")
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=8)
