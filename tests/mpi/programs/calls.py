@@ -1,0 +1,44 @@
+"""The transport's calls on many dtypes, and its refusals."""
+
+import sys
+
+import torch
+from mpi4py import MPI
+
+from commhooks.transports.mpi import MpiTransport
+
+first, second = MpiTransport(timeout_s=60.0), MpiTransport(timeout_s=60.0)
+rank, size = first.rank, first.world_size
+assert size == MPI.COMM_WORLD.size
+right, left = (rank + 1) % size, (rank - 1) % size
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool):
+    mine = torch.tensor([rank, 1, 0]).to(dtype)
+    received = torch.empty(3, dtype=dtype)
+    first.exchange([(right, mine)], [(left, received)], tag=5, what="ring")
+    assert torch.equal(received, torch.tensor([left, 1, 0]).to(dtype))
+    rows = torch.empty((size, 3), dtype=dtype)
+    first.all_gather(mine, rows, tag=5, what="gather")
+    assert torch.equal(rows, torch.stack([torch.tensor([r, 1, 0]).to(dtype) for r in range(size)]))
+total = torch.tensor([float(rank), 1.0])
+first.all_reduce(total, tag=6, what="sum")
+assert total.tolist() == [size * (size - 1) / 2, float(size)]
+for root in range(size):
+    buffer = torch.tensor([rank])
+    first.broadcast(buffer, root=root, tag=7, what="copy")
+    assert buffer.item() == root
+# Two transports have communicators of their own: the same tag does not cross.
+a, b = torch.zeros(1), torch.zeros(1)
+first.exchange([(right, torch.tensor([1.0]))], [], tag=1, what="")
+second.exchange([(right, torch.tensor([2.0]))], [(left, b)], tag=1, what="")
+first.exchange([], [(left, a)], tag=1, what="")
+assert (a.item(), b.item()) == (1.0, 2.0)
+before = first.counters.bytes_sent
+first.exchange([(right, torch.zeros(10))], [(left, torch.zeros(10))], tag=2, what="")
+assert first.counters.bytes_sent - before == 40
+try:
+    first.exchange([(right, torch.zeros(2, 3).t())], [], tag=2, what="")
+    raise SystemExit("a transposed buffer was sent")
+except ValueError as error:
+    assert "contiguous" in str(error)
+first.close(), first.close(), second.close()
+sys.stdout.write("calls well\n")

@@ -1,0 +1,108 @@
+"""DDP on gloo with an MPI hook in a job started by mpiexec, and what may go wrong in it.
+
+Arguments: train | die | stall | disagree, then ddp | reducer, then the scheme.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import mpi4py
+
+mpi4py.rc.thread_level = os.environ.get("COMMHOOKS_TEST_THREAD_LEVEL", "multiple")
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from mpi4py import MPI  # noqa: E402
+
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(TESTS / "distributed"), str(TESTS / "unit")]
+import cases  # noqa: E402
+from commhooks import Bucket, ErrorFeedback  # noqa: E402
+from commhooks.transports.mpi import MpiTransport  # noqa: E402
+
+torch.set_num_threads(1)
+WHAT, HOW, SCHEME = (*sys.argv[1:], *("train", "ddp", "gtopk")[len(sys.argv) - 1 :])
+STALL_TIMEOUT_S = 3.0
+comm = MPI.COMM_WORLD
+
+
+def say(text):
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def join_gloo():
+    """Rank and size from MPI, the store's port by broadcast."""
+    store = dist.TCPStore("127.0.0.1", 0, comm.size, True, wait_for_workers=False) if comm.rank == 0 else None
+    port = comm.bcast(store.port if store else None)
+    store = store or dist.TCPStore("127.0.0.1", port, comm.size, False)
+    dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
+
+
+def trouble(reduce, reducer):
+    """Wraps ``reduce``: in bucket 1 of the second step rank 1 dies or sleeps."""
+
+    def wrapped(bucket, scale=1.0):
+        if comm.rank == 1 and bucket.index == 1 and reducer.step == 1:
+            if WHAT == "die":
+                os.kill(os.getpid(), 9)
+            if WHAT == "stall":
+                time.sleep(300)
+        return reduce(bucket, scale)
+
+    return wrapped
+
+
+def main_reducer():
+    from ranks import reducer
+
+    scheme = {"topk": "union"}.get(SCHEME, SCHEME)
+    red = reducer(scheme, MpiTransport(timeout_s=STALL_TIMEOUT_S), 0.2)
+    reduce = trouble(red.reduce, red)
+    try:
+        for _ in range(2):
+            for index in range(3):
+                reduce(Bucket(index, torch.ones(20), (f"p{index}",), (20,), index == 2))
+            say(f"step {red.step} done")
+    except RuntimeError as error:
+        red.aggregator.transport.fail(error)
+        raise
+    say("unreachable")
+
+
+def main_ddp():
+    join_gloo()
+    density = 0.25 if WHAT == "disagree" and comm.rank == 1 else 0.1
+    timeout_s = STALL_TIMEOUT_S if WHAT == "stall" else 60.0
+    ddp, state = cases.sparse_ddp(
+        SCHEME, density, ErrorFeedback(0.5), transport="mpi", timeout_s=timeout_s
+    )
+    state.reducer.reduce = trouble(state.reducer.reduce, state.reducer)
+    data = cases.Data(comm.rank)
+    if WHAT == "train":
+        for step in range(4):
+            update = cases.check_step(ddp, state, [data(step)], beta=0.5)
+            cases.sgd_step(ddp, update)
+        say("conserved")
+        assert cases.same_on_all_ranks(update) and update.any()
+        assert state.stats()["bytes_sent"] > 0 or comm.size == 1
+        say("trained with equal gradients")
+        state.close()
+        dist.destroy_process_group()
+        return
+    try:
+        for step in range(3):
+            cases.loss_of(ddp, data(step)).backward()
+            say(f"step {step + 1} done")
+    except RuntimeError:
+        if WHAT == "stall":
+            try:
+                cases.loss_of(ddp, data(0))
+            except Exception as error:
+                say(f"next forward: {type(error).__name__}")
+        raise
+    say("unreachable")
+
+
+main_reducer() if HOW == "reducer" else main_ddp()

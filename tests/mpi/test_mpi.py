@@ -1,0 +1,137 @@
+"""The MPI transport under a real mpiexec: equal to in_process, inside DDP jobs, and what failures end in."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from launch import ROOT, clean_environment, mpiexec, run
+
+PROGRAMS = Path(__file__).parent / "programs"
+# Seconds for jobs that should end in a fraction of that: machines may be busy.
+TIMEOUT = 150.0
+
+
+def test_every_scheme_over_mpi_equals_in_process_at_1_to_5_ranks():
+    """One job of 5 ranks; P = 1 to 5 by sub-communicators. Every rank compares bits with its twin in threads."""
+    done = mpiexec(PROGRAMS / "equals_in_process.py", 5, timeout=TIMEOUT)
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("equal")) == sorted(
+        f"equal P={p} rank={r}" for p in range(1, 6) for r in range(p)
+    )
+
+
+def test_transport_calls_and_counters():
+    done = mpiexec(PROGRAMS / "calls.py", 3, timeout=TIMEOUT)
+    assert done.stdout.count("calls well") == 3
+
+
+def test_gtopk_over_mpi_inside_a_ddp_job_started_by_mpiexec():
+    done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["train"])
+    assert done.stdout.count("trained with equal gradients") == 3
+    assert done.stdout.count("conserved") == 3
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_other_sizes_of_ddp_job(n):
+    done = mpiexec(PROGRAMS / "ddp.py", n, timeout=TIMEOUT, args=["train"])
+    assert done.stdout.count("trained with equal gradients") == n
+
+
+@pytest.mark.parametrize("how", ["ddp", "reducer"])
+def test_a_dead_rank_takes_the_job_down(how):
+    """Under MPICH's mpiexec the launcher ends the job: the promise is a non-zero exit in seconds."""
+    done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["die", how], check=False)
+    assert not done.timed_out and done.returncode != 0
+    assert "step 1 done" in done.stdout and "unreachable" not in done.stdout
+
+
+@pytest.mark.parametrize("how", ["ddp", "reducer"])
+@pytest.mark.parametrize("scheme", ["gtopk", "topk"])
+def test_a_stalled_rank_ends_in_a_typed_error_and_a_non_zero_exit(how, scheme):
+    """The stalled rank sleeps for 300 s: the others' time-out ends the job long before, by Abort."""
+    done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["stall", how, scheme], check=False)
+    assert not done.timed_out and done.returncode != 0 and done.elapsed_s < TIMEOUT / 2, done.show()
+    text = done.stdout + done.stderr
+    assert "PeerTimeoutError" in text and "bucket 1, step 1" in text, done.show()
+    assert "no answer from" in text and "unreachable" not in done.stdout
+    if how == "ddp":
+        assert "next forward: PeerTimeoutError" in done.stdout, done.show()
+
+
+def test_ranks_that_disagree_end_the_job_with_both_values():
+    done = mpiexec(PROGRAMS / "ddp.py", 2, timeout=TIMEOUT, args=["disagree"], check=False)
+    assert not done.timed_out and done.returncode != 0
+    for part in ("SettingsMismatchError", "rank 0", "rank 1", "density=0.1", "density=0.25"):
+        assert part in done.stderr, done.show()
+
+
+HIDDEN = """
+    import sys
+    sys.modules["mpi4py"] = None
+    import commhooks
+    from commhooks import SparseState
+    try:
+        SparseState.gtopk(0.1, transport="mpi")
+    except ImportError as error:
+        print("said:", error)
+"""
+
+NO_LIBRARY = """
+    import sys, types
+    package = types.ModuleType("mpi4py")
+    package.__path__ = []
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "mpi4py.MPI":
+                raise RuntimeError("cannot load MPI library")
+    sys.modules["mpi4py"] = package
+    sys.meta_path.insert(0, Finder())
+    import commhooks
+    try:
+        commhooks.SparseState.gtopk(0.1, transport="mpi")
+    except ImportError as error:
+        print("said:", error)
+"""
+
+
+@pytest.mark.parametrize("program, parts", [(HIDDEN, ["pip install", "mpi4py", "mpich"]), (NO_LIBRARY, ["mpich"])])
+def test_asking_for_mpi_without_it_says_what_to_install(program, parts):
+    done = run([sys.executable, "-c", textwrap.dedent(program)], timeout=60, cwd=ROOT)
+    assert done.stdout.startswith("said:"), done.show()
+    for part in (*parts, "pip install"):
+        assert part in done.stdout
+
+
+def test_importing_the_package_does_not_start_mpi():
+    program = "import sys, commhooks; assert 'mpi4py' not in sys.modules; print('clean')"
+    assert "clean" in run([sys.executable, "-c", program], timeout=60, cwd=ROOT).stdout
+
+
+def test_mpi_below_thread_serialized_is_refused():
+    program = textwrap.dedent("""
+        import mpi4py
+        mpi4py.rc.thread_level = "single"
+        from mpi4py import MPI
+        from commhooks import SparseState
+        if MPI.Query_thread() >= MPI.THREAD_SERIALIZED:
+            print("cannot ask: MPI gave more")
+        else:
+            try:
+                SparseState.gtopk(0.1, transport="mpi")
+            except RuntimeError as error:
+                print("said:", error)
+    """)
+    done = mpiexec(program, 1, timeout=TIMEOUT)
+    assert "MPI_THREAD_SERIALIZED" in done.stdout or "cannot ask" in done.stdout
+
+
+def test_serialized_is_enough():
+    """Where MPI grants no more, all calls go through one lock."""
+    env = {"COMMHOOKS_TEST_THREAD_LEVEL": "serialized"}
+    done = mpiexec(PROGRAMS / "ddp.py", 2, timeout=TIMEOUT, args=["train"], env=env)
+    assert done.stdout.count("trained with equal gradients") == 2
+
+
+def test_the_environment_of_a_job_is_clean():
+    assert not [name for name in clean_environment() if name.startswith(("PMI_", "OMPI_COMM"))]
