@@ -32,28 +32,21 @@ def test_gtopk_over_mpi_inside_a_ddp_job_started_by_mpiexec():
     assert done.stdout.count("conserved") == 3
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_other_sizes_of_ddp_job(n):
-    done = mpiexec(PROGRAMS / "ddp.py", n, timeout=TIMEOUT, args=["train"])
-    assert done.stdout.count("trained with equal gradients") == n
-
-
 @pytest.mark.parametrize("how", ["ddp", "reducer"])
 def test_a_dead_rank_takes_the_job_down(how):
     """Under MPICH's mpiexec the launcher ends the job: the promise is a non-zero exit in seconds."""
     done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["die", how], check=False)
     assert not done.timed_out and done.returncode != 0
-    assert "step 1 done" in done.stdout and "unreachable" not in done.stdout
+    assert "step 2 done" in done.stdout and "unreachable" not in done.stdout
 
 
-@pytest.mark.parametrize("how", ["ddp", "reducer"])
-@pytest.mark.parametrize("scheme", ["gtopk", "topk"])
+@pytest.mark.parametrize("how, scheme", [("ddp", "gtopk"), ("reducer", "gtopk"), ("reducer", "topk")])
 def test_a_stalled_rank_ends_in_a_typed_error_and_a_non_zero_exit(how, scheme):
     """The stalled rank sleeps for 300 s: the others' time-out ends the job long before, by Abort."""
     done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["stall", how, scheme], check=False)
     assert not done.timed_out and done.returncode != 0 and done.elapsed_s < TIMEOUT / 2, done.show()
     text = done.stdout + done.stderr
-    assert "PeerTimeoutError" in text and "bucket 1, step 1" in text, done.show()
+    assert "PeerTimeoutError" in text and "bucket 1, step 2" in text, done.show()
     assert "no answer from" in text and "unreachable" not in done.stdout
     if how == "ddp":
         assert "next forward: PeerTimeoutError" in done.stdout, done.show()
@@ -79,6 +72,8 @@ HIDDEN = """
 
 NO_LIBRARY = """
     import sys, types
+    import commhooks
+    assert "mpi4py" not in sys.modules
     package = types.ModuleType("mpi4py")
     package.__path__ = []
     class Finder:
@@ -87,7 +82,6 @@ NO_LIBRARY = """
                 raise RuntimeError("cannot load MPI library")
     sys.modules["mpi4py"] = package
     sys.meta_path.insert(0, Finder())
-    import commhooks
     try:
         commhooks.SparseState.gtopk(0.1, transport="mpi")
     except ImportError as error:
@@ -101,11 +95,6 @@ def test_asking_for_mpi_without_it_says_what_to_install(program, parts):
     assert done.stdout.startswith("said:"), done.show()
     for part in (*parts, "pip install"):
         assert part in done.stdout
-
-
-def test_importing_the_package_does_not_start_mpi():
-    program = "import sys, commhooks; assert 'mpi4py' not in sys.modules; print('clean')"
-    assert "clean" in run([sys.executable, "-c", program], timeout=60, cwd=ROOT).stdout
 
 
 def test_mpi_below_thread_serialized_is_refused():
@@ -127,7 +116,7 @@ def test_mpi_below_thread_serialized_is_refused():
 
 
 def test_serialized_is_enough():
-    """Where MPI grants no more, all calls go through one lock."""
+    """Where MPI grants no more, all calls go through one lock; a DDP job of 2 ranks."""
     env = {"COMMHOOKS_TEST_THREAD_LEVEL": "serialized"}
     done = mpiexec(PROGRAMS / "ddp.py", 2, timeout=TIMEOUT, args=["train"], env=env)
     assert done.stdout.count("trained with equal gradients") == 2

@@ -41,10 +41,10 @@ def join_gloo():
 
 
 def trouble(reduce, reducer):
-    """Wraps ``reduce``: in bucket 1 of the second step rank 1 dies or sleeps."""
+    """Wraps ``reduce``: in bucket 1 of the third step rank 1 dies or sleeps."""
 
     def wrapped(bucket, scale=1.0):
-        if comm.rank == 1 and bucket.index == 1 and reducer.step == 1:
+        if comm.rank == 1 and bucket.index == 1 and reducer.step == 2:
             if WHAT == "die":
                 os.kill(os.getpid(), 9)
             if WHAT == "stall":
@@ -61,7 +61,7 @@ def main_reducer():
     red = reducer(scheme, MpiTransport(timeout_s=STALL_TIMEOUT_S), 0.2)
     reduce = trouble(red.reduce, red)
     try:
-        for _ in range(2):
+        for _ in range(3):
             for index in range(3):
                 reduce(Bucket(index, torch.ones(20), (f"p{index}",), (20,), index == 2))
             say(f"step {red.step} done")
