@@ -75,6 +75,7 @@ def train(entry: Entry, options: Any, log: Path) -> None:
     else:
         count_ = f"--nproc-per-node={options.ranks}"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", count_]
+    density = options.density * (RANDOM_FACTOR if "randomk" in entry.options else 1)
     given = [
         "--task",
         "digits",
@@ -82,10 +83,10 @@ def train(entry: Entry, options: Any, log: Path) -> None:
         options.model,
         "--epochs",
         str(options.epochs),
-        "--momentum",
-        "0.9",
+        "--batch-size",
+        "32",
     ]
-    given += ["--density", str(options.density), "--lr", "0.05", "--batch-size", "32", "--log-file", str(log)]
+    given += ["--density", f"{min(1.0, density):g}", "--log-file", str(log)]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     env["OMP_NUM_THREADS"] = "1"
     env.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
