@@ -19,7 +19,7 @@ int64_t total_size(const std::vector<List> &lists) {
   return total;
 }
 
-// Runs f(list number) for all lists, in parallel when they are long.
+// Runs f(list number) for all lists, in parallel when they are long together.
 template <class F>
 void for_each(size_t lists, int64_t total, F &&f) {
   if (total < kSerial) {
@@ -49,13 +49,13 @@ int64_t find_bin(size_t lists, const uint32_t *room, int64_t &rank) {
 
 }  // namespace
 
-uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t *room) {
+uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t *room, bool threads) {
   const Kernels &kernel = kernels();
   std::vector<List> left = lists;
   std::vector<uint32_t> lows(lists.size());
   std::vector<uint32_t> highs(lists.size());
   for (;;) {
-    const int64_t total = total_size(left);
+    const int64_t total = threads ? total_size(left) : 0;
     for_each(left.size(), total, [&](int i) {
       const size_t at = static_cast<size_t>(i);
       kernel.key_range(left[at].values, left[at].size, &lows[at], &highs[at]);
@@ -90,7 +90,7 @@ int64_t emit_largest(const std::vector<List> &lists, int64_t k, uint32_t *room, 
   const int64_t total = total_size(lists);
   const int64_t kept = std::min(k, total);
   // Key 0 with every tie kept takes all.
-  const uint32_t key = kept == 0 ? kMagnitudeBits : total <= k ? 0 : kth_largest_key(lists, k, room);
+  const uint32_t key = kept == 0 ? kMagnitudeBits : total <= k ? 0 : kth_largest_key(lists, k, room, true);
   std::vector<int64_t> above(lists.size());
   std::vector<int64_t> equal(lists.size());
   for_each(lists.size(), total, [&](int i) {
