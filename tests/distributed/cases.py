@@ -9,7 +9,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import AllGather, Dense, ErrorFeedback, GTopK, RandomK, SharedIndices, SparseState, TopK, register
+from commhooks import (
+    AllGather,
+    Dense,
+    ErrorFeedback,
+    GTopK,
+    RandomK,
+    SharedIndices,
+    SparseState,
+    TopK,
+    register,
+)
 
 SCHEMES = {
     "topk": lambda density, transport="distributed": (TopK(density), AllGather(transport)),

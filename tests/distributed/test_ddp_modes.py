@@ -5,10 +5,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from commhooks import AllGather, ErrorFeedback, SettingsMismatchError, SparseState, TopK, register, sparse_hook
-from commhooks.transports import in_process
-from torch import nn
-
 from cases import (
     Data,
     buckets_seen,
@@ -26,6 +22,18 @@ from cases import (
     wrap,
 )
 from launch import spawn_gloo
+from torch import nn
+
+from commhooks import (
+    AllGather,
+    ErrorFeedback,
+    SettingsMismatchError,
+    SparseState,
+    TopK,
+    register,
+    sparse_hook,
+)
+from commhooks.transports import in_process
 
 TIMEOUT = 120.0
 
@@ -247,18 +255,29 @@ def test_a_second_momentum_is_warned_of_once():
 
 def learning_rates(rank, size):
     ddp = wrap(make_net())
-    groups = [{"params": list(ddp.module.last.parameters())}, {"params": list(ddp.module.first.parameters()), "lr": 0.2}]
+    groups = [
+        {"params": list(ddp.module.last.parameters())},
+        {"params": list(ddp.module.first.parameters()), "lr": 0.2},
+    ]
     groups.append({"params": [*ddp.module.inner.parameters(), *ddp.module.middle.parameters()]})
     optimizer = torch.optim.SGD(groups, lr=0.05)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: [1.0, 0.5, 0.5, 0.0, 0.25, 2.0, 1.0][t])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: [1.0, 0.5, 0.5, 0.0, 0.25, 2.0, 1.0][t]
+    )
     state = register(ddp, make_state("gtopk", 0.05, ErrorFeedback(rescale_with_lr=optimizer)))
     data, last = Data(rank), {}
+
     def rates():
         lr = {p: g["lr"] for g in optimizer.param_groups for p in g["params"]}
         return torch.cat([torch.full((p.numel(),), lr[p]) for _, p in sorted(ddp.module.named_parameters())])
 
     for step in range(6):
-        w, u, g, eta = parameters_of(ddp), memory_of(ddp, state), by_name(local_gradients(ddp, data(step))), rates()
+        w, u, g, eta = (
+            parameters_of(ddp),
+            memory_of(ddp, state),
+            by_name(local_gradients(ddp, data(step))),
+            rates(),
+        )
         optimizer.zero_grad()
         loss_of(ddp, data(step)).backward()
         optimizer.step()

@@ -6,8 +6,6 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from commhooks import ErrorFeedback, prime_layout, register
-
 from cases import (
     Data,
     buckets_seen,
@@ -23,6 +21,8 @@ from cases import (
     wrap,
 )
 from launch import spawn_gloo
+
+from commhooks import ErrorFeedback, prime_layout, register
 
 TIMEOUT = 120.0
 RATE = 0.02
@@ -82,9 +82,13 @@ def resume(rank, size, how, scheme):
 
 @pytest.mark.parametrize("scheme", ["gtopk", "randomk"])
 def test_a_primed_run_resumes_bit_for_bit(scheme):
-    for same, steps, withheld, layouts, seen in spawn_gloo(resume, 2, args=("state_dict", scheme), timeout=TIMEOUT):
+    for same, steps, withheld, layouts, seen in spawn_gloo(
+        resume, 2, args=("state_dict", scheme), timeout=TIMEOUT
+    ):
         assert same and steps == 8 and withheld
-        assert layouts == 2 and seen[0] != seen[1] == seen[-2]  # primed: the real steps have the second layout
+        assert (
+            layouts == 2 and seen[0] != seen[1] == seen[-2]
+        )  # primed: the real steps have the second layout
 
 
 def test_a_pickled_state_resumes_bit_for_bit():
@@ -94,7 +98,9 @@ def test_a_pickled_state_resumes_bit_for_bit():
 
 def test_without_priming_the_first_layout_comes_back():
     """Why prime_layout exists; the residuals are all there, they are selected per other buckets for a step."""
-    for same, steps, withheld, _, seen in spawn_gloo(resume, 2, args=("no priming", "gtopk"), timeout=TIMEOUT):
+    for same, steps, withheld, _, seen in spawn_gloo(
+        resume, 2, args=("no priming", "gtopk"), timeout=TIMEOUT
+    ):
         assert not same and steps == 8 and withheld and seen[0] != seen[1]
 
 
@@ -112,7 +118,9 @@ def continuity(rank, size):
     other = wrap(model, bucket_cap_mb=25)
     state = register(other, make_state("gtopk", 0.05, ErrorFeedback(0.5)))
     state.load_state_dict(kept)
-    assert torch.equal(memory_of(other, state), torch.cat([kept["residual"][n] for n in sorted(kept["residual"])]))
+    assert torch.equal(
+        memory_of(other, state), torch.cat([kept["residual"][n] for n in sorted(kept["residual"])])
+    )
     for step in range(3, 6):
         sgd_step(other, check_step(other, state, [data(step)], beta=0.5), RATE)
     wrong_rank = {**kept, "rank": 1 - rank}

@@ -4,9 +4,6 @@ import threading
 
 import pytest
 import torch
-from commhooks import ErrorFeedback, ExponentialWarmup, SparseState, register, sparse_hook
-from torch import nn
-
 from cases import (
     SCHEMES,
     Data,
@@ -25,6 +22,9 @@ from cases import (
     wrap,
 )
 from launch import spawn_gloo
+from torch import nn
+
+from commhooks import ErrorFeedback, ExponentialWarmup, SparseState, register, sparse_hook
 
 RATE = 0.1
 TIMEOUT = 150.0  # of a spawn; a busy machine takes long, a hang is found all the same
@@ -241,13 +241,21 @@ def raw_and_registered(rank, size):
 
 def test_raw_register_comm_hook_does_the_same_as_register():
     for raw, registered in spawn_gloo(raw_and_registered, 2, timeout=TIMEOUT):
-        assert torch.equal(raw[0], registered[0]) and torch.equal(raw[1], registered[1]) and raw[2] == registered[2]
+        assert (
+            torch.equal(raw[0], registered[0])
+            and torch.equal(raw[1], registered[1])
+            and raw[2] == registered[2]
+        )
 
 
 def short_forms(rank, size):
     names = {}
     for name in ("topk", "gtopk", "randomk", "dense"):
-        state = SparseState.dense() if name == "dense" else getattr(SparseState, name)(0.05, dense_crossover=False)
+        state = (
+            SparseState.dense()
+            if name == "dense"
+            else getattr(SparseState, name)(0.05, dense_crossover=False)
+        )
         ddp = wrap(make_net())
         register(ddp, state)
         optimizer, data = torch.optim.SGD(ddp.parameters(), lr=RATE), Data(rank)

@@ -6,11 +6,10 @@ import time
 
 import pytest
 import torch
-from commhooks import PeerLostError, PeerTimeoutError
-
 from cases import Data, loss_of, make_net, make_state, parameter_buckets, sparse_ddp, wrap
-from commhooks import register
 from launch import spawn_gloo, torchrun
+
+from commhooks import PeerLostError, PeerTimeoutError, register
 
 TIMEOUT_S = 3.0
 
@@ -63,7 +62,9 @@ def stall():
 
 def check(out, rank, names, kinds):
     assert out["steps"] == 2 and out["close"] < 10.0
-    assert out["state"][0] in kinds and out["forward"] == out["state"]  # the next forward raises the type itself
+    assert (
+        out["state"][0] in kinds and out["forward"] == out["state"]
+    )  # the next forward raises the type itself
     assert out["state"][0] in out["backward"][1] and out["state"][1] in out["backward"][1]
     message = out["state"][1]
     assert f"rank {rank}" in message and "bucket 1, step 2" in message, message
@@ -97,13 +98,17 @@ def test_a_rank_that_stalls_in_mid_step(scheme):
 
 def catchable(rank, size):
     """A user who wants the type catches it at the next forward; later steps raise at once, nothing is sent."""
-    ddp, state = sparse_ddp("gtopk", 0.1, timeout_s=1.0)
-    loss_of(ddp, Data(rank)(0)).backward()
+    ddp, state = sparse_ddp("gtopk", 0.1, timeout_s=20.0)
+    for step in range(
+        2
+    ):  # DDP exchanges its new layout at the second forward: past that, it is our exchange that waits
+        loss_of(ddp, Data(rank)(step)).backward()
+    state.reducer.aggregator.transport.timeout_s = 1.0
     if rank == 1:
         time.sleep(4.0)
         return True
     with pytest.raises(RuntimeError, match="PeerTimeoutError"):
-        loss_of(ddp, Data(rank)(1)).backward()
+        loss_of(ddp, Data(rank)(2)).backward()
     for _ in range(2):
         with pytest.raises(PeerTimeoutError) as caught:
             loss_of(ddp, Data(rank)(2))

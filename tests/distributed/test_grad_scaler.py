@@ -4,8 +4,6 @@ import logging
 
 import pytest
 import torch
-from commhooks import ErrorFeedback, NonFiniteGradientError
-
 from cases import (
     Data,
     by_name,
@@ -23,6 +21,8 @@ from cases import (
     sparse_ddp,
 )
 from launch import spawn_gloo
+
+from commhooks import ErrorFeedback, NonFiniteGradientError
 
 TIMEOUT = 150.0
 RATE, BAD_STEP, STEPS = 0.02, 3, 24
@@ -49,7 +49,9 @@ def mask_of(ddp, names):
 
 def close(left, right, size):
     """Equal to 2e-6 of the largest term."""
-    assert float((left - right).abs().max()) <= 2e-6 * float(size.abs().max()), float((left - right).abs().max())
+    assert float((left - right).abs().max()) <= 2e-6 * float(size.abs().max()), float(
+        (left - right).abs().max()
+    )
 
 
 def with_scaler(rank, size, scheme, tell):

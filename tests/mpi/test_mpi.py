@@ -5,7 +5,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
 from launch import ROOT, clean_environment, mpiexec, run
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -89,7 +88,9 @@ NO_LIBRARY = """
 """
 
 
-@pytest.mark.parametrize("program, parts", [(HIDDEN, ["pip install", "mpi4py", "mpich"]), (NO_LIBRARY, ["mpich"])])
+@pytest.mark.parametrize(
+    "program, parts", [(HIDDEN, ["pip install", "mpi4py", "mpich"]), (NO_LIBRARY, ["mpich"])]
+)
 def test_asking_for_mpi_without_it_says_what_to_install(program, parts):
     done = run([sys.executable, "-c", textwrap.dedent(program)], timeout=60, cwd=ROOT)
     assert done.stdout.startswith("said:"), done.show()

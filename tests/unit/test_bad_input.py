@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from ranks import reducer
+
 from commhooks import (
     AllGather,
     Bucket,
@@ -24,8 +26,6 @@ from commhooks import (
 )
 from commhooks.schedules import ConstantDensity
 from commhooks.transports import in_process, make
-
-from ranks import reducer
 
 
 def complaint(error, call, *parts):
@@ -68,7 +68,10 @@ def test_momentum_is_in_0_1(momentum):
         (lambda: AllGather(transport="in_process"), ["transport", "in_process"]),
         (lambda: SparseState.topk(0.1, transport="nccl"), ["transport", "nccl"]),
         (lambda: make("smoke"), ["transport", "smoke"]),
-        (lambda: SparseState.topk(0.1, nonfinite="ignore"), ["nonfinite", "ignore", "propagate", "skip", "error"]),
+        (
+            lambda: SparseState.topk(0.1, nonfinite="ignore"),
+            ["nonfinite", "ignore", "propagate", "skip", "error"],
+        ),
         (lambda: SparseState.topk(0.1, delta_every=-1), ["delta_every", "-1"]),
         (lambda: SparseState.topk(0.1, delta_every=0.5), ["delta_every", "0.5"]),
         (lambda: SparseState.topk(0.1, timeout_s=0), ["timeout_s", "0"]),
@@ -103,11 +106,14 @@ def test_wrong_types(call, parts):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.float64]
+    "dtype",
+    [torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.float64],
 )
 def test_gradients_of_other_dtypes(dtype):
     buffer = torch.zeros(4, dtype=dtype)
-    complaint(TypeError, lambda: Bucket(3, buffer, ("p",), (4,)), "bucket 3", dtype, "float32, bfloat16 or float16")
+    complaint(
+        TypeError, lambda: Bucket(3, buffer, ("p",), (4,)), "bucket 3", dtype, "float32, bfloat16 or float16"
+    )
 
 
 def test_sparse_gradients():
@@ -118,7 +124,9 @@ def test_sparse_gradients():
 @pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**33])
 def test_a_bucket_beyond_int32(numel):
     buffer = torch.empty(numel, device="meta")
-    complaint(ValueError, lambda: Bucket(1, buffer, ("p",), (numel,)), "bucket 1", numel, "2**31", "bucket_cap_mb")
+    complaint(
+        ValueError, lambda: Bucket(1, buffer, ("p",), (numel,)), "bucket 1", numel, "2**31", "bucket_cap_mb"
+    )
 
 
 def test_buckets_that_do_not_add_up():
@@ -134,7 +142,9 @@ def test_sparse_grads_check_their_parts():
     complaint(TypeError, lambda: SparseGrad(values, indices.long(), 5), "int64")
     complaint(ValueError, lambda: SparseGrad(values[:1], indices, 5), "(1,)", "(2,)")
     complaint(ValueError, lambda: SparseGrad(values, indices, 2**31), "numel", 2**31)
-    complaint(ValueError, lambda: SparseGrad(values, indices, 5).merge(SparseGrad(values, indices, 6), 2), "5", "6")
+    complaint(
+        ValueError, lambda: SparseGrad(values, indices, 5).merge(SparseGrad(values, indices, 6), 2), "5", "6"
+    )
 
 
 def test_buffers_a_transport_would_send_wrongly():
@@ -202,7 +212,11 @@ def disagreement(world_size, odd, settings, odd_settings, n=40, odd_n=40, dtype=
             lambda t: reducer("union", t, 0.1),
             ["dense_crossover"],
         ),
-        (lambda t: reducer("union", t, 0.1, delta_every=1), lambda t: reducer("union", t, 0.1), ["delta_every"]),
+        (
+            lambda t: reducer("union", t, 0.1, delta_every=1),
+            lambda t: reducer("union", t, 0.1),
+            ["delta_every"],
+        ),
         (
             lambda t: reducer("union", t, 0.1, ErrorFeedback(clip_norm=1.0)),
             lambda t: reducer("union", t, 0.1, ErrorFeedback()),

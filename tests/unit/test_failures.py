@@ -5,6 +5,8 @@ import time
 
 import pytest
 import torch
+from ranks import SCHEMES, reducer
+
 from commhooks import (
     Bucket,
     CommHooksError,
@@ -14,8 +16,6 @@ from commhooks import (
     SettingsMismatchError,
 )
 from commhooks.transports import in_process
-
-from ranks import SCHEMES, reducer
 
 
 def break_at(transport, bucket, action):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from ranks import assert_same_bits, integers, run_steps
+
 from commhooks import Bucket, GTopK, Reducer, SparseGrad, TopK
 from commhooks.aggregators import Context
 from commhooks.native.fused import PAD
 from commhooks.transports import in_process
-
-from ranks import assert_same_bits, integers, run_steps
 
 ALGORITHMS = ("doubling", "tree")
 

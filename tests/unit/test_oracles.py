@@ -3,11 +3,11 @@
 import oracles
 import pytest
 import torch
+from ranks import SCHEMES, assert_same_bits, integers, memory_of, reducer, run_steps
+
 from commhooks import Bucket, ErrorFeedback
 from commhooks.native import ops
 from commhooks.transports import in_process
-
-from ranks import SCHEMES, assert_same_bits, integers, memory_of, reducer, run_steps
 
 SIZES = (1, 2, 3, 4, 5, 8)
 N, K, STEPS = 60, 6, 6
@@ -21,7 +21,11 @@ def oracle(scheme, world_size, n=N, k=K, **options):
 
 def make_gradients(world_size, steps, n, exact, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    draw = (lambda: integers(generator, n, unit=1024.0)) if exact else lambda: torch.randn(n, generator=generator)
+    draw = (
+        (lambda: integers(generator, n, unit=1024.0))
+        if exact
+        else lambda: torch.randn(n, generator=generator)
+    )
     return [[draw() for _ in range(world_size)] for _ in range(steps)]
 
 
@@ -65,7 +69,12 @@ def test_momentum_and_factor_masking_to_the_last_bit(scheme, world_size, masking
 def test_real_numbers_averaged_to_rounding_with_the_same_memory(scheme, world_size):
     gradients = make_gradients(world_size, STEPS, N, exact=False, seed=2)
     seen = run_steps(
-        world_size, scheme, DENSITY, gradients, average=True, memory=lambda: ErrorFeedback(0.9, factor_masking=True)
+        world_size,
+        scheme,
+        DENSITY,
+        gradients,
+        average=True,
+        memory=lambda: ErrorFeedback(0.9, factor_masking=True),
     )
     workers = oracle(scheme, world_size, beta=0.9, factor_masking=True)
     compare(seen, workers, gradients, factor=1.0 / world_size, exact=False)
@@ -128,10 +137,18 @@ def test_memory_follows_parameters_into_other_buckets(scheme):
     """The layouts A, B (other order, other cuts, fewer buckets), A again; dense in between nothing is lost."""
     world_size = 3
     sizes = {"a": 7, "b": 20, "c": 13, "d": 9, "e": 11}
-    layouts = [["ab", "c", "de"], ["ab", "c", "de"], ["edc", "ba"], ["edcba"], ["ab", "c", "de"], ["ab", "c", "de"]]
+    layouts = [
+        ["ab", "c", "de"],
+        ["ab", "c", "de"],
+        ["edc", "ba"],
+        ["edcba"],
+        ["ab", "c", "de"],
+        ["ab", "c", "de"],
+    ]
     generator = torch.Generator().manual_seed(5)
     gradients = [
-        [{name: integers(generator, n) for name, n in sizes.items()} for _ in range(world_size)] for _ in layouts
+        [{name: integers(generator, n) for name, n in sizes.items()} for _ in range(world_size)]
+        for _ in layouts
     ]
 
     def work(transport):
@@ -167,7 +184,12 @@ def test_memory_follows_parameters_into_other_buckets(scheme):
 
 
 def test_random_indices_are_the_ones_that_are_defined():
-    for seed, step, stream, n, k in ((0, 0, 0, 10, 3), (7, 5, 2, 1000, 100), (2**62, 9, 1, 65537, 17), (1, 1, 1, 1, 1)):
+    for seed, step, stream, n, k in (
+        (0, 0, 0, 10, 3),
+        (7, 5, 2, 1000, 100),
+        (2**62, 9, 1, 65537, 17),
+        (1, 1, 1, 1, 1),
+    ):
         expected = oracles.random_k(seed, step, stream, n, k)
         assert ops.random_indices(seed, step, stream, n, k).tolist() == expected
         assert len(set(expected)) == k

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from commhooks import ErrorFeedback
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from ranks import SCHEMES, assert_same_bits, run_steps
+
+from commhooks import ErrorFeedback
 
 LIMITS = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -106,7 +106,10 @@ def test_half_precision_keeps_what_rounding_and_overflow_take(problem, dtype, si
     world_size, scheme, density, segments, steps = problem
     generator = torch.Generator().manual_seed(world_size)
     steps = [
-        [(g * size * (1 + torch.rand(g.numel(), generator=generator) / 16)).clamp(-65504, 65504).to(dtype) for g in r]
+        [
+            (g * size * (1 + torch.rand(g.numel(), generator=generator) / 16)).clamp(-65504, 65504).to(dtype)
+            for g in r
+        ]
         for r in steps
     ]
     seen = run_steps(world_size, scheme, density, steps, segments, average=average)

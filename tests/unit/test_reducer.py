@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+from ranks import SCHEMES, integers, memory_of, reducer, run_steps
+
 from commhooks import (
     AllGather,
     Bucket,
@@ -23,8 +25,6 @@ from commhooks.redistribute import redistributed
 from commhooks.schedules import ConstantDensity
 from commhooks.selectors import Selector
 from commhooks.transports import in_process
-
-from ranks import SCHEMES, integers, memory_of, reducer, run_steps
 
 BUCKETS = 4
 NAMES = [f"p{i}" for i in range(BUCKETS)]
@@ -47,7 +47,8 @@ def inf_run(scheme, nonfinite, beta, dense_crossover=False, world_size=3, steps=
     generator = torch.Generator().manual_seed(1)
     unit = 1.0 if beta == 0.0 else float(2**19)
     gradients = [
-        [[integers(generator, n, -3, 3, unit) for _ in range(BUCKETS)] for _ in range(world_size)] for _ in range(steps)
+        [[integers(generator, n, -3, 3, unit) for _ in range(BUCKETS)] for _ in range(world_size)]
+        for _ in range(steps)
     ]
     gradients[bad_step][1][BUCKETS - 1][2] = float("inf")
     gradients[bad_step][1][BUCKETS - 1][5] = float("nan")
@@ -173,7 +174,10 @@ def test_warm_up_starts_dense_and_conserves():
         residuals = torch.zeros(n)
         for t, ranks in enumerate(seen):
             have = torch.stack([r.residual for r in ranks]).sum(0)
-            assert torch.equal(have + ranks[0].output, residuals + torch.stack(gradients[t]).sum(0)), (scheme, t)
+            assert torch.equal(have + ranks[0].output, residuals + torch.stack(gradients[t]).sum(0)), (
+                scheme,
+                t,
+            )
             residuals = have
 
 
@@ -216,7 +220,8 @@ def test_delta_is_assumption_1s(scheme):
     world_size, n, steps = 4, 30, 5
     generator = torch.Generator().manual_seed(8)
     gradients = [
-        [[torch.randn(n, generator=generator) for _ in range(2)] for _ in range(world_size)] for _ in range(steps)
+        [[torch.randn(n, generator=generator) for _ in range(2)] for _ in range(world_size)]
+        for _ in range(steps)
     ]
 
     def work(transport):
@@ -230,13 +235,19 @@ def test_delta_is_assumption_1s(scheme):
 
     results = in_process.run(world_size, work)
     for t in range(0, steps, 2):
-        c = torch.stack([r[t][0] + torch.cat(gradients[t][p]) for p, r in enumerate(results)]).double().mean(0)
+        c = (
+            torch.stack([r[t][0] + torch.cat(gradients[t][p]) for p, r in enumerate(results)])
+            .double()
+            .mean(0)
+        )
         s = results[0][t][1].double()
         expected = float((c - s).norm() ** 2 / ((1 - 3 / n) * c.norm() ** 2))
         for r in results:
             assert r[t][2] == pytest.approx(expected, rel=1e-4)
             assert t + 1 == steps or r[t + 1][2] == r[t][2]  # kept until it is measured again
-            assert r[t][3] == results[0][1][3] or scheme.startswith("gtopk")  # measuring is not counted as traffic
+            assert r[t][3] == results[0][1][3] or scheme.startswith(
+                "gtopk"
+            )  # measuring is not counted as traffic
 
 
 def test_delta_can_exceed_one():
@@ -263,7 +274,14 @@ def test_stats():
 
     in_process.run(2, work)
     stats, norm = seen[0]
-    assert {"bytes_sent", "bytes_received", "dense_bytes", "compression_ratio", "residual_norm", "delta"} <= set(stats)
+    assert {
+        "bytes_sent",
+        "bytes_received",
+        "dense_bytes",
+        "compression_ratio",
+        "residual_norm",
+        "delta",
+    } <= set(stats)
     assert stats["step"] == 1 and stats["bytes_sent"] == BUCKETS * (16 + 8 * 5) == stats["bytes_received"]
     assert stats["dense_bytes"] == BUCKETS * 200 and stats["compression_ratio"] == 800 / 224
     assert stats["residual_norm"] == pytest.approx(norm, rel=1e-6) and stats["delta"] is None
@@ -339,7 +357,9 @@ def test_another_world_size_keeps_the_mean_residual(old, new):
 
 
 def test_states_that_do_not_fit_are_refused():
-    states = in_process.run(3, lambda t: (lambda r: (step(r, [torch.ones(4)] * 4), r.state_dict())[1])(make_one(t)))
+    states = in_process.run(
+        3, lambda t: (lambda r: (step(r, [torch.ones(4)] * 4), r.state_dict())[1])(make_one(t))
+    )
 
     def refuse(transport, state, match):
         with pytest.raises(ValueError, match=match):
@@ -446,7 +466,10 @@ def test_random_k_draws_another_mask_each_step_and_bucket():
     assert len(set(masks)) == 3 and all(len(m) == 10 for m in masks)
 
     def work(transport):
-        return [tuple(o.nonzero().flatten().tolist()) for o in step(reducer("shared", transport, 0.1), [torch.ones(100)] * 4)]
+        return [
+            tuple(o.nonzero().flatten().tolist())
+            for o in step(reducer("shared", transport, 0.1), [torch.ones(100)] * 4)
+        ]
 
     assert len(set(in_process.run(2, work)[0])) == 4
 

@@ -6,8 +6,9 @@ import io
 import tokenize
 from pathlib import Path
 
-import commhooks
 import pytest
+
+import commhooks
 
 PACKAGE = Path(commhooks.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -24,7 +25,7 @@ LEVELS = [
     {"reducer", "worker"},
     {"state"},
     {"hooks"},
-    {"horovod", "averaging"},
+    {"horovod", "averaging", "planner", "arrays"},
     {"cli"},
     {"__main__"},
 ]
@@ -72,9 +73,9 @@ def test_imports_point_only_along_the_line():
     exported = set(commhooks.__all__) | {"__version__"}
     wrong = []
     for unit, target, where in edges(FILES):
-        if target in exported:
+        if target in exported and LEVEL_OF[unit] < LEVEL_OF["cli"]:
             wrong.append(f"{where}: imports {target} from the package's root, which imports everything")
-        elif LEVEL_OF[target] >= LEVEL_OF[unit]:
+        elif target not in exported and LEVEL_OF[target] >= LEVEL_OF[unit]:
             wrong.append(f"{where}: {unit} imports {target}")
     assert not wrong, "\n".join(wrong)
 
@@ -94,7 +95,9 @@ def test_the_line_is_the_designs():
 
 
 def test_the_derivation_sees_a_wrong_import(tmp_path):
-    tree = ast.parse("from ..reducer import Reducer\nimport commhooks.hooks\ndef f():\n    from .. import state\n")
+    tree = ast.parse(
+        "from ..reducer import Reducer\nimport commhooks.hooks\ndef f():\n    from .. import state\n"
+    )
     found = [unit for unit, _ in imported_units(PACKAGE / "transports" / "base.py", tree)]
     assert found == ["reducer", "hooks", "state"]
 
@@ -128,7 +131,9 @@ def test_public_names_are_documented(name):
     own = [vars(thing)] if inspect.isclass(thing) else []
     for members in own:
         for member, value in members.items():
-            if member.startswith("_") or not (inspect.isfunction(value) or isinstance(value, (property, classmethod))):
+            if member.startswith("_") or not (
+                inspect.isfunction(value) or isinstance(value, (property, classmethod))
+            ):
                 continue
             assert inspect.getdoc(getattr(thing, member)), f"{name}.{member}"
 

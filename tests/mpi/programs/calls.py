@@ -11,7 +11,15 @@ first, second = MpiTransport(timeout_s=60.0), MpiTransport(timeout_s=60.0)
 rank, size = first.rank, first.world_size
 assert size == MPI.COMM_WORLD.size
 right, left = (rank + 1) % size, (rank - 1) % size
-for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool):
+for dtype in (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+):
     mine = torch.tensor([rank, 1, 0]).to(dtype)
     received = torch.empty(3, dtype=dtype)
     first.exchange([(right, mine)], [(left, received)], tag=5, what="ring")

@@ -18,6 +18,7 @@ from mpi4py import MPI  # noqa: E402
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS / "distributed"), str(TESTS / "unit")]
 import cases  # noqa: E402
+
 from commhooks import Bucket, ErrorFeedback  # noqa: E402
 from commhooks.transports.mpi import MpiTransport  # noqa: E402
 
@@ -75,9 +76,7 @@ def main_ddp():
     join_gloo()
     density = 0.25 if WHAT == "disagree" and comm.rank == 1 else 0.1
     timeout_s = STALL_TIMEOUT_S if WHAT == "stall" else 60.0
-    ddp, state = cases.sparse_ddp(
-        SCHEME, density, ErrorFeedback(0.5), transport="mpi", timeout_s=timeout_s
-    )
+    ddp, state = cases.sparse_ddp(SCHEME, density, ErrorFeedback(0.5), transport="mpi", timeout_s=timeout_s)
     state.reducer.reduce = trouble(state.reducer.reduce, state.reducer)
     data = cases.Data(comm.rank)
     if WHAT == "train":

@@ -47,7 +47,9 @@ for size in range(1, 6):
         ours, traffic = train(transport, scheme)
         theirs, expected_traffic = in_process.run(size, lambda t, scheme=scheme: train(t, scheme))[world.rank]
         for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a.view(torch.int32), b.view(torch.int32)) or bool(a.isnan().all() and b.isnan().all())
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32)) or bool(
+                a.isnan().all() and b.isnan().all()
+            )
         assert traffic == expected_traffic, (scheme, traffic, expected_traffic)
     transport.close()
     sys.stdout.write(f"equal P={size} rank={world.rank}\n")
