@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,8 @@ from .parameters import Entry, ParameterTable
 logger = logging.getLogger(__name__)
 
 _AGREEMENT_BYTES = 512
-_numbers = itertools.count()  # compressions are made in the same order on all ranks
+# Compressions of one process set are made in the same order on all its ranks.
+_numbers: dict[Any, Iterator[int]] = defaultdict(itertools.count)
 
 
 @dataclass(eq=False)
@@ -88,7 +91,7 @@ class CompressorCore:
         self.last, self.current = StepFigures(), StepFigures()
         self.nonfinite_steps = 0
         self._flights: dict[Entry, Flight] = {}
-        self._name = f"commhooks.agreement.{next(_numbers)}"
+        self._name = f"commhooks.agreement.{next(_numbers[tuple(getattr(process_set, 'ranks', None) or ())])}"
         self._agreement: int | None = None  # handle of the exchange of settings
         self._agreed = False
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CommHooksError, PeerLostError, PeerTimeoutError
+from ..errors import PeerLostError, PeerTimeoutError
 from ..state import SparseState
 from ..telemetry import StepFigures
 from .api import horovod, is_elastic, session
@@ -71,7 +71,7 @@ class GradientSync:
         if self._session is session():
             return
         state, aggregator = self.state, self.state.reducer.aggregator
-        if self._session is not None:
+        if aggregator.is_open:
             _quietly(state.close)
             close_default_group()
             self._reload(state.state_dict())  # new places for all: a new rank will ask for agreement on each
@@ -184,15 +184,14 @@ class GradientSync:
         """
         state, aggregator = self.state, self.state.reducer.aggregator
         if state.error is None and aggregator.is_open and self._next == 0:
-            transport = aggregator.transport
+            transport, self._session = aggregator.transport, None
             transport.timeout_s = min(transport.timeout_s, _LEAVE_S)
             try:
                 transport.all_reduce(torch.zeros(1), tag=0, what="leaving")
-            except (CommHooksError, ValueError, TypeError) as error:
+            except Exception as error:  # the others are gone already
                 logger.debug("left alone: %s", error)
                 return
             _quietly(state.close)
-            close_default_group()
 
 
 def _quietly(action: Any) -> None:

@@ -67,6 +67,11 @@ class SparseOptimizer:
         if self._sync is not None:
             self._sync.set_passes(passes)
 
+    def close(self) -> None:
+        """Joins the worker and closes the transport, on all ranks. The end of the process does it by itself."""
+        if self._sync is not None:
+            self._sync.leave()
+
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and under ``"commhooks"`` this rank's residuals: every rank saves its own."""
         state: dict[str, Any] = super().state_dict()  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -80,13 +81,13 @@ def _open_mpi(process_set: Any, timeout_s: float) -> Transport | None:
 
 
 def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
-    """A gloo group of the set's ranks; the store's port travels by Horovod's ``broadcast_object``."""
+    """A gloo group of the set's ranks beside Horovod."""
     from ..transports.distributed import DistributedTransport
 
     hvd = horovod()
     group = None
     if not dist.is_initialized():
-        _init_default_group(process_set, timeout_s)
+        open_default_group(process_set, timeout_s)
     elif dist.get_world_size() != process_set.size():
         if dist.get_world_size() != hvd.size():
             raise ValueError(
@@ -100,7 +101,11 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
     return DistributedTransport(group, timeout_s=timeout_s), group
 
 
-def _init_default_group(process_set: Any, timeout_s: float) -> None:
+def open_default_group(process_set: Any, timeout_s: float) -> None:
+    """Opens torch's default process group, gloo, over the ranks of ``process_set``; a collective call of them.
+
+    The first rank opens a TCP store on a free port, which travels by Horovod's ``broadcast_object``.
+    """
     global _own_default_group
     hvd = horovod()
     root, rank, size = process_set.ranks[0], process_set.rank(), process_set.size()
@@ -116,6 +121,8 @@ def _init_default_group(process_set: Any, timeout_s: float) -> None:
     if store is None:
         store = dist.TCPStore(host, port, size, False, timeout=limit, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    if not _own_default_group:
+        atexit.register(close_default_group)  # after the optimizers' own, which were registered later
     _own_default_group = True
 
 

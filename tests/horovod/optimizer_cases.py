@@ -100,7 +100,7 @@ def buckets_are_sent_while_backward_runs():
 def equals_the_ddp_hook():
     """The same gradients, bucket partition, masks: bitwise the same weights as DDP with the hook."""
     if not dist.is_initialized():
-        transports._init_default_group(hvd.global_process_set, 20.0)
+        transports.open_default_group(hvd.global_process_set, 20.0)
     for name in ("topk", "gtopk", "tree", "randomk"):
         layouts = {}
 
