@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its CPU time instead of the wall clock: for a machine that is busy with other things",
+    )
+    parser.add_argument(
         "--isa", help="instruction set of the library (scalar, avx2, avx512, neon); default: the best"
     )
 
@@ -57,9 +62,11 @@ class Bench:
         records: what was measured, in the form that `--json` writes.
     """
 
-    def __init__(self, repeats: int, threads: int) -> None:
+    def __init__(self, repeats: int, threads: int, cpu_time: bool = False) -> None:
         self.repeats = repeats
         self.threads = threads
+        self._clock = time.thread_time if cpu_time else time.perf_counter
+        self._metric = "cpu_time" if cpu_time else "time"
         self.records: list[Record] = []
 
     def compare(
@@ -76,13 +83,13 @@ class Bench:
             for name, call in calls.items():
                 if name == "torch" and labels["numel"] > _SLOW_TORCH and turn >= 3:
                     continue
-                start = time.perf_counter()
+                start = self._clock()
                 call()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(self._clock() - start)
         value = statistics.median(times[""]) * 1e3
         for name in baselines:
             other = statistics.median(times[name]) * 1e3
-            self.add({**labels, "metric": "time", "unit": "ms"}, value, name, value / other)
+            self.add({**labels, "metric": self._metric, "unit": "ms"}, value, name, value / other)
 
     def add(
         self, labels: Record, value: float, baseline: str | None = None, ratio: float | None = None
@@ -93,7 +100,7 @@ class Bench:
         keys = ("bench", "kernel", "data", "numel", "density", "device", "threads", "metric", "unit")
         self.records.append({key: record[key] for key in (*keys, "value", "baseline", "ratio")})
         rate = ""
-        if record["metric"] == "time" and record["kernel"] in _BYTES:
+        if record["metric"] != "hit_rate" and record["kernel"] in _BYTES:
             per_element = _BYTES[record["kernel"]]
             rate = f"{per_element * record['numel'] / value / 1e6:6.1f} GB/s ({per_element} n)"
         against = "" if baseline is None else f"{ratio:8.3f} x {baseline}"
@@ -278,10 +285,11 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
 
 def run(options: argparse.Namespace) -> int:
     """Measures everything; returns the exit status."""
-    torch.set_num_threads(options.threads)
+    threads = 1 if options.cpu_time else options.threads
+    torch.set_num_threads(threads)
     if options.isa:
         library.use_isa(options.isa)
-    bench = Bench(5 if options.quick else options.repeats, options.threads)
+    bench = Bench(5 if options.quick else options.repeats, threads, options.cpu_time)
     for name, text in library.describe().items():
         print(f"# {name}: {text}")
     print(f"# load {os.getloadavg()[0]:.1f}, {bench.repeats} repetitions, medians; ratio = kernel / baseline")
