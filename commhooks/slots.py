@@ -132,6 +132,16 @@ class SlotTable:
                 state["last_lr"][name] = self.last_lr[key]
         return state
 
+    def forget(self) -> None:
+        """Starts anew: residuals and velocities become zero, the layout and the parameters' places stay."""
+        for slot in self._slots.values():
+            slot.residual.zero_()
+            if slot.velocity is not None:
+                slot.velocity.zero_()
+        self.last_lr.clear()
+        self._loaded = {"residual": {}, "velocity": {}}
+        self._loaded_lr = {}
+
     def load(self, state: dict[str, Any]) -> None:
         """Replaces everything: each tensor waits until its parameter is seen first."""
         self._slots.clear()

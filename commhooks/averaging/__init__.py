@@ -1,5 +1,6 @@
 """Communicate rarely: local steps, with models (and momenta) averaged now and then or among neighbours."""
 
+from . import topology
 from .base import Averager
 from .block_momentum import BlockMomentum
 from .checkpoints import average_checkpoints
@@ -54,4 +55,5 @@ __all__ = [
     "suggest_period",
     "suggest_restart_period",
     "suggest_shift",
+    "topology",
 ]

@@ -87,7 +87,7 @@ class Stagewise:
         self.withheld: list[float] = []
         self.anchor = [t.detach().clone() for t in self.tensors]
         self._sum = message.flatten(self.tensors, torch.float64)
-        self._set_rate()
+        self.apply_rate()
 
     @property
     def rate(self) -> float:
@@ -130,7 +130,7 @@ class Stagewise:
         for anchor, tensor in zip(self.anchor, self.tensors, strict=True):
             anchor.copy_(tensor.detach())
         self._sum = message.flatten(self.tensors, torch.float64)
-        self._set_rate()
+        self.apply_rate()
         return True
 
     def _forget(self) -> None:
@@ -139,10 +139,11 @@ class Stagewise:
             return
         table = self._reducer.memory.table
         self.withheld.append(table.residual_norm())
-        table.load({"residual": {}, "velocity": {}})
+        table.forget()
         logger.info("stage %d ends: a residual of norm %.3g is dropped", self.stage, self.withheld[-1])
 
-    def _set_rate(self) -> None:
+    def apply_rate(self) -> None:
+        """Puts the stage's rate into the optimizer; done at each stage's start, again after a foreign scheduler."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
@@ -163,4 +164,4 @@ class Stagewise:
         for own, saved in zip(self.anchor, state["anchor"], strict=True):
             own.copy_(saved)
         self._sum.copy_(state["sum"])
-        self._set_rate()
+        self.apply_rate()

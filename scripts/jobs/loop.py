@@ -132,11 +132,12 @@ class Run:
 
     def _evaluate(self) -> None:
         """Test loss and accuracy with rank 0's buffers (DDP broadcasts them at each forward pass as well)."""
-        for buffer in self.task.model.buffers():
-            dist.broadcast(buffer, 0)
-        self.task.model.eval()
-        loss, correct, count = self.world.sum(self.task.evaluate(self.task.model)).tolist()
-        self.task.model.train()
+        with self.strategy.evaluating():
+            for buffer in self.task.model.buffers():
+                dist.broadcast(buffer, 0)
+            self.task.model.eval()
+            loss, correct, count = self.world.sum(self.task.evaluate(self.task.model)).tolist()
+            self.task.model.train()
         self.evaluation = {"test_loss": loss / count, "test_accuracy": correct / count}
         if self.options.task in ("text", "ptb"):
             self.evaluation["test_perplexity"] = math.exp(min(50.0, loss / count))
@@ -179,8 +180,10 @@ class Run:
         common, parts = found
         checkpoint.check_options(common["options"], fixed(self.options))
         same_size = common["world_size"] == self.world.size
-        if not same_size and (not self.strategy.replicated or self.options.task in ("text", "ptb")):
+        if not same_size and self.options.task in ("text", "ptb"):
             raise ValueError(f"this run cannot go from {common['world_size']} ranks to {self.world.size}")
+        if not same_size and not self.strategy.replicated:
+            parts = averaged(parts)
         self.strategy.model.train()
         # the layout first (this moves buffers and generators), the state afterwards
         self.strategy.prime(lambda model: self.task.loss(model, 0, 0, self.task.start())[0])
@@ -228,6 +231,14 @@ class Run:
             "step_time_s": self._sums["step_time_s"] / steps,
             "elapsed_s": elapsed_s,
         }
+
+
+def averaged(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts whose models, optimizers and averagers are the ranks' average, for a run with another world size."""
+    from commhooks.averaging import average_checkpoints
+
+    joined = average_checkpoints([{k: part[k] for k in ("model", "optimizer", "strategy")} for part in parts])
+    return [{**part, **joined} for part in parts]
 
 
 def seed_all(seed: int) -> None:

@@ -6,6 +6,8 @@ import argparse
 from typing import Any, Sequence
 
 from .data_text import LEVELS
+from .averaging import AVERAGING_HELP, KINDS, START_HELP, TOPOLOGIES
+from .averaging import check as check_averaging
 from .strategies import SCHEMES
 from .tasks import MODELS, TASKS
 
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--text-size", type=int, default=400_000, help="characters read for --task text (400,000)")
     g.add_argument("--vocabulary", type=int, default=2000, help="most tokens kept for --task text (2000)")
     g = p.add_argument_group("how gradients travel")
-    g.add_argument("--scheme", choices=SCHEMES, default="topk")
+    g.add_argument("--scheme", choices=SCHEMES, help="default: topk; dense under --averaging")
     g.add_argument("--density", type=float, default=0.01, help="share of the gradient that is sent (0.01)")
     g.add_argument("--transport", choices=("distributed", "mpi"), default="distributed")
     g.add_argument(
@@ -74,6 +76,20 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--timeout", type=float, default=60.0, help="seconds until a missing rank is an error (60)"
     )
+    g = p.add_argument_group("how rarely models are averaged instead")
+    g.add_argument("--averaging", choices=("none", *KINDS), default="none", help=AVERAGING_HELP)
+    g.add_argument(
+        "--period", type=int, help="local steps between averagings (8; decentralized: 1)"
+    )
+    g.add_argument("--sync", choices=("every", "growing", "one-shot"), default="every", help="of local")
+    g.add_argument("--averaging-start", type=int, default=0, metavar="STEPS", help=START_HELP)
+    g.add_argument("--mu", type=float, default=0.7, help="block momentum; 0 is K-AVG (0.7)")
+    g.add_argument("--nesterov", action="store_true", help="option II of PR-SGD-Momentum; needs --momentum")
+    g.add_argument("--topology", choices=TOPOLOGIES, default="ring", help="of decentralized (ring)")
+    g.add_argument(
+        "--buffers", choices=("average", "broadcast", "leave"), default="average", help="BatchNorm's"
+    )
+    g.add_argument("--gamma", type=float, default=1.0, help="proximal term of stagewise (1)")
     g = p.add_argument_group("how it is trained")
     g.add_argument("--lr", type=float)
     g.add_argument("--lr-schedule", choices=("constant", "cosine"), default="cosine")
@@ -125,6 +141,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in BY_TASK[options.task].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.scheme is None:
+        options.scheme = "topk" if options.averaging == "none" else "dense"
+    if options.period is None:
+        options.period = 1 if options.averaging == "decentralized" else 8
     try:
         check(options)
     except ValueError as error:
@@ -168,6 +188,7 @@ def check(options: Any) -> None:
         raise ValueError(
             "--factor-masking masks the velocity of the memory: it needs --momentum and error feedback"
         )
+    check_averaging(options)
     if options.clip_norm is not None and not options.error_feedback:
         raise ValueError("--clip-norm clips before the memory: it needs error feedback")
 

@@ -8,7 +8,7 @@ communication hook are here; periodic averaging or another framework's optimizer
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, ClassVar
 
@@ -52,6 +52,10 @@ class Strategy(ABC):
     @abstractmethod
     def info(self) -> StepInfo:
         """Figures of the last step."""
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """While it lasts, the model holds what is to be evaluated, the same on all ranks."""
+        return nullcontext()
 
     def prime(self, compute: Compute) -> None:
         """Brings a fresh wrapper to the layout it has after a few steps; before any state is loaded."""
@@ -136,10 +140,10 @@ def sgd(model: nn.Module, options: Any, momentum: float) -> torch.optim.SGD:
     )
 
 
-def wrap(model: nn.Module, options: Any, world: World) -> DistributedDataParallel:
+def wrap(model: nn.Module, options: Any, world: World, **more: Any) -> DistributedDataParallel:
     """The model under DDP, with the bucket size of the options."""
     places = None if world.device.type == "cpu" else [world.device.index]
-    return DistributedDataParallel(model, device_ids=places, bucket_cap_mb=options.bucket_mb)
+    return DistributedDataParallel(model, device_ids=places, bucket_cap_mb=options.bucket_mb, **more)
 
 
 def sparse_state(options: Any, steps_per_epoch: int) -> Any:
@@ -186,4 +190,8 @@ STRATEGIES: dict[str, Callable[[nn.Module, Any, World, int], Strategy]] = {
 
 def make(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> Strategy:
     """The strategy that the options name."""
+    if options.averaging != "none":
+        from .averaging import make as make_averaging  # it builds on this module
+
+        return make_averaging(model, options, world, steps_per_epoch)
     return STRATEGIES[options.scheme](model, options, world, steps_per_epoch)

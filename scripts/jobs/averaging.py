@@ -1,0 +1,215 @@
+"""Training that communicates rarely: the averagers of commhooks as strategies of the training loop.
+
+With `--scheme topk` (or another sparse one) the model's change is compressed by it at each averaging; with
+`--averaging-start N` gradients are reduced by `--scheme` for N steps and models averaged after them (post-local SGD).
+`stagewise` runs DDP with the sparse hook throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .launch import World
+from .strategies import Compute, Sparse, StepInfo, Strategy, sparse_state, wrap
+
+KINDS = ("local", "block", "restarted", "decentralized", "stagewise")
+TOPOLOGIES = ("ring", "torus", "hypercube", "exponential", "complete", "one_peer_exponential")
+AVERAGING_HELP = "local SGD, block momentum (M-AVG), PR-SGD-Momentum, decentralized, or stagewise M-DSGD"
+START_HELP = "reduce gradients by --scheme for so many steps first (post-local SGD)"
+
+
+class Averaged(Strategy):
+    """Local steps on the bare model, averaged now and then; or DDP with the post-local hook when it starts late."""
+
+    replicated = False
+
+    def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
+        from commhooks.averaging import PostLocalState, post_local_hook
+        from commhooks.transports import make as make_transport
+
+        self.transport = make_transport(options.transport, timeout_s=options.timeout)
+        if self.transport.world_size != world.size:
+            raise ValueError(
+                f"--transport {options.transport} connects {self.transport.world_size} of {world.size} ranks"
+            )
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=options.lr,
+            momentum=options.momentum,
+            nesterov=options.nesterov,
+            weight_decay=options.weight_decay,
+        )
+        self.bare, self.model = model, model
+        start, self.post_local, self.sparse = options.averaging_start, None, None
+        reducer = None
+        if start > 0:
+            self.model = wrap(model, options, world, broadcast_buffers=False)
+            if options.scheme == "dense":
+                self.post_local = PostLocalState(start)
+            else:
+                import commhooks
+
+                self.sparse = sparse_state(_plain(options, options.transport), steps_per_epoch)
+                self.sparse.set_names(model.named_parameters())
+                self.sparse.attach(self.model)
+                self.post_local = PostLocalState(start, commhooks.sparse_hook, self.sparse)
+            self.model.register_comm_hook(self.post_local, post_local_hook)
+        elif options.scheme != "dense":
+            syncs = max(1, steps_per_epoch // options.period)
+            reducer = sparse_state(_plain(options, self.transport), syncs).reducer
+        self.averager = make_averager(self, model, options, reducer, options.epochs * steps_per_epoch)
+        self._sent = self._received = 0.0
+        self._info = StepInfo(0.0, 0.0)
+
+    def step(self, compute: Compute) -> Tensor:
+        counters = self.transport.counters
+        sent, received = counters.bytes_sent, counters.bytes_received
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = compute(self.model)
+        loss.backward()
+        self.optimizer.step()
+        self.averager.average_parameters(self.bare.parameters())
+        extra = self._gradient_bytes()
+        norm = None if self.averager.reducer is None else self.averager.reducer.stats()["residual_norm"]
+        sent, received = counters.bytes_sent - sent, counters.bytes_received - received
+        self._info = StepInfo(sent + extra[0], received + extra[1], None, norm)
+        return loss.detach()
+
+    def _gradient_bytes(self) -> tuple[float, float]:
+        """Bytes of the gradients' reduction in the step just done, before the averaging starts."""
+        if self.post_local is None or self.post_local.step > self.post_local.start:
+            return 0.0, 0.0
+        if self.sparse is not None:
+            stats = self.sparse.stats()
+            return stats["bytes_sent"], stats["bytes_received"]
+        size = sum(p.numel() * p.element_size() for p in self.bare.parameters() if p.requires_grad)
+        ring = 2 * (self.transport.world_size - 1) * size / self.transport.world_size
+        return ring, ring
+
+    def info(self) -> StepInfo:
+        return self._info
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The ranks' average, parameters and floating buffers; each rank's own come back after it."""
+        from commhooks.averaging import LocalSGD
+
+        tensors = [*self.bare.parameters(), *self.bare.buffers()]
+        kept = [t.detach().clone() for t in tensors]
+        LocalSGD(1, transport=self.transport, module=self.bare).synchronise(self.bare.parameters())
+        yield
+        with torch.no_grad():
+            for tensor, old in zip(tensors, kept):
+                tensor.copy_(old)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"averager": self.averager.state_dict()}
+        if self.post_local is not None:
+            state["post_local"] = self.post_local.state_dict()
+        return state
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        self.averager.load_state_dict(states[0]["averager"])
+        if self.post_local is not None:
+            self.post_local.load_state_dict(states[0]["post_local"])
+
+    def close(self) -> None:
+        if self.sparse is not None:
+            self.sparse.close()
+        self.averager.close()
+
+
+class Staged(Sparse):
+    """Stagewise M-DSGD: DDP with the sparse hook, its proximal term in every loss."""
+
+    def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
+        from commhooks.averaging import Stagewise
+
+        super().__init__(model, options, world, steps_per_epoch)
+        self.stages = Stagewise(self.optimizer, self.state, gamma=options.gamma, eta0=options.lr)
+
+    def step(self, compute: Compute) -> Tensor:
+        self.stages.apply_rate()  # the loop's own schedule does not apply
+        loss = super().step(lambda model: compute(model) + self.stages.penalty())
+        self.stages.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"hook": super().state_dict(), "stages": self.stages.state_dict()}
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        super().load_state_dict([s["hook"] for s in states])
+        self.stages.load_state_dict(states[0]["stages"])
+
+
+def make_averager(strategy: Averaged, model: nn.Module, options: Any, reducer: Any, total: int) -> Any:
+    """The averager that the options describe."""
+    from commhooks import averaging as a
+
+    start, given = options.averaging_start, {"module": model, "buffers": options.buffers, "reducer": reducer}
+    given["transport"] = strategy.transport
+    every = a.Every(options.period, start=start)
+    sync: Any = {
+        "every": lambda: every,
+        "growing": lambda: a.PostLocal(0, a.Growing(1, options.period, total_steps=total)),
+        "one-shot": lambda: a.OneShot(total),
+    }[options.sync]()
+    makers: dict[str, Callable[[], Any]] = {
+        "local": lambda: a.LocalSGD(sync, params=model.parameters(), **given),
+        "block": lambda: a.BlockMomentum(options.mu, options.period, params=model.parameters(), **given),
+        "restarted": lambda: a.RestartedMomentum(strategy.optimizer, every, **given),
+        "decentralized": lambda: a.DecentralizedMomentum(
+            strategy.optimizer,
+            getattr(a.topology, options.topology)(strategy.transport.world_size),
+            period=options.period,
+            **given,
+        ),
+    }
+    return makers[options.averaging]()
+
+
+def check(options: Any) -> None:
+    """Refuses what could not be meant.
+
+    Raises:
+        ValueError: with the option's name and value.
+    """
+    if options.averaging == "none":
+        return
+    if options.period < 1:
+        raise ValueError(f"--period {options.period} is not positive")
+    if not 0.0 <= options.mu < 1.0:
+        raise ValueError(f"--mu {options.mu} is outside [0, 1)")
+    if options.averaging_start < 0:
+        raise ValueError(f"--averaging-start {options.averaging_start} is negative")
+    if options.averaging_start and options.averaging not in ("local", "restarted"):
+        raise ValueError(f"--averaging-start is for local and restarted, not {options.averaging}")
+    if options.averaging_start and options.sync != "every":
+        raise ValueError(f"--averaging-start goes with --sync every, not {options.sync}")
+    if options.nesterov and options.momentum == 0.0:
+        raise ValueError("--nesterov needs --momentum")
+    if options.averaging == "decentralized" and options.scheme != "dense":
+        raise ValueError(
+            f"--averaging decentralized sends to neighbours only: --scheme {options.scheme} does not apply"
+        )
+    if options.averaging == "stagewise" and options.scheme == "dense":
+        raise ValueError("--averaging stagewise runs on a sparse hook: give --scheme topk, for instance")
+    if not options.gamma > 0:
+        raise ValueError(f"--gamma {options.gamma} is not positive")
+
+
+def make(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> Strategy:
+    """The strategy that `--averaging` names."""
+    kind = Staged if options.averaging == "stagewise" else Averaged
+    return kind(model, options, world, steps_per_epoch)
+
+
+def _plain(options: Any, transport: Any) -> argparse.Namespace:
+    """The options with this transport, and momentum left to the optimizer."""
+    own = {"transport": transport, "momentum": 0.0, "factor_masking": False, "delta_every": 0}
+    return argparse.Namespace(**{**vars(options), **own})

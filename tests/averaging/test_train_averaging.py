@@ -1,0 +1,116 @@
+"""scripts/train.py --averaging: every kind trains, resumes bit for bit, and goes on with another number of ranks."""
+
+import re
+
+import pytest
+import sklearn.datasets  # noqa: F401  imported once, before the ranks are forked
+import torch
+from jobs import launch as job_launch
+from jobs import loop, options
+from launch import spawn_gloo
+
+BASE = [
+    "--model",
+    "mlp",
+    "--hidden",
+    32,
+    "--batch-size",
+    32,
+    "--quiet",
+    "--lr",
+    0.2,
+    "--epochs",
+    1,
+    "--log-every",
+    50,
+]
+KINDS = {
+    "local": ["--averaging", "local", "--period", 4],
+    "growing": ["--averaging", "local", "--period", 8, "--sync", "growing"],
+    "block+topk": ["--averaging", "block", "--scheme", "topk", "--density", 0.1, "--mu", 0.5],
+    "restarted": ["--averaging", "restarted", "--momentum", 0.9, "--nesterov"],
+    "decentralized": [
+        "--averaging",
+        "decentralized",
+        "--period",
+        1,
+        "--topology",
+        "complete",
+        "--momentum",
+        0.9,
+    ],
+    "post-local+gtopk": [
+        "--averaging",
+        "local",
+        "--averaging-start",
+        9,
+        "--scheme",
+        "gtopk",
+        "--density",
+        0.1,
+    ],
+    "stagewise": ["--averaging", "stagewise", "--scheme", "topk", "--density", 0.2, "--momentum", 0.5],
+}
+
+
+def parse(*arguments):
+    return options.parse(list(map(str, arguments)))
+
+
+def train(size, *runs):
+    """One training after the other in the same forked ranks: summaries and final parameters of rank 0."""
+
+    def ranks(rank, size):
+        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
+        results = []
+        for run in runs:
+            job = loop.Run(parse(*run), world)
+            summary = job.train()
+            results.append((summary, [p.detach().tolist() for p in job.task.model.parameters()]))
+        return results
+
+    return spawn_gloo(ranks, size, timeout=120)[0]
+
+
+def test_every_kind_trains_and_resumes_bit_for_bit(tmp_path):
+    runs = []
+    for kind, options_of_kind in KINDS.items():
+        given = [*BASE, *options_of_kind]
+        kept = [*given, "--checkpoint", tmp_path / kind, "--checkpoint-every", 13]
+        runs += [given, [*kept, "--stop-after", 13], [*kept, "--resume"]]
+    results = train(2, *runs)
+    for number, kind in enumerate(KINDS):
+        (straight, expected), (half, _), (resumed, found) = results[3 * number : 3 * number + 3]
+        assert half["step"] == 13 and resumed["step"] == straight["step"] == 22, kind
+        assert found == expected, kind
+        assert straight["test_accuracy"] == resumed["test_accuracy"], kind
+        assert straight["bytes_sent_per_step"] == pytest.approx(resumed["bytes_sent_per_step"], rel=0.1), kind
+    summaries = {kind: results[3 * number][0] for number, kind in enumerate(KINDS)}
+    assert summaries["restarted"]["test_accuracy"] > 0.5
+    assert summaries["local"]["bytes_sent_per_step"] < summaries["local"]["gradient_bytes"] / 3
+    assert summaries["block+topk"]["bytes_sent_per_step"] < summaries["block+topk"]["gradient_bytes"] / 20
+
+
+def test_goes_on_with_another_number_of_ranks(tmp_path):
+    given = [*BASE, *KINDS["block+topk"], "--checkpoint", tmp_path, "--checkpoint-every", 13]
+    train(2, [*given, "--stop-after", 13])
+    ((summary, _),) = train(3, [*given, "--resume"])
+    assert summary["ranks"] == 3 and summary["step"] == 14
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--averaging", "local", "--period", 0], "--period 0"),
+        (["--averaging", "block", "--mu", 1.0], "--mu 1.0"),
+        (["--averaging", "block", "--averaging-start", 5], "--averaging-start.*block"),
+        (["--averaging", "restarted", "--nesterov"], "--nesterov needs"),
+        (["--averaging", "decentralized", "--scheme", "topk"], "--scheme topk"),
+        (["--averaging", "stagewise"], "sparse hook"),
+        (["--averaging", "stagewise", "--scheme", "topk", "--gamma", 0], "--gamma 0"),
+    ],
+)
+def test_refuses_what_could_not_be_meant(given, shown, capsys):
+    with pytest.raises(SystemExit):
+        parse(*given)
+    assert re.search(shown, capsys.readouterr().err)
