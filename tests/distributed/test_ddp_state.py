@@ -86,9 +86,8 @@ def test_a_primed_run_resumes_bit_for_bit(scheme):
         resume, 2, args=("state_dict", scheme), timeout=TIMEOUT
     ):
         assert same and steps == 8 and withheld
-        assert (
-            layouts == 2 and seen[0] != seen[1] == seen[-2]
-        )  # primed: the real steps have the second layout
+        # Primed: the real steps have the second layout.
+        assert layouts == 2 and seen[0] != seen[1] == seen[-2]
 
 
 def test_a_pickled_state_resumes_bit_for_bit():

@@ -62,9 +62,8 @@ def stall():
 
 def check(out, rank, names, kinds):
     assert out["steps"] == 2 and out["close"] < 10.0
-    assert (
-        out["state"][0] in kinds and out["forward"] == out["state"]
-    )  # the next forward raises the type itself
+    # The next forward raises the type itself.
+    assert out["state"][0] in kinds and out["forward"] == out["state"]
     assert out["state"][0] in out["backward"][1] and out["state"][1] in out["backward"][1]
     message = out["state"][1]
     assert f"rank {rank}" in message and "bucket 1, step 2" in message, message
@@ -99,9 +98,8 @@ def test_a_rank_that_stalls_in_mid_step(scheme):
 def catchable(rank, size):
     """A user who wants the type catches it at the next forward; later steps raise at once, nothing is sent."""
     ddp, state = sparse_ddp("gtopk", 0.1, timeout_s=20.0)
-    for step in range(
-        2
-    ):  # DDP exchanges its new layout at the second forward: past that, it is our exchange that waits
+    # DDP exchanges its new layout at the second forward: past that, it is our exchange that waits.
+    for step in range(2):
         loss_of(ddp, Data(rank)(step)).backward()
     state.reducer.aggregator.transport.timeout_s = 1.0
     if rank == 1:

@@ -245,9 +245,8 @@ def test_delta_is_assumption_1s(scheme):
         for r in results:
             assert r[t][2] == pytest.approx(expected, rel=1e-4)
             assert t + 1 == steps or r[t + 1][2] == r[t][2]  # kept until it is measured again
-            assert r[t][3] == results[0][1][3] or scheme.startswith(
-                "gtopk"
-            )  # measuring is not counted as traffic
+            # Measuring is not counted as traffic; gTop-k's ranks differ among each other.
+            assert r[t][3] == results[0][1][3] or scheme.startswith("gtopk")
 
 
 def test_delta_can_exceed_one():
