@@ -41,7 +41,9 @@ def main() -> None:
     p.add_argument("--density", type=float, default=0.01)
     p.add_argument("--warmup", type=int, default=4)
     p.add_argument("--momentum", type=float, default=0.9)
-    p.add_argument("--models", nargs="+", choices=tuple(accuracy_job.MODELS), default=list(accuracy_job.MODELS))
+    p.add_argument(
+        "--models", nargs="+", choices=tuple(accuracy_job.MODELS), default=list(accuracy_job.MODELS)
+    )
     p.add_argument("--output", type=Path, default=accuracy_job.ROOT / "docs" / "results")
     study = p.parse_args()
     import torch
@@ -63,13 +65,18 @@ def main() -> None:
                     if world.is_main:
                         write(study, path, runs, world)
                         seconds = time.perf_counter() - started
-                        print(f"{model} {name} {seed}: {result['test_accuracy']:.2%} ({seconds:.0f} s)", flush=True)
+                        print(
+                            f"{model} {name} {seed}: {result['test_accuracy']:.2%} ({seconds:.0f} s)",
+                            flush=True,
+                        )
     launch.leave()
 
 
 def write(study: Any, path: Path, runs: list[dict[str, Any]], world: launch.World) -> None:
     """horovod.json with every run, horovod.md with the tables."""
-    settings = {name: value for name, value in vars(study).items() if name not in ("output", "seeds", "models")}
+    settings = {
+        name: value for name, value in vars(study).items() if name not in ("output", "seeds", "models")
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "ranks": world.size, "launcher": world.launcher, "runs": runs}
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -90,7 +97,9 @@ def page(study: Any, runs: list[dict[str, Any]], world: launch.World) -> str:
     for model in dict.fromkeys(run["model"] for run in runs):
         names = [name for name, *_ in CASES if any(r["name"] == name and r["model"] == model for r in runs)]
         groups = {name: [r for r in runs if r["name"] == name and r["model"] == model] for name in names}
-        means = {name: statistics.mean(100 * r["test_accuracy"] for r in group) for name, group in groups.items()}
+        means = {
+            name: statistics.mean(100 * r["test_accuracy"] for r in group) for name, group in groups.items()
+        }
         lines = []
         for name, group in groups.items():
             accuracy = [100 * r["test_accuracy"] for r in group]
@@ -99,12 +108,23 @@ def page(study: Any, runs: list[dict[str, Any]], world: launch.World) -> str:
             sent = count(statistics.mean(r["bytes_sent_per_step"] for r in group))
             momentum, lr = f"{group[0]['momentum']:g}", f"{group[0]['lr']:g}"
             lines.append((name, len(group), momentum, lr, f"{means[name]:.2f}{spread}", behind, sent))
-        headings = ("optimizer and scheme", "seeds", "momentum", "lr", "test accuracy, %", "points behind dense", "bytes a step")
+        headings = (
+            "optimizer and scheme",
+            "seeds",
+            "momentum",
+            "lr",
+            "test accuracy, %",
+            "points behind dense",
+            "bytes a step",
+        )
         epochs = len(groups[names[0]][0]["accuracy_by_epoch"])
         parts += ["", f"## {model}, {epochs} epochs", "", table(headings, lines)]
         within = [name for name in names[1:] if means[names[0]] - means[name] <= 1.0]
         beyond = [name for name in names[1:] if name not in within]
-        parts += ["", f"Within one point of dense: {', '.join(within) or 'none'}. Not: {', '.join(beyond) or 'none'}."]
+        parts += [
+            "",
+            f"Within one point of dense: {', '.join(within) or 'none'}. Not: {', '.join(beyond) or 'none'}.",
+        ]
     return "\n".join(parts) + "\n"
 
 

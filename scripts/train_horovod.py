@@ -95,13 +95,19 @@ class StockSparse(Sparse):
         from commhooks.horovod import Compression
 
         if options.scheme not in ("topk", "randomk") or not options.error_feedback or options.clip_norm:
-            raise ValueError("--stock serves --scheme topk and randomk with error feedback, without --clip-norm")
+            raise ValueError(
+                "--stock serves --scheme topk and randomk with error feedback, without --clip-norm"
+            )
         state = strategies.sparse_state(options, steps_per_epoch)  # for its selector and memory
         reducer = state.reducer
         extra = {"seed": options.seed} if options.scheme == "randomk" else {}
         make = getattr(Compression, options.scheme)
         self.compression = make(
-            reducer.selector.schedule, model.named_parameters(), memory=reducer.memory, timeout_s=options.timeout, **extra
+            reducer.selector.schedule,
+            model.named_parameters(),
+            memory=reducer.memory,
+            timeout_s=options.timeout,
+            **extra,
         )
         return hvd.DistributedOptimizer(
             strategies.sgd(model, options, momentum=0.0),

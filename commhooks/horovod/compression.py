@@ -131,7 +131,9 @@ class TopKCompressor(SparseCompressor):
         gathered = wait_for(ctx.handle, core.timeout_s, f"all-gather of {entry.name}")
         world_size = core.process_set.size()
         if gathered.numel() % world_size:
-            raise SettingsMismatchError(f"{entry.name}: the ranks sent {gathered.numel()} words of unequal shares")
+            raise SettingsMismatchError(
+                f"{entry.name}: the ranks sent {gathered.numel()} words of unequal shares"
+            )
         context = Context(entry.index, entry.step)
         rows, votes = [], []
         for rank, message in enumerate(gathered.view(world_size, -1)):

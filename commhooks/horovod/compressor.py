@@ -103,7 +103,9 @@ class CompressorCore:
     def take_off(self, tensor: Tensor) -> Flight:
         """Selects from the gradient ``tensor`` and its memory; the first call of a step ends the last one."""
         if tensor.is_sparse:
-            raise ValueError("sparse gradients are not supported (sparse_as_dense): use nn.Embedding(sparse=False)")
+            raise ValueError(
+                "sparse gradients are not supported (sparse_as_dense): use nn.Embedding(sparse=False)"
+            )
         entry = self.table.find(tensor)
         if entry in self._flights:
             self.finish_step()
@@ -122,7 +124,9 @@ class CompressorCore:
         self._flights[entry] = flight
         return flight
 
-    def land(self, flight: Flight, rows: Tensor, indices: Tensor, factor: float, share: float, bad: bool) -> Tensor:
+    def land(
+        self, flight: Flight, rows: Tensor, indices: Tensor, factor: float, share: float, bad: bool
+    ) -> Tensor:
         """The reduced gradient in the parameter's shape.
 
         Args:

@@ -61,7 +61,7 @@ class GradientSync:
         self._next = 0
         self.touched = False
         for p in self._bucket_of:
-            p.register_post_accumulate_grad_hook(self._on_gradient)
+            p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         if not is_elastic():  # there a new worker must meet the others in hvd.elastic's own sync first
             self.open()
         _close_at_exit(self)
@@ -130,7 +130,9 @@ class GradientSync:
         for bucket in self.buckets:
             try:
                 bucket.future.wait()
-            except Exception as problem:  # torch may have changed its type on the way: the state has the original
+            except (
+                Exception
+            ) as problem:  # torch may have changed its type on the way: the state has the original
                 error = error or self.state.error or problem
             else:
                 self._hand_back(bucket)

@@ -58,7 +58,9 @@ class SparseOptimizer:
             RuntimeError: gradients are on their way, so that zeroing them would race with the exchange.
         """
         if self._sync is not None and self._sync.touched:
-            raise RuntimeError("zero_grad() between backward() and step() or synchronize() would lose gradients")
+            raise RuntimeError(
+                "zero_grad() between backward() and step() or synchronize() would lose gradients"
+            )
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -192,10 +194,10 @@ def _wrap(optimizer: torch.optim.Optimizer) -> Any:
                 )
             self.synchronize()
         self._synchronized = False
-        return base.step(self, closure)  # type: ignore[arg-type]
+        return base.step(self, closure)
 
     members = {"step": step, "__module__": "horovod.torch.optimizer", "__doc__": base.__doc__}
-    wrapped = object.__new__(type(base.__name__, (SparseOptimizer, base), members))
+    wrapped: Any = object.__new__(type(base.__name__, (SparseOptimizer, base), members))
     # an LR scheduler may have replaced the instance's step, which would go past ours
     wrapped.__dict__ = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
     return wrapped
@@ -222,7 +224,9 @@ def _check_options(
     if compression is not None and compression is not hvd.Compression.none:
         raise ValueError(f"compression must be None: state= is the compression, got {compression!r}")
     if op is not None and op == hvd.Adasum:
-        raise ValueError("op=Adasum is not supported: a sparse sum has no Adasum. Use op=hvd.Average or hvd.Sum")
+        raise ValueError(
+            "op=Adasum is not supported: a sparse sum has no Adasum. Use op=hvd.Average or hvd.Sum"
+        )
     if op is not None and op not in (hvd.Average, hvd.Sum):
         raise ValueError(f"op must be hvd.Average or hvd.Sum, got {op!r}")
     if gradient_predivide_factor != 1.0:

@@ -87,9 +87,13 @@ def check_named(named_parameters: Any) -> list[tuple[str, Tensor]]:
     pairs = list(named_parameters)
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ValueError(f"named_parameters must hold (name, parameter) tuples, got {type(pair).__name__}")
+            raise ValueError(
+                f"named_parameters must hold (name, parameter) tuples, got {type(pair).__name__}"
+            )
         if not isinstance(pair[1], Tensor):
-            raise ValueError(f"named_parameters must hold tensors, got {type(pair[1]).__name__} for {pair[0]!r}")
+            raise ValueError(
+                f"named_parameters must hold tensors, got {type(pair[1]).__name__} for {pair[0]!r}"
+            )
     names = [name for name, _ in pairs]
     if not pairs or len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})

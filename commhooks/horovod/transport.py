@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ..transports import Transport
 from .api import horovod
@@ -115,11 +116,13 @@ def open_default_group(process_set: Any, timeout_s: float) -> None:
     store = address = None
     if hvd.rank() == root:
         host = _host()
-        store = dist.TCPStore(host, 0, size, True, timeout=limit, wait_for_workers=False)
+        store = TCPStore(host, 0, size, True, timeout=limit, wait_for_workers=False)
         address = (host, store.port)
-    host, port = hvd.broadcast_object(address, root_rank=root, name="commhooks.store", process_set=process_set)
+    host, port = hvd.broadcast_object(
+        address, root_rank=root, name="commhooks.store", process_set=process_set
+    )
     if store is None:
-        store = dist.TCPStore(host, port, size, False, timeout=limit, wait_for_workers=False)
+        store = TCPStore(host, port, size, False, timeout=limit, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     if not _own_default_group:
         atexit.register(close_default_group)  # after the optimizers' own, which were registered later
@@ -145,6 +148,8 @@ def _host() -> str:
                 return found
         except OSError:
             continue
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: asks for the route's address
+    with socket.socket(
+        socket.AF_INET, socket.SOCK_DGRAM
+    ) as probe:  # sends nothing: asks for the route's address
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])

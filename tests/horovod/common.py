@@ -39,7 +39,9 @@ def run_cases(folder):
             outcome[name] = "skipped"
             continue
         started = time.monotonic()
-        faulthandler.dump_traceback_later(60.0, exit=True)  # no case takes long: say where it hangs, and end the job
+        faulthandler.dump_traceback_later(
+            60.0, exit=True
+        )  # no case takes long: say where it hangs, and end the job
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -51,7 +53,11 @@ def run_cases(folder):
         faulthandler.cancel_dump_traceback_later()
         Path(folder, f"rank{hvd.rank()}.json").write_text(json.dumps(outcome))
         elapsed_s = time.monotonic() - started
-        print(f"rank {hvd.rank()}: {name} {elapsed_s:.1f} s: {outcome[name].splitlines()[-1]}", file=sys.stderr, flush=True)
+        print(
+            f"rank {hvd.rank()}: {name} {elapsed_s:.1f} s: {outcome[name].splitlines()[-1]}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Net(nn.Module):
@@ -111,7 +117,9 @@ def gradients(model, rank, step, passes=1, drop=False):
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-def oracle(scheme, density, ranks, steps=STEPS, lr=0.1, passes=1, drop=False, total=False, momentum=0.0, seed=0):
+def oracle(
+    scheme, density, ranks, steps=STEPS, lr=0.1, passes=1, drop=False, total=False, momentum=0.0, seed=0
+):
     """Algorithm 1 of M-DSGD per parameter, all ranks in one process; returns (weights, residuals by rank and name).
 
     A parameter without gradient on a rank contributes nothing there and keeps its residual.

@@ -1,11 +1,26 @@
 """commhooks.horovod.DistributedOptimizer. Run on several ranks by test_jobs.py."""
 
+# ruff: noqa: B023  (what is defined in a loop here is called in the same turn)
+
 import gc
 
 import horovod.torch as hvd
 import torch
 import torch.distributed as dist
-from common import STEPS, Net, batch, case, close, flat, loss_of, oracle, raises, reduced, same_everywhere, train
+from common import (
+    STEPS,
+    Net,
+    batch,
+    case,
+    close,
+    flat,
+    loss_of,
+    oracle,
+    raises,
+    reduced,
+    same_everywhere,
+    train,
+)
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -75,10 +90,15 @@ def transport_follows_the_launcher():
     assert stats["bytes_sent"] > 0 and stats["compression_ratio"] > 1
     if not hvd.mpi_enabled():
         model, state = Net(), SparseState.topk(0.1)
-        state.reducer.aggregator.requested = "mpi"  # as SparseState.topk(0.1, transport="mpi"), without starting MPI
+        state.reducer.aggregator.requested = (
+            "mpi"  # as SparseState.topk(0.1, transport="mpi"), without starting MPI
+        )
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        raises(ValueError, "transport='mpi'",
-               lambda: DistributedOptimizer(sgd, model.named_parameters(), state=state))
+        raises(
+            ValueError,
+            "transport='mpi'",
+            lambda: DistributedOptimizer(sgd, model.named_parameters(), state=state),
+        )
 
 
 @case()
@@ -174,8 +194,9 @@ def conserves_every_gradient():
 
 
 def _gradient(model):
-    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.float().flatten()
-                      for p in model.parameters()])
+    return torch.cat(
+        [torch.zeros(p.numel()) if p.grad is None else p.grad.float().flatten() for p in model.parameters()]
+    )
 
 
 @case(at_least=3)
@@ -272,7 +293,9 @@ def sparse_gradients():
         optimizer = ours("topk", 0.2, **options)(model, torch.optim.SGD(model.parameters(), lr=0.1))
         for step in range(3):
             optimizer.zero_grad()
-            tokens = torch.randint(0, 30, (6,), generator=torch.Generator().manual_seed(10 * step + hvd.rank()))
+            tokens = torch.randint(
+                0, 30, (6,), generator=torch.Generator().manual_seed(10 * step + hvd.rank())
+            )
             model(tokens).square().sum().backward()
             optimizer.step()
             assert model.table.weight.grad.is_sparse == sparse
@@ -286,6 +309,7 @@ def sparse_gradients():
 @case()
 def saved_and_loaded_is_as_if_never_stopped():
     for name in ("topk", "gtopk", "randomk"):
+
         def memory():
             return ErrorFeedback(momentum=0.9)
 
@@ -358,7 +382,9 @@ def elastic_state_commits_and_restores_residuals():
 def schedulers_warmup_and_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     model = Net()
-    state = SparseState(TopK(ExponentialWarmup(0.05, warmup_steps=4)), GTopK(), grad_scaler=scaler, timeout_s=20.0)
+    state = SparseState(
+        TopK(ExponentialWarmup(0.05, warmup_steps=4)), GTopK(), grad_scaler=scaler, timeout_s=20.0
+    )
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = DistributedOptimizer(sgd, model.named_parameters(), state=state, bucket_cap_mb=SMALL_MB)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
@@ -414,4 +440,3 @@ def two_optimizers_at_once():
         b.step()
     assert isinstance(a, torch.optim.SGD) and isinstance(b, torch.optim.Adam)
     assert same_everywhere(flat(first)) and same_everywhere(flat(second))
-

@@ -1,10 +1,25 @@
 """Horovod's own optimizer with our compression. Run on several ranks by test_jobs.py."""
 
+# ruff: noqa: B023  (what is defined in a loop here is called in the same turn)
+
 import itertools
 
 import horovod.torch as hvd
 import torch
-from common import Net, STEPS, batch, case, close, flat, loss_of, oracle, raises, reduced, same_everywhere, train
+from common import (
+    STEPS,
+    Net,
+    batch,
+    case,
+    close,
+    flat,
+    loss_of,
+    oracle,
+    raises,
+    reduced,
+    same_everywhere,
+    train,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -76,6 +91,7 @@ def equals_the_oracle():
 def equals_the_oracle_in_groups_with_two_passes():
     for scheme in SCHEMES:
         for groups in (2, "lists"):
+
             def make(model, optimizer):
                 lists = [[model.a.weight, model.b.weight], [model.out.weight, model.out.bias]]
                 chosen = groups if groups == 2 else lists
@@ -168,8 +184,12 @@ def half_precision_conserves():
             for step in range(4):
                 optimizer.zero_grad()
                 loss_of(model, hvd.rank(), step, dtype=torch.bfloat16).backward()
-                put_in += torch.cat([p.grad.float().flatten() if p.grad is not None else torch.zeros(p.numel())
-                                     for p in model.parameters()])
+                put_in += torch.cat(
+                    [
+                        p.grad.float().flatten() if p.grad is not None else torch.zeros(p.numel())
+                        for p in model.parameters()
+                    ]
+                )
                 optimizer.synchronize()
                 taken_out += torch.cat([p.grad.float().flatten() for p in model.parameters()])
                 with optimizer.skip_synchronize():
@@ -202,8 +222,12 @@ def inf_in_one_parameter(policy):
             poison["factor"] = float("inf") if bad and hvd.rank() == hvd.size() - 1 else 1.0
             optimizer.zero_grad()
             loss_of(model, hvd.rank(), step).backward()
-            local = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
-                               for p in model.parameters()])
+            local = torch.cat(
+                [
+                    p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
+                    for p in model.parameters()
+                ]
+            )
             if bad and policy == "error":
                 raises(NonFiniteGradientError, "out.weight", optimizer.synchronize)
                 assert made[0].core.memory.table.residual_norm() < float("inf")
@@ -272,7 +296,9 @@ def refused_options_name_themselves():
         compression = getattr(Compression, scheme)(0.1, model.named_parameters())
         raises(ValueError, "named_parameters", lambda: hvd.allreduce(tensor, compression=compression))
         model = Net()
-        optimizer = wrap(scheme, 0.1, fails=True, op=hvd.Max)(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer = wrap(scheme, 0.1, fails=True, op=hvd.Max)(
+            model, torch.optim.SGD(model.parameters(), lr=0.1)
+        )
         raises(ValueError, "op must be hvd.Average or hvd.Sum", lambda: step(model, optimizer))
 
         class Bag(nn.Module):
@@ -281,20 +307,27 @@ def refused_options_name_themselves():
                 self.table = nn.Embedding(10, 4, sparse=True)
 
         bag = Bag()
-        optimizer = wrap(scheme, 0.1, fails=True, sparse_as_dense=True)(bag, torch.optim.SGD(bag.parameters(), lr=0.1))
+        optimizer = wrap(scheme, 0.1, fails=True, sparse_as_dense=True)(
+            bag, torch.optim.SGD(bag.parameters(), lr=0.1)
+        )
         raises(ValueError, "sparse_as_dense", lambda: bag.table(torch.tensor([1, 2])).sum().backward())
         for bad in (0.0, 1.5):
             raises(ValueError, "density", lambda: getattr(Compression, scheme)(bad, model.named_parameters()))
         raises(ValueError, "named_parameters", lambda: getattr(Compression, scheme)(0.1, []))
-        raises(ValueError, "nonfinite", lambda: getattr(Compression, scheme)(
-            0.1, model.named_parameters(), nonfinite="ignore"))
+        raises(
+            ValueError,
+            "nonfinite",
+            lambda: getattr(Compression, scheme)(0.1, model.named_parameters(), nonfinite="ignore"),
+        )
 
 
 @case()
 def ranks_that_disagree_are_told():
     def step(scheme, density, options):
         model = Net()
-        optimizer = wrap(scheme, density, options=options, fails=True)(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer = wrap(scheme, density, options=options, fails=True)(
+            model, torch.optim.SGD(model.parameters(), lr=0.1)
+        )
         loss_of(model, hvd.rank(), 0).backward()
         optimizer.step()
 

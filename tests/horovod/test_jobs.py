@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from launchers import HERE, horovod_job
+from launchers import HERE, ROOT, horovod_job
 
 COMPRESSION_LINE = "    compression = hvd.Compression.none\n"
 
@@ -55,12 +55,82 @@ def test_a_usual_script_changes_one_argument(scheme, tmp_path):
         ("gloo", "raise", None),
         ("bare-mpi", "raise", None),
         ("gloo", "mismatch", "rank 0 saw SettingsMismatchError"),
-        ("gloo", "stock-stall", "rank 0 saw HorovodInternalError"),
     ],
 )
 def test_a_failing_rank_ends_the_job(launcher, mode, seen):
-    env = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "2"}
-    done = horovod_job(launcher, 2, HERE / "failures.py", mode, timeout=50.0, env=env, check=False)
+    done = horovod_job(launcher, 2, HERE / "failures.py", mode, timeout=55.0, check=False)
     assert not done.timed_out and done.returncode != 0, done.show()
     if seen is not None:
         assert seen in done.stdout, done.show()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments"),
+    [
+        ("gloo", ["--scheme", "gtopk"]),
+        ("horovodrun-mpi", ["--scheme", "topk"]),
+        ("mpi", ["--scheme", "randomk", "--stock"]),
+    ],
+)
+def test_train_horovod(launcher, arguments, tmp_path):
+    """The main job under the three launchers; stopped and resumed it ends as if it had never been stopped."""
+    common = [
+        "--model",
+        "mlp",
+        "--hidden",
+        32,
+        "--epochs",
+        1,
+        "--batch-size",
+        32,
+        "--density",
+        0.05,
+        "--quiet",
+    ]
+    script = ROOT / "scripts" / "train_horovod.py"
+
+    def train(*more):
+        return horovod_job(launcher, 4, script, *arguments, *common, *more)
+
+    log = tmp_path / "run.jsonl"
+    done = train("--log-file", log)
+    assert "test accuracy" in done.stdout
+    end = json.loads(log.read_text().splitlines()[-1])
+    assert (
+        end["event"] == "end" and end["ranks"] == 4 and 0 < end["bytes_sent_per_step"] < end["gradient_bytes"]
+    )
+    if launcher == "gloo":
+        folder = tmp_path / "checkpoints"
+        train("--checkpoint", folder, "--stop-after", 5)
+        resumed = tmp_path / "resumed.jsonl"
+        train("--checkpoint", folder, "--resume", "--log-file", resumed)
+        again = json.loads(resumed.read_text().splitlines()[-1])
+        assert (again["test_loss"], again["step"]) == (end["test_loss"], end["step"])
+
+
+@pytest.mark.slow
+def test_elastic_a_worker_joins(tmp_path):
+    """Two workers, then three: survivors keep their residuals, the new one takes over weights and step counts."""
+    discover = tmp_path / "discover.sh"
+    discover.write_text(
+        f"#!/bin/sh\nif [ -e {tmp_path}/grow ]; then echo localhost:3; else echo localhost:2; fi\n"
+    )
+    discover.chmod(0o755)
+    elastic = [
+        "--min-np",
+        "2",
+        "--max-np",
+        "3",
+        "--network-interface",
+        "lo",
+        "--host-discovery-script",
+        str(discover),
+    ]
+    done = horovod_job("gloo", 2, HERE / "elastic_job.py", tmp_path, timeout=200.0, options=elastic)
+    size, same, steps, norms = re.search(
+        r"RESULT size=(\d) same=(\w+) steps=(.*) norms=(.*)", done.stdout
+    ).groups()
+    steps, norms = json.loads(steps), json.loads(norms)
+    assert size == "3" and same == "True", done.stdout
+    assert all(row == steps[0] and len(set(row)) == 1 for row in steps), steps
+    assert all(norm > 0 for row in norms for norm in row)

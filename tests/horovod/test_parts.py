@@ -1,0 +1,162 @@
+"""Parts of the Horovod adapter that need Horovod installed but no job."""
+
+import importlib.util
+import os
+import subprocess
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def installer():
+    loader = SourceFileLoader("install_horovod", str(ROOT / "scripts" / "install_horovod"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.28.1", True), ("0.28.0+x", True), ("0.27.0", False), ("0.29.0", False)]
+)
+def test_other_versions_are_refused_by_name(monkeypatch, version, fits):
+    import horovod
+
+    from commhooks.horovod.api import require_version
+
+    monkeypatch.setattr(horovod, "__version__", version)
+    if fits:
+        require_version()
+    else:
+        with pytest.raises(RuntimeError, match=rf"0\.28\.x, found {version}.*Compression"):
+            require_version()
+
+
+def test_without_horovod_the_message_says_what_to_run(monkeypatch):
+    from commhooks.horovod import api
+
+    def absent(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(api.importlib, "import_module", absent)
+    with pytest.raises(ImportError, match="scripts/install_horovod"):
+        api.horovod()
+
+
+def test_the_parameter_is_found_by_identity_alone():
+    from commhooks.horovod.parameters import ParameterTable
+
+    parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(20)]
+    table = ParameterTable([(f"p{i}", p) for i, p in enumerate(parameters)])
+    for p in parameters:
+        p.grad = torch.zeros(4)  # equal in value and shape
+    for order in (range(20), reversed(range(20)), torch.randperm(20).tolist()):
+        for i in order:
+            assert table.find(parameters[i].grad).name == f"p{i}"
+    with pytest.raises(ValueError, match="named_parameters"):
+        table.find(parameters[3].grad.view(4))  # the same memory, another tensor
+    with pytest.raises(ValueError, match="named_parameters"):
+        table.find(torch.zeros(4))
+    with pytest.raises(ValueError, match="op=Adasum"):
+        table.find(parameters[0])
+
+
+def test_masks_depend_on_the_name_alone():
+    from commhooks.horovod.parameters import ParameterTable, stream_of
+
+    assert stream_of("layer.weight") == 9063835677411732693  # a constant: the same on every machine and day
+    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    one = {e.name: (e.index, e.stream) for e in ParameterTable([("a", a), ("b", b)]).entries}
+    two = {e.name: (e.index, e.stream) for e in ParameterTable([("b", b), ("a", a)]).entries}
+    assert one == two and one["a"][1] != one["b"][1]
+
+
+def test_partition():
+    from commhooks.horovod.buckets import partition
+
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (300_000, 10, 200_000, 200_000, 50)]
+    half = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
+    sizes = [[p.numel() for p in b.parameters] for b in partition([*parameters, half], 1.5, None)]
+    assert sizes == [[7], [50, 200_000], [200_000, 10], [300_000]]
+    assert sorted(sum(sizes, [])) == sorted([300_000, 10, 200_000, 200_000, 50, 7])
+    for mib, limit in ((0.5, 131_072), (100.0, 10**9)):
+        for bucket in partition(parameters, mib, None):
+            assert len(bucket.parameters) == 1 or bucket.buffer.numel() <= limit
+    assert [len(b.parameters) for b in partition(parameters, 25.0, 2)] == [3, 2]
+    listed = partition(parameters, 25.0, [[parameters[4], parameters[0]], [parameters[1]]])
+    assert [p.numel() for p in listed[0].parameters] == [50, 300_000]
+    assert sum(len(b.parameters) for b in listed) == 5
+    with pytest.raises(ValueError, match="groups"):
+        partition(parameters, 25.0, [[parameters[0], parameters[0]], [torch.nn.Parameter(torch.zeros(1))]])
+    with pytest.raises(ValueError, match="groups"):
+        partition([*parameters, half], 25.0, [[parameters[0], half]])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 64, 1000])
+def test_the_marker_tells_op_votes_and_missing_ranks(world_size):
+    from commhooks.horovod import Compression
+    from commhooks.horovod.compression import _VOTE
+
+    marks = [3.0] + [1.0] * (world_size - 1)
+    for averages in (False, True):
+        compression = Compression.randomk(0.1, [("p", torch.nn.Parameter(torch.zeros(1)))])
+        compression.core = type(
+            "Core", (), {"process_set": type("Set", (), {"size": lambda self: world_size})()}
+        )()
+
+        def reduced(values):
+            total = torch.tensor(values, dtype=torch.float32).sum()
+            return float(total / world_size if averages else total)
+
+        assert compression._read_marker(reduced(marks)) == (False, True)
+        assert compression._read_marker(reduced([marks[0] + _VOTE, *marks[1:]])) == (True, True)
+        if world_size > 1:
+            assert compression._averages == averages
+            joined = [*marks[:-1], 0.0]  # after hvd.join() a rank sends zeros
+            assert compression._read_marker(reduced(joined)) == (False, False)
+            assert compression._read_marker(reduced([joined[0] + _VOTE, *joined[1:]])) == (True, False)
+    if world_size > 1:
+        compression._averages = None
+        for wrong in (min(marks), max(marks)):  # what Min, Max and Product give
+            with pytest.raises(ValueError, match="op must be"):
+                compression._read_marker(wrong)
+
+
+def test_the_compiler_wrapper_changes_two_options(installer, tmp_path):
+    wrapper = tmp_path / "cxx"
+    wrapper.write_text(installer.WRAPPER.format(compiler="echo"))
+    wrapper.chmod(0o755)
+
+    def through(*arguments):
+        return subprocess.run(
+            [str(wrapper), *arguments], capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    compiled = through("-O3", "-g", "-std=c++14", "-DA=b c", "-c", "x.cc", "-o", "x.o")
+    assert compiled == ["-O3", "-std=c++20", "-DA=b", "c", "-c", "x.cc", "-o", "x.o"]
+    linked = through("x.o", "-shared", "-o", "x.so")
+    assert linked == ["x.o", "-shared", "-o", "x.so", "-Wl,-rpath,$ORIGIN/../../../.."]
+
+
+def test_the_installer_names_what_is_missing(installer, monkeypatch, tmp_path):
+    info = installer.probe(os.sys.executable)
+    assert (
+        info["torch"]
+        and installer.local_version({"torch": "2.13.0+cpu"}, "mpich5.0.2") == "torch2.13.0.cpu.mpich5.0.2"
+    )
+    with pytest.raises(installer.InstallError, match="torch is not installed"):
+        installer.check_prerequisites({**info, "torch": None})
+    with pytest.raises(installer.InstallError, match=r"Python\.h is missing"):
+        installer.check_prerequisites({**info, "include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    headers = tmp_path / "Python.h"
+    headers.touch()
+    with pytest.raises(installer.InstallError, match=r"no C\+\+ compiler"):
+        installer.check_prerequisites({**info, "include": str(tmp_path)})
+    with pytest.raises(installer.InstallError, match="no Python interpreter"):
+        installer.python_of(str(tmp_path))
