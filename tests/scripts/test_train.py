@@ -14,7 +14,7 @@ from launch import ROOT, mpiexec, mpiexec_path, run, spawn_gloo, torchrun
 from test_data import write_cifar, write_ptb
 
 TRAIN = ROOT / "scripts" / "train.py"
-MLP = ["--model", "mlp", "--hidden", "64", "--batch-size", "32", "--quiet"]
+MLP = ["--model", "mlp", "--hidden", "64", "--batch-size", "64", "--quiet"]
 
 
 def parse(*arguments):
@@ -28,7 +28,7 @@ def in_ranks(size, *runs):
         world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
         return [loop.Run(parse(*run), world).train() for run in runs]
 
-    return spawn_gloo(ranks, size, timeout=100)[0]
+    return spawn_gloo(ranks, size, timeout=200)[0]
 
 
 def newest(folder):
@@ -61,7 +61,7 @@ def steps(path):
     return lines
 
 
-COMMON = ["--epochs", 3, "--density", 0.05, "--seed", 3, "--log-every", 4, "--bucket-mb", 0.01]
+COMMON = ["--epochs", 2, "--density", 0.05, "--seed", 3, "--log-every", 4, "--bucket-mb", 0.01]
 RESUMED = {
     "dense": [*MLP, "--scheme", "dense", "--momentum", 0.9],
     "topk": [*MLP, "--scheme", "topk", "--momentum", 0.9, "--factor-masking", "--warmup", 1],
@@ -69,12 +69,12 @@ RESUMED = {
     "gtopk-tree": [*MLP, "--scheme", "gtopk-tree", "--momentum", 0.5],
     "randomk": [*MLP, "--scheme", "randomk"],
     "threshold": [*MLP, "--scheme", "threshold"],
-    "batch-norm": ["--model", "resnet20", "--batch-size", 120, "--scheme", "gtopk", "--quiet"],
+    "batch-norm": ["--model", "resnet20", "--batch-size", 90, "--scheme", "gtopk", "--quiet"],
     "text": [
         "--task",
         "text",
         "--text-size",
-        90_000,
+        45_000,
         "--hidden",
         16,
         "--batch-size",
@@ -96,12 +96,12 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, size):
         # stopped in mid-epoch, with several buckets, so that data position, layout and carry all matter
         runs.append([*given, "--checkpoint", folder / "whole", "--log-file", log])
         stopped = [*given, "--checkpoint", folder / "parts", "--log-file", f"{log}.parts"]
-        runs.append([*stopped, "--stop-after", 7])
+        runs.append([*stopped, "--stop-after", 5])
         runs.append([*stopped, "--resume"])
     summaries = in_ranks(size, *runs)
     for number, name in enumerate(chosen):
         whole, stopped, resumed = summaries[3 * number : 3 * number + 3]
-        assert stopped["step"] == 7 and resumed["step"] == whole["step"] > 7
+        assert stopped["step"] == 5 and resumed["step"] == whole["step"] > 10
         for part_a, part_b in zip(newest(tmp_path / name / "whole"), newest(tmp_path / name / "parts")):
             assert_same(part_a, part_b, name)
         assert steps(tmp_path / f"{name}.jsonl") == steps(tmp_path / f"{name}.jsonl.parts")
@@ -118,7 +118,7 @@ def test_the_resume_test_can_fail(tmp_path, monkeypatch):
 
     def differs():
         runs = [[*given, "--checkpoint", tmp_path / "whole"]]
-        in_ranks(2, *runs, [*given, "--checkpoint", tmp_path / "parts", "--stop-after", 7])
+        in_ranks(2, *runs, [*given, "--checkpoint", tmp_path / "parts", "--stop-after", 5])
         in_ranks(2, [*given, "--checkpoint", tmp_path / "parts", "--resume"])
         try:
             for part_a, part_b in zip(newest(tmp_path / "whole"), newest(tmp_path / "parts")):
@@ -155,9 +155,9 @@ def test_resuming_with_other_options_names_them_and_another_world_size_keeps_the
 
 
 def test_checkpoints_are_complete_and_only_two_are_kept(tmp_path):
-    in_ranks(2, [*MLP, *COMMON, "--checkpoint", tmp_path, "--checkpoint-every", 5, "--stop-after", 22])
+    in_ranks(2, [*MLP, *COMMON, "--checkpoint", tmp_path, "--checkpoint-every", 5, "--stop-after", 17])
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["step-00000020", "step-00000022"]
+    assert names == ["step-00000015", "step-00000017"]
     assert sorted(path.name for path in (tmp_path / names[1]).iterdir()) == [
         "common.pt",
         "rank0.pt",
@@ -166,13 +166,13 @@ def test_checkpoints_are_complete_and_only_two_are_kept(tmp_path):
     (tmp_path / ".step-00000025.part").mkdir()  # a writer that was killed
     world = job_launch.World(1, 2, "torchrun", torch.device("cpu"))
     common, parts = checkpoint.load(tmp_path, world)
-    assert common["step"] == 22 and len(parts) == 1
+    assert common["step"] == 17 and len(parts) == 1
     assert checkpoint.load(tmp_path / "nothing", world) is None
 
 
 def test_the_log_says_what_happened_in_each_step_and_epoch(tmp_path):
     log = tmp_path / "run.jsonl"
-    given = ["--epochs", 2, "--density", 0.05, "--log-file", log, "--delta-every", 4]
+    given = ["--epochs", 2, "--density", 0.05, "--log-file", log, "--delta-every", 4, "--batch-size", 32]
     (summary,) = in_ranks(4, [*MLP, *given, "--scheme", "gtopk", "--lr-schedule", "constant", "--lr", 0.2])
     start, *_, end = read(log)
     assert start["event"] == "start" and start["ranks"] == 4 and start["options"]["density"] == 0.05
