@@ -150,6 +150,8 @@ def write(study: Any, results: list[dict[str, Any]], ranks: int, elapsed_s: floa
     study.output.mkdir(parents=True, exist_ok=True)
     rows = summarise(results)
     settings = {name: value for name, value in vars(study).items() if name not in ("output", "redraw")}
+    for result in results:
+        result.update({key: None for key, value in result.items() if value != value})  # NaN is not JSON
     content = {
         "settings": settings,
         "ranks": ranks,
@@ -180,8 +182,8 @@ def page(study: Any, rows: list[dict[str, Any]], ranks: int, elapsed_s: float) -
         f"{study.warmup} epochs (exponential from 0.25), momentum {study.momentum:g}, learning rate down to zero along a "
         f"cosine, {len(study.seeds)} seeds, 360 test images (one image is 0.28 points). With error feedback the "
         "momentum is in the memory, without it in the optimizer. Bytes are the mean over all steps, warm-up included; "
-        "those of dense are a ring all-reduce's by formula. Learning rates were tried on dense only, but for random-k "
-        "without momentum on ResNet-20.",
+        "those of dense are a ring all-reduce's by formula. Learning rates were not searched; those of random-k "
+        "without momentum come from a few trials with seed 0.",
         "",
         "Why random-k stands here twice: a place that is sent every 1/density steps brings all gradients gathered since, "
         "which acts like a long momentum; with momentum in the memory on top of it the same learning rate overshoots.",
