@@ -4,9 +4,13 @@ Selectors, memory, aggregators, reducer and worker are the ones of the DDP hook;
 """
 
 from .compression import Compression, SparseCompressor
-from .elastic import register_handlers
 from .optimizer import DistributedOptimizer
 
-__all__ = ["Compression", "DistributedOptimizer", "SparseCompressor"]
+try:
+    from .elastic import register_handlers
+except (ImportError, AttributeError):  # another Horovod: what is public there still works
+    pass
+else:
+    register_handlers()
 
-register_handlers()
+__all__ = ["Compression", "DistributedOptimizer", "SparseCompressor"]

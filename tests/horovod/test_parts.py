@@ -108,7 +108,7 @@ def test_the_marker_tells_op_votes_and_missing_ranks(world_size):
             "Core", (), {"process_set": type("Set", (), {"size": lambda self: world_size})()}
         )()
 
-        def reduced(values):
+        def reduced(values, averages=averages):
             total = torch.tensor(values, dtype=torch.float32).sum()
             return float(total / world_size if averages else total)
 
