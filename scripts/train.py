@@ -18,7 +18,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # an uninstalled c
 def main() -> None:
     """Reads the command line, joins the job, trains, prints the summary on rank 0."""
     import torch
-
     from jobs import launch, loop, options
 
     chosen = options.parse()
