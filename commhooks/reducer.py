@@ -16,7 +16,7 @@ from .agreement import check_agreement
 from .bucket import Bucket
 from .errors import NonFiniteGradientError
 from .memory import Memory, NoMemory
-from .redistribute import redistributed
+from .redistribute import check_states, redistributed
 from .selectors import Selector
 from .slots import Slot
 from .sparse import SparseGrad
@@ -71,7 +71,7 @@ class Reducer:
         *,
         average: bool = True,
         nonfinite: str = "propagate",
-        dense_crossover: bool = True,
+        dense_crossover: bool | Callable[[int, int, int], bool] = True,
         delta_every: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
@@ -93,6 +93,7 @@ class Reducer:
         self._current = StepFigures()
         self._delta = DeltaMeter()
         self._written: list[_Written] = []
+        self._agreed: dict[int, tuple[int, ...]] = {}
 
     def open(self, process_group: Any = None, device_type: str = "cpu") -> None:
         """Opens the transport, once; a collective call. The first :meth:`reduce` does so by itself."""
@@ -112,6 +113,9 @@ class Reducer:
         """
         self.open(device_type=bucket.buffer.device.type)
         context = Context(bucket.index, self.step)
+        if self._is_plain(bucket.buffer):
+            self._reduce_plain(bucket, context)
+            return
         k = self.selector.k(bucket.numel, self.step) if self.selector is not None else bucket.numel
         slot, is_new = self.memory.slot(bucket)
         if is_new:
@@ -138,10 +142,10 @@ class Reducer:
 
     def settings(self) -> str:
         """All that ranks must share, in one line."""
+        rule = getattr(self.dense_crossover, "__qualname__", self.dense_crossover)  # no address of a function
         return (
             f"{self.selector!r} | {self.aggregator!r} | {self.memory.describe()} | average={self.average} "
-            f"nonfinite={self.nonfinite} dense_crossover={self.dense_crossover} "
-            f"delta_every={self.delta_every}"
+            f"nonfinite={self.nonfinite} dense_crossover={rule} delta_every={self.delta_every}"
         )
 
     def stats(self) -> dict[str, Any]:
@@ -181,7 +185,7 @@ class Reducer:
         self.open()
         transport = self.aggregator.transport
         states = state if isinstance(state, list) else [state]
-        _check_states(states, isinstance(state, list), transport.rank, transport.world_size)
+        check_states(states, isinstance(state, list), transport.rank, transport.world_size)
         self.step = int(states[0]["step"])
         if len(states) == 1 and not isinstance(state, list):
             mine = states[0]
@@ -206,6 +210,8 @@ class Reducer:
         if self.selector is None:
             return True
         world_size = self.aggregator.transport.world_size
+        if callable(self.dense_crossover):
+            return self.dense_crossover(numel, k, world_size)
         sparse_bytes = self.aggregator.wire_bytes(k, world_size)
         return self.dense_crossover and sparse_bytes > dense_wire_bytes(numel, world_size)
 
@@ -274,12 +280,37 @@ class Reducer:
 
         self._written.append(_Written(commit, lambda: None))
 
-    def _throw_away(self, bucket: Bucket, count: int) -> None:
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is selected or kept: if not, a bucket is simply all-reduced."""
+        return self.selector is not None or not isinstance(self.memory, NoMemory)
+
+    def _is_plain(self, buffer: Tensor) -> bool:
+        """Whether the buffer itself can be all-reduced."""
+        here = buffer.device.type == self.aggregator.transport.device_type
+        return here and not self.remembers and buffer.dtype == torch.float32
+
+    def _reduce_plain(self, bucket: Bucket, context: Context) -> None:
+        """As DDP without a hook. NaN and Inf need no vote: they stay in the sum."""
+        transport, figures, buffer = self.aggregator.transport, self._current, bucket.buffer
+        if self._agreed.get(bucket.index) != bucket.numels:
+            self._agree(bucket, bucket.numel, context)
+            self._agreed[bucket.index] = bucket.numels
+        figures.dense_bytes += bucket.numel * buffer.element_size()
+        with figures.phase("exchange"), figures.traffic(transport.counters):
+            transport.all_reduce(buffer, tag=context.tag, what=str(context))
+        with figures.phase("write_back"):
+            buffer.mul_(self._factor(1.0))
+            bad = 0 if bool(buffer.sum().isfinite()) else int((~buffer.isfinite()).sum())
+        if bad:
+            self._throw_away(bucket, bad, "in the sum over ranks")
+        if bucket.is_last:
+            self.finish_step()
+
+    def _throw_away(self, bucket: Bucket, count: int, where: str = "on this rank") -> None:
         """Applies the policy to a bucket that some rank found non-finite; the memory has been undone."""
         self._current.nonfinite_buckets.append(bucket.index)
-        message = (
-            f"step {self.step}, bucket {bucket.index}: {count} non-finite gradient elements on this rank"
-        )
+        message = f"step {self.step}, bucket {bucket.index}: {count} non-finite gradient elements {where}"
         if self.nonfinite == "skip":
             logger.warning("%s; the bucket's update is skipped on all ranks", message)
             bucket.buffer.zero_()
@@ -317,21 +348,3 @@ def _check_scheme(selector: Selector | None, aggregator: Aggregator) -> None:
         raise ValueError(
             f"SharedIndices needs a selector whose mask all ranks share (RandomK), got {selector!r}"
         )
-
-
-def _check_states(states: list[dict[str, Any]], is_list: bool, rank: int, world_size: int) -> None:
-    if not states:
-        raise ValueError("load_state_dict got an empty list")
-    saved = int(states[0]["world_size"])
-    if is_list and [int(s["rank"]) for s in states] != list(range(saved)):
-        raise ValueError(
-            f"load_state_dict needs the states of all {saved} ranks in rank order, "
-            f"got ranks {[s['rank'] for s in states]}"
-        )
-    if not is_list and saved != world_size:
-        raise ValueError(
-            f"this state is of a run with {saved} ranks and this one has {world_size}: "
-            "pass the list of all ranks' states, so that residuals can be redistributed"
-        )
-    if not is_list and int(states[0]["rank"]) != rank:
-        raise ValueError(f"this is rank {rank} and the state is rank {states[0]['rank']}'s")

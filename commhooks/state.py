@@ -84,6 +84,7 @@ class SparseState:
 
             load_mpi()  # MPI_Init belongs to the main thread, the first bucket comes on another
         self.grad_scaler, self.process_group = grad_scaler, process_group
+        self.plan: Any = None
         self._reset_runtime()
 
     @classmethod
@@ -121,14 +122,13 @@ class SparseState:
     def auto(cls, model: Any, transport: str = "distributed", **options: Any) -> Any:
         """Probes network and device and takes what the cost model says; a collective call.
 
-        All ranks decide alike, by the slowest rank's figures, and rank 0 logs the plan once. Buckets for which
-        sparse exchange would be slower go dense, and all of them where compression does not pay.
+        All ranks decide alike and rank 0 logs the plan. Buckets for which sparse exchange would be slower go dense.
 
         Args:
             model: the module (wrapped or not), or its number of parameters.
             transport: ``"distributed"`` or ``"mpi"``.
-            options: ``densities`` (allowed ones), ``backward_s`` (time of one backward, which hides
-                communication) and ``device`` for the plan; the rest is this class's.
+            options: ``densities`` (allowed ones), ``backward_s`` (one backward, which hides communication) and
+                ``device`` for the plan; the rest is this class's.
 
         Returns:
             A state whose attribute ``plan`` tells what was chosen and why, with the ``bucket_cap_mb`` to give DDP.
@@ -261,7 +261,6 @@ class SparseState:
         self.reducer.memory.table.load(saved)
 
     def _reset_runtime(self) -> None:
-        self.plan: Any = None
         self.error: BaseException | None = None
         self._worker = Worker("commhooks")
         self._owner = None
@@ -272,7 +271,8 @@ class SparseState:
     def _bucket(self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool) -> Bucket:
         """Checks that the bucket is of this state's model."""
         table = self.reducer.memory.table
-        stranger = self._steps_seen > 0 and not all(table.known(p) for p in parameters)
+        known = not self.reducer.remembers or all(table.known(p) for p in parameters)
+        stranger = self._steps_seen > 0 and not known
         if index in self._indices or stranger:
             raise ValueError(
                 f"bucket {index} is not of the model this SparseState serves (or came twice in one step): "
@@ -283,7 +283,9 @@ class SparseState:
             self._steps_seen += 1
             self._indices.clear()
         for p in parameters:
-            if isinstance(p, Tensor) and p.is_complex():  # DDP hands their buckets over as twice as many reals
+            if (
+                isinstance(p, Tensor) and p.is_complex()
+            ):  # DDP hands their buckets over as twice as many reals
                 raise TypeError(
                     f"bucket {index}: gradients must be dense float32, bfloat16 or float16, got {p.dtype} "
                     f"({table.name_of(p)})"

@@ -1,0 +1,156 @@
+"""Alpha-beta-gamma costs of one bucket's exchange, per scheme (formulas: docs/cost-model.md). Pure Python, no torch.
+
+Every cost is linear in the parameters of :class:`Costs`: the functions named ``*_terms`` give the factors, so that the
+same formulas predict (factors times costs) and are fitted (least squares over measured times).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk")
+_HEADER_BYTES = 16
+_PAIR_BYTES = 8
+_VALUE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What this network and device charge; all in seconds.
+
+    Attributes:
+        message_s: alpha, one point-to-point round: start-up on both ends, whatever its size.
+        byte_s: beta, one byte on the busiest link, one way.
+        ring_step_s: alpha of one step inside a collective.
+        reduce_s: gamma, adding one received element inside an all-reduce.
+        merge_s: gamma, one pair of either input of a gTop-k merge, survivors' bookkeeping included.
+        select_s: gamma, one gradient element through top-k selection and memory.
+        gather_s: gamma, one gradient element through random-k's memory update.
+        write_s: gamma, one gradient element overwritten with the result.
+        bucket_s: constant per sparse bucket: waking the worker, packing, bookkeeping.
+    """
+
+    message_s: float
+    byte_s: float
+    ring_step_s: float
+    reduce_s: float
+    merge_s: float
+    select_s: float
+    gather_s: float
+    write_s: float
+    bucket_s: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{field.name} must be finite and at least 0, got {value!r}")
+
+    def total(self, terms: Mapping[str, float]) -> float:
+        """Factors times costs."""
+        return sum(float(getattr(self, name)) * factor for name, factor in terms.items())
+
+
+def core_rounds(world_size: int) -> tuple[int, bool]:
+    """``(floor(log2 P), whether P is not a power of two)``."""
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    rounds = world_size.bit_length() - 1
+    return rounds, world_size != 1 << rounds
+
+
+def exchange_terms(
+    scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0
+) -> dict[str, float]:
+    """Factors of :class:`Costs` for one exchange.
+
+    Args:
+        scheme: one of ``SCHEMES``.
+        numel: elements of the bucket (only dense uses it).
+        k: pairs per rank.
+        world_size: P.
+        crowding: ranks per core where more ranks than cores share a machine, else 1; multiplies CPU work.
+
+    Raises:
+        ValueError: an unknown scheme or a number out of range.
+    """
+    _check(scheme, numel, k, crowding)
+    rounds, folds = core_rounds(world_size)
+    if world_size == 1:
+        return {}
+    if scheme in ("dense", "randomk"):
+        sent = (numel if scheme == "dense" else k) + 1
+        share = (world_size - 1) / world_size
+        return {
+            "ring_step_s": 2.0 * (world_size - 1),
+            "byte_s": 2 * share * _VALUE_BYTES * sent,
+            "reduce_s": share * sent * crowding,
+        }
+    message = _PAIR_BYTES * k + _HEADER_BYTES
+    if scheme == "topk":
+        return {"ring_step_s": float(world_size - 1), "byte_s": float((world_size - 1) * message)}
+    bits = (k + 7) // 8
+    down = rounds if scheme == "gtopk-tree" else 0  # messages that bring the result back
+    up = rounds + folds
+    down += folds
+    return {
+        "message_s": float(up + down),
+        "byte_s": float(up * message + down * (message + bits)),
+        "merge_s": up * 2.0 * k * crowding,
+    }
+
+
+def step_terms(scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0) -> dict[str, float]:
+    """Factors for all that the hook does with one bucket: select, exchange, write back; dense only exchanges."""
+    terms = exchange_terms(scheme, numel, k, world_size, crowding)
+    if scheme == "dense":
+        return terms
+    passes = {
+        "gather_s" if scheme == "randomk" else "select_s": numel * crowding,
+        "write_s": numel * crowding,
+    }
+    return terms | passes | {"bucket_s": crowding}
+
+
+def exchange_s(
+    costs: Costs, scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0
+) -> float:
+    """Predicted seconds of one exchange; arguments as in :func:`exchange_terms`."""
+    return costs.total(exchange_terms(scheme, numel, k, world_size, crowding))
+
+
+def step_s(costs: Costs, scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0) -> float:
+    """Predicted seconds the hook takes for one bucket when nothing overlaps."""
+    return costs.total(step_terms(scheme, numel, k, world_size, crowding))
+
+
+def periodic_averaging_s(
+    costs: Costs, numel: int, world_size: int, period: int, crowding: float = 1.0
+) -> float:
+    """Predicted communication per step of averaging ``numel`` parameters densely every ``period`` steps (M-AVG)."""
+    if period < 1:
+        raise ValueError(f"period must be at least 1, got {period}")
+    return exchange_s(costs, "dense", numel, 0, world_size, crowding) / period
+
+
+def exposed_s(bucket_costs: list[float], backward_s: float) -> float:
+    """Communication that backward does not hide, when buckets of equal size are taken in order by one worker.
+
+    Bucket i of B is ready at ``backward_s * (i + 1) / B``; the worker takes one after the other.
+    """
+    if backward_s < 0:
+        raise ValueError(f"backward_s must be at least 0, got {backward_s}")
+    finished = 0.0
+    for i, cost in enumerate(bucket_costs):
+        finished = max(finished, backward_s * (i + 1) / len(bucket_costs)) + cost
+    return max(0.0, finished - backward_s)
+
+
+def _check(scheme: str, numel: int, k: int, crowding: float) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+    if numel < 0 or k < 0:
+        raise ValueError(f"numel and k must be at least 0, got {numel} and {k}")
+    if not crowding > 0:
+        raise ValueError(f"crowding must be positive, got {crowding}")
