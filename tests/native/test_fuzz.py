@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
+import kernel_cases as cases
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings

@@ -6,7 +6,7 @@ import itertools
 import os
 from typing import Iterator
 
-import cases
+import kernel_cases as cases
 import pytest
 import torch
 
