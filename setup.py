@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 LIBRARIES = Path("commhooks", "native", "lib")
