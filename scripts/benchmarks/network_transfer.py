@@ -1,7 +1,8 @@
 """One host's part of `Network.transfer`: sends to its right neighbour while it receives from its left one.
 
-Run inside a namespace: `network_transfer.py ADDRESS BYTES TIMEOUT_S`; prints the seconds between the first and the last
-byte that arrived.
+Run inside a namespace: `network_transfer.py ADDRESS BYTES TIMEOUT_S`; prints the seconds from the start
+of sending (its time is the first 8 bytes, for namespaces of one machine share the clock) to the last byte's arrival. The
+receiver's own start would not do: on a busy machine much has arrived before it first runs.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ def main(address: str, payload: int, timeout_s: float) -> None:
 
 
 def _receive(connection: socket.socket, payload: int) -> float:
-    got = len(connection.recv(1))
-    started = time.perf_counter()
+    header = b""
+    while len(header) < 8:
+        header += connection.recv(8 - len(header)) or _gone(len(header), payload)
+    got = 8
     while got < payload:
-        piece = len(connection.recv(_CHUNK))
-        if not piece:
-            raise ConnectionError(f"the neighbour left after {got} of {payload} bytes")
-        got += piece
-    return time.perf_counter() - started
+        got += len(connection.recv(_CHUNK) or _gone(got, payload))
+    return (time.monotonic_ns() - int.from_bytes(header, "little")) * 1e-9
+
+
+def _gone(got: int, payload: int) -> bytes:
+    raise ConnectionError(f"the neighbour left after {got} of {payload} bytes")
 
 
 def _send(address: str, payload: int, timeout_s: float) -> None:
@@ -51,7 +55,8 @@ def _send(address: str, payload: int, timeout_s: float) -> None:
             time.sleep(0.02)
     block = bytes(_CHUNK)
     with connection:
-        left = payload
+        connection.sendall(time.monotonic_ns().to_bytes(8, "little"))
+        left = payload - 8
         while left:
             left -= connection.send(block[: min(left, _CHUNK)])
 

@@ -1,0 +1,109 @@
+"""The test network itself: limits hold, traffic crosses, nothing is left behind. Needs root, `ip` and `tc`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from benchmarks.namespaces import PREFIX, LimitError, Network, NetworkUnavailable, sweep, why_not
+from launch import ROOT
+
+needs_network = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def listed(pid):
+    """Our namespaces that belong to the process `pid`."""
+    names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split()
+    return [name for name in names if name.startswith(f"{PREFIX}-{pid}-")]
+
+
+@needs_network
+def test_limit_holds_and_traffic_crosses():
+    with Network(3, 100) as network:
+        for transfer in network.verify(tolerance=0.4):  # the machine may be busy; the upper side stays strict
+            assert transfer.interface_bytes >= transfer.payload_bytes
+        network.set_rate(20)
+        assert all(t.mbit_per_s < 21 for t in network.transfer(0.5))
+        network.set_rate(None)
+        assert all(t.mbit_per_s > 21 for t in network.transfer(5))
+        assert network.command(0, ["true"])[:3] == ["ip", "netns", "exec"]
+    assert listed(os.getpid()) == []
+
+
+@needs_network
+def test_a_wrong_limit_is_noticed():
+    with Network(2, 100) as network:
+        network.rate_mbit = 20  # claims less than tc lets through
+        with pytest.raises(LimitError, match="Mbit/s at a limit of 20"):
+            network.verify()
+
+
+@needs_network
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), ids=lambda n: n.name)
+def test_nothing_is_left_behind_by_an_interrupted_run(number):
+    program = (
+        "import subprocess, time\nfrom benchmarks.namespaces import Network\n"
+        "with Network(2, 100) as network:\n"
+        "    subprocess.Popen(network.command(0, ['sleep', '60']))\n"
+        "    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT / "scripts",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        assert len(listed(process.pid)) == 3
+        process.send_signal(number)
+        process.wait(15)
+        if number == signal.SIGKILL:  # cannot be caught: the next run sweeps up
+            deadline = time.monotonic() + 5
+            while listed(process.pid) and time.monotonic() < deadline:
+                sweep()
+        assert listed(process.pid) == []
+    finally:
+        process.kill()
+        process.wait()
+        sweep()
+
+
+@needs_network
+def test_ranks_cross_the_network():
+    """Two ranks by MPI and gloo, on two hosts: bytes on the interface are at least what our transports count."""
+    from benchmarks.network import run_job
+    from benchmarks.network_exchange import cases, records_of
+
+    with Network(2, 1000) as network:
+        found, error = run_job(network, "network_exchange.py", cases(2, (2000,)), 100)
+    assert error is None, error
+    assert len(found) == 8
+    for case in found:
+        assert case["interface_bytes"] >= case["counted_bytes"] > 0
+    records = records_of(found, 2, "1gbit")
+    assert {r["scheme"] for r in records} == {c["scheme"] for c in found}
+    assert all(set(r) == set(records[0]) for r in records)
+
+
+@pytest.mark.parametrize(
+    "arguments", ({"hosts": 1}, {"hosts": 2, "rate_mbit": 0}, {"hosts": 2, "burst_bytes": 100})
+)
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError):
+        Network(**({"rate_mbit": 100} | arguments))
+
+
+def test_refuses_politely(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "need root" in why_not() or "missing" in why_not() or "Linux" in why_not()
+    with pytest.raises(NetworkUnavailable):
+        Network(2, 100).__enter__()
+    from benchmarks.network import main
+
+    assert main(["--quick"]) == 2
+    assert "scripts/bench network:" in capsys.readouterr().err
