@@ -117,9 +117,13 @@ def continuity(rank, size):
     other = wrap(model, bucket_cap_mb=25)
     state = register(other, make_state("gtopk", 0.05, ErrorFeedback(0.5)))
     state.load_state_dict(kept)
-    assert torch.equal(
-        memory_of(other, state), torch.cat([kept["residual"][n] for n in sorted(kept["residual"])])
-    )
+    memory = torch.cat([kept["residual"][n] for n in sorted(kept["residual"])])
+    assert torch.equal(memory_of(other, state), memory)
+    prime_layout(
+        other, state, lambda: loss_of(other, data(77)).backward()
+    )  # touches no memory, sends nothing
+    assert torch.equal(memory_of(other, state), memory)
+    assert state.stats()["step"] == 3 and state.reducer.aggregator.transport.counters.bytes_sent == 0
     for step in range(3, 6):
         sgd_step(other, check_step(other, state, [data(step)], beta=0.5), RATE)
     wrong_rank = {**kept, "rank": 1 - rank}

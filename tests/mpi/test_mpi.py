@@ -39,15 +39,18 @@ def test_a_dead_rank_takes_the_job_down(how):
     assert "step 2 done" in done.stdout and "unreachable" not in done.stdout
 
 
-@pytest.mark.parametrize("how, scheme", [("ddp", "gtopk"), ("reducer", "gtopk"), ("reducer", "topk")])
+@pytest.mark.parametrize("how, scheme", [("ddp", "gtopk"), ("reducer", "gtopk"), ("swallow", "topk")])
 def test_a_stalled_rank_ends_in_a_typed_error_and_a_non_zero_exit(how, scheme):
-    """The stalled rank sleeps for 300 s: the others' time-out ends the job long before, by Abort."""
+    """The stalled rank sleeps for 300 s: the others' time-out ends the job long before, by Abort.
+
+    Also where the script swallows the error and ends normally: Finalize would wait for the stalled rank.
+    """
     done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["stall", how, scheme], check=False)
     assert not done.timed_out and done.returncode != 0 and done.elapsed_s < TIMEOUT / 2, done.show()
     text = done.stdout + done.stderr
     assert "PeerTimeoutError" in text and "bucket 1, step 2" in text, done.show()
     assert "no answer from" in text and "unreachable" not in done.stdout
-    if how == "ddp":
+    if how != "reducer":
         assert "next forward: PeerTimeoutError" in done.stdout, done.show()
 
 
