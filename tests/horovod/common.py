@@ -24,7 +24,7 @@ def case(at_least=2, only=None):
     """Registers a case; `only` is "mpi" or "gloo"."""
 
     def register(function):
-        CASES[function.__name__] = (function, at_least, only)
+        CASES[f"{function.__module__}.{function.__name__}"] = (function, at_least, only)
         return function
 
     return register

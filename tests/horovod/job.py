@@ -1,4 +1,4 @@
-"""Started on every rank by test_jobs.py: `job.py MODULE FOLDER`."""
+"""Started on every rank by test_jobs.py: `job.py FOLDER`, or one module of cases: `job.py FOLDER stock_cases`."""
 
 import importlib
 import os
@@ -24,8 +24,9 @@ def main():
     assert hvd.size() == size
     import common
 
-    importlib.import_module(sys.argv[1])
-    common.run_cases(sys.argv[2])
+    for module in sys.argv[2:] or ["stock_cases", "optimizer_cases"]:
+        importlib.import_module(module)
+    common.run_cases(sys.argv[1])
 
 
 if __name__ == "__main__":
