@@ -88,6 +88,8 @@ def cpu() -> ctypes.CDLL | None:
     """The CPU library with its prototypes set, or None."""
     loaded = _load("cpu")
     if loaded is None:
+        if enabled() and not path("cpu").is_file():
+            _LOG.warning("%s is missing: kernels run as torch operators, much slower", path("cpu"))
         return None
     for name, arguments in _CPU_FUNCTIONS.items():
         function = getattr(loaded, f"commhooks_cpu_{name}")

@@ -7,6 +7,8 @@
 namespace commhooks {
 namespace {
 
+inline int64_t popcount(uint32_t lanes) { return __builtin_popcount(lanes); }
+
 struct ScalarVector {
   static constexpr int kLanes = 1;
   using Float = float;
