@@ -30,7 +30,18 @@ def checkout(tmp_path: Path) -> Path:
 
 def build_wheel(checkout: Path, environment: dict[str, str], *options: str) -> tuple[zipfile.ZipFile, str]:
     target = checkout.parent / "wheel"
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", str(target), str(checkout)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        *options,
+        "-w",
+        str(target),
+        str(checkout),
+    ]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("COMMHOOKS_")}
     done = subprocess.run(
         command,
