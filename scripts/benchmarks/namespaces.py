@@ -183,30 +183,34 @@ class Network:
             for h, s in enumerate(seconds)
         ]
 
-    def verify(self, tolerance: float = 0.15) -> list[Transfer]:
+    def verify(self, tolerance: float = 0.15, attempts: int = 5) -> list[Transfer]:
         """Transfers and checks that the limit holds and that the bytes crossed the interfaces.
 
-        Up to 1 Gbit/s the rate must lie within `tolerance` below and 5 % above the nominal one; above that only
-        the upper side is checked, since the CPU is the limit.
+        Up to 1 Gbit/s the rate must lie within `tolerance` below (in one of `attempts`: the machine may be busy) and
+        5 % above the nominal one (always); above that only the upper side is checked, since the CPU is the limit.
 
         Raises:
             LimitError: it does not.
         """
-        transfers = self.transfer()
-        for t in transfers:
-            if t.interface_bytes < t.payload_bytes:
-                raise LimitError(
-                    f"host {t.source} sent {t.payload_bytes} bytes, its interface {t.interface_bytes}"
-                )
-            if self.rate_mbit is None:
-                continue
-            slow = t.mbit_per_s < (1 - tolerance) * self.rate_mbit and self.rate_mbit <= 1000
-            if slow or t.mbit_per_s > 1.05 * self.rate_mbit:
-                raise LimitError(
-                    f"host {t.source} to {t.destination}: {t.mbit_per_s:.1f} Mbit/s at a limit of "
-                    f"{self.rate_mbit:g} Mbit/s"
-                )
-        return transfers
+        for attempt in range(attempts):
+            transfers = self.transfer()
+            slowest = min(transfers, key=lambda t: t.mbit_per_s)
+            for t in transfers:
+                if t.interface_bytes < t.payload_bytes:
+                    raise LimitError(
+                        f"host {t.source} sent {t.payload_bytes} bytes, its interface {t.interface_bytes}"
+                    )
+                if self.rate_mbit is not None and t.mbit_per_s > 1.05 * self.rate_mbit:
+                    raise self._off(t)
+            if self.rate_mbit is None or self.rate_mbit > 1000:
+                return transfers
+            if slowest.mbit_per_s >= (1 - tolerance) * self.rate_mbit:
+                return transfers
+        raise self._off(slowest)
+
+    def _off(self, t: Transfer) -> LimitError:
+        rate = f"{t.mbit_per_s:.1f} Mbit/s at a limit of {self.rate_mbit:g} Mbit/s"
+        return LimitError(f"host {t.source} to {t.destination}: {rate}")
 
     def close(self) -> None:
         """Ends what still runs in the namespaces and deletes them; twice is fine."""

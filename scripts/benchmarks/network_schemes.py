@@ -28,11 +28,13 @@ def is_ours(scheme: str) -> bool:
     return scheme.removesuffix(MPI_SUFFIX) in (*OURS, "auto")
 
 
-def attach(scheme: str, module: torch.nn.Module, density: float, bucket_mb: float | None = None) -> Attached:
+def attach(
+    scheme: str, module: torch.nn.Module, density: float, bucket_mb: float | None = None, memory: Any = None
+) -> Attached:
     """Wraps `module` and registers the scheme's hook. A collective call.
 
     PowerSGD gets one bucket: with more it hangs on gloo. The others get DDP's default layout unless `bucket_mb` says
-    otherwise.
+    otherwise. `memory` is given to a scheme of ours; None: plain error feedback.
 
     Raises:
         ValueError: an unknown scheme.
@@ -43,33 +45,33 @@ def attach(scheme: str, module: torch.nn.Module, density: float, bucket_mb: floa
     options: dict[str, Any] = {} if cap is None else {"bucket_cap_mb": cap}
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
     if is_ours(scheme):
-        return Attached(model, _attach_ours(scheme, model, density))
+        return Attached(model, _attach_ours(scheme, model, density, memory))
     _attach_peer(scheme, model)
     return Attached(model, None)
 
 
-def make_state(scheme: str, density: float) -> Any:
+def make_state(scheme: str, density: float, memory: Any = None) -> Any:
     """A SparseState for one of our schemes."""
-    from commhooks import AllGather, GTopK, RandomK, SharedIndices, SparseState, TopK
+    from commhooks import AllGather, ErrorFeedback, GTopK, RandomK, SharedIndices, SparseState, TopK
 
     name = scheme.removesuffix(MPI_SUFFIX)
+    memory = ErrorFeedback() if memory is None else memory
     transport = "mpi" if scheme.endswith(MPI_SUFFIX) else "distributed"
     if name == "randomk":
-        return SparseState(RandomK(density), SharedIndices(transport))
+        return SparseState(RandomK(density), SharedIndices(transport), memory)
     if name == "topk":
-        return SparseState(TopK(density), AllGather(transport))
+        return SparseState(TopK(density), AllGather(transport), memory)
     algorithm = "tree" if name == "gtopk-tree" else "doubling"
-    return SparseState(TopK(density), GTopK(transport, algorithm=algorithm))
+    return SparseState(TopK(density), GTopK(transport, algorithm=algorithm), memory)
 
 
-def _attach_ours(scheme: str, model: DistributedDataParallel, density: float) -> Any:
+def _attach_ours(scheme: str, model: DistributedDataParallel, density: float, memory: Any) -> Any:
     from commhooks import SparseState, register
 
     if scheme == "auto":
-        numel = sum(p.numel() for p in model.module.parameters())
-        state = SparseState.auto(numel, density=density)
+        state = SparseState.auto(model, densities=[density])
     else:
-        state = make_state(scheme, density)
+        state = make_state(scheme, density, memory)
     return register(model, state)
 
 
