@@ -61,7 +61,7 @@ def test_a_usual_script_changes_one_argument(scheme, tmp_path):
     ],
 )
 def test_a_failing_rank_ends_the_job(launcher, mode, seen):
-    done = horovod_job(launcher, 2, HERE / "failures.py", mode, timeout=55.0, check=False)
+    done = horovod_job(launcher, 2, HERE / "failures.py", mode, check=False)
     assert not done.timed_out and done.returncode != 0, done.show()
     if seen is not None:
         assert seen in done.stdout, done.show()
