@@ -1,6 +1,7 @@
 """commhooks: cheap gradient communication for data-parallel training. The public names, nothing else."""
 
 from .aggregators import AllGather, Dense, GTopK, SharedIndices
+from .arrays import merge, topk
 from .bucket import Bucket
 from .errors import (
     CommHooksError,
@@ -39,7 +40,9 @@ __all__ = [
     "SparseState",
     "ThresholdTopK",
     "TopK",
+    "merge",
     "prime_layout",
     "register",
     "sparse_hook",
+    "topk",
 ]
