@@ -9,7 +9,8 @@ import cuda_runs as runs
 import pytest
 import torch
 
-from commhooks.native import cuda, cuda_arrays, library, ops, reference
+from commhooks import arrays
+from commhooks.native import cuda, library, ops, reference
 from commhooks.native.fused import Fused
 
 pytestmark = pytest.mark.cuda
@@ -156,12 +157,10 @@ def test_cupy() -> None:
     with cupy.cuda.Stream(non_blocking=True) as stream:
         residual = cupy.zeros(200_003, dtype=cupy.float32)
         grad = cupy.arange(200_003, dtype=cupy.float32) - 100_000
-        with cuda_arrays.stream_of(grad):
+        with arrays._stream_of(grad):
             assert torch.cuda.current_stream().cuda_stream == stream.ptr
-            tensor = cuda_arrays.as_tensor(residual)
-            assert tensor.data_ptr() == residual.data.ptr
-            got = ops.select_topk(Fused(cuda_arrays.as_tensor(grad), tensor), 3)
-            values = cuda_arrays.like(got.values, grad)
-            assert values.data.ptr == got.values.data_ptr()
+        assert arrays._tensor("residual", residual).data_ptr() == residual.data.ptr
+        values, indices = arrays.topk(grad, 3, residual=residual)
+        assert isinstance(values, cupy.ndarray) and isinstance(indices, cupy.ndarray)
         assert values.tolist() == [-100_000.0, 100_001.0, 100_002.0]  # of the tie the lower index
         assert float(residual[0]) == 0.0 and float(residual[200_000]) == 100_000.0
