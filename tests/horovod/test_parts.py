@@ -139,7 +139,7 @@ def test_the_compiler_wrapper_changes_two_options(installer, tmp_path):
     compiled = through("-O3", "-g", "-std=c++14", "-DA=b c", "-c", "x.cc", "-o", "x.o")
     assert compiled == ["-O3", "-std=c++20", "-DA=b", "c", "-c", "x.cc", "-o", "x.o"]
     linked = through("x.o", "-shared", "-o", "x.so")
-    assert linked == ["x.o", "-shared", "-o", "x.so", "-Wl,-rpath,$ORIGIN/../../../.."]
+    assert linked == ["-Wl,-rpath,$ORIGIN/../../../..", "x.o", "-shared", "-o", "x.so"]
 
 
 def test_the_installer_names_what_is_missing(installer, monkeypatch, tmp_path):
