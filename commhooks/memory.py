@@ -105,13 +105,13 @@ class ErrorFeedback(Memory):
         if rescale_with_lr is not None and not hasattr(rescale_with_lr, "param_groups"):
             raise TypeError(f"rescale_with_lr must be an optimizer, got {type(rescale_with_lr).__name__}")
         self.momentum, self.factor_masking, self.clip_norm = float(momentum), factor_masking, clip_norm
-        self.optimizer = rescale_with_lr
+        self.optimizer, self.rescales = rescale_with_lr, rescale_with_lr is not None
         self.table = SlotTable(with_velocity=momentum > 0.0)
 
     def describe(self) -> str:
         return (
             f"ErrorFeedback(momentum={self.momentum!r}, factor_masking={self.factor_masking}, "
-            f"clip_norm={self.clip_norm}, rescale_with_lr={self.optimizer is not None})"
+            f"clip_norm={self.clip_norm}, rescale_with_lr={self.rescales})"
         )
 
     __repr__ = describe
@@ -121,7 +121,7 @@ class ErrorFeedback(Memory):
 
     def slot(self, bucket: Bucket) -> tuple[Slot, bool]:
         slot, is_new = self.table.slot(bucket)
-        if self.optimizer is not None:
+        if self.rescales:
             self._follow_lr(slot)
         return slot, is_new
 
@@ -177,7 +177,8 @@ class ErrorFeedback(Memory):
 
     def _follow_lr(self, slot: Slot) -> None:
         """Multiplies residuals by (last rate / present rate), parameter by parameter."""
-        assert self.optimizer is not None
+        if self.optimizer is None:
+            raise ValueError("rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading")
         rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
         for key, view in zip(slot.keys, slot.residual_views(), strict=True):
             rate = rates.get(key)

@@ -485,3 +485,14 @@ def test_crossover_goes_dense_only_where_that_is_smaller():
             sent = in_process.run(4, work)[0]
             everything = 2 * 3 * 4 * 1001 // 4
             assert (sent == everything) == dense and sent <= everything and math.isfinite(sent)
+
+
+def test_unpickled_rescaling_asks_for_its_optimizer() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    memory = pickle.loads(pickle.dumps(ErrorFeedback(rescale_with_lr=optimizer)))
+    bucket = Bucket(0, torch.ones(4), (parameter,), (4,))
+    with pytest.raises(ValueError, match="set memory.optimizer again"):
+        memory.slot(bucket)
+    memory.optimizer = optimizer
+    memory.slot(bucket)
