@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, Sequence
 
-from .data_text import LEVELS
 from .averaging import AVERAGING_HELP, KINDS, START_HELP, TOPOLOGIES
 from .averaging import check as check_averaging
+from .data_text import LEVELS
 from .strategies import SCHEMES
 from .tasks import MODELS, TASKS
 

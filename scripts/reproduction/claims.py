@@ -57,6 +57,7 @@ def figure(budget: Budget, name: str, panels: int = 1) -> Iterator[Any]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     fig, axes = plt.subplots(1, panels, figsize=(1.2 + 4.4 * panels, 3.6), squeeze=False)
     yield axes[0] if panels > 1 else axes[0][0]
@@ -64,6 +65,8 @@ def figure(budget: Budget, name: str, panels: int = 1) -> Iterator[Any]:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
+        if axis.get_xscale() == "log":
+            axis.xaxis.set_minor_formatter(NullFormatter())
     fig.tight_layout()
     fig.savefig(budget.folder / f"{name}.png", dpi=80)
     plt.close(fig)

@@ -82,14 +82,15 @@ def delta_and_convergence(budget: Budget) -> Claim:
         "Assumption 1 holds through training (delta <= 1 at d/k = 1000), and gTop-k's loss follows S-SGD's (figure 1).",
         verdict(
             *(value <= 1.0 for value in largest.values()),
-            *(sparse - dense < 0.2 * (first - dense) for dense, sparse, first in close.values()),
+            *(sparse - dense < 0.1 * (first - dense) for dense, sparse, first in close.values()),
         ),
         "Largest delta: " + ", ".join(f"{v:.3f} ({n})" for n, v in largest.items()) + ". Losses at the end, dense and "
         "gTop-k: " + ", ".join(f"{d:.3f} and {s:.3f} ({n}, from {f:.2f})" for n, (d, s, f) in close.items())
         + "; scores on test data "
         + ", ".join(f"{d['score']:.3f} and {s['score']:.3f} ({n})" for n, (d, s) in found.items()) + ".",
         "Library (Reducer with GTopK), 4 threads; ResNet-20 on the digits (score: accuracy), LSTM on standard-library "
-        "text (score: perplexity); one bucket, density 0.001 after a warm-up over a quarter of the steps.",
+        "text (score: perplexity); one bucket, density 0.001 after a warm-up over a quarter of the steps. "
+        "The loss counts as following when its gap at the end is below 10 % of the dense run's fall.",
     )  # fmt: skip
 
 
@@ -107,13 +108,8 @@ def compression_ratio(budget: Budget) -> Claim:
     return Claim(
         "gtopk_compression_ratio",
         "gTop-k",
-        "At a fixed number of steps a larger compression ratio d/k slows convergence down (eq. 27, figure 2), and up to "
-        "1000 only a little.",
-        verdict(
-            values[-1] > 1.5 * values[0],
-            finals[1000] >= finals[100] >= 0.8 * finals[10],
-            finals[10] < 2 * finals[1],
-        ),
+        "At a fixed number of steps a larger compression ratio d/k slows convergence down (eq. 27, figure 2).",
+        verdict(values == sorted(values), values[-1] > 1.5 * values[0]),
         "Losses at the end: " + ", ".join(f"{v:.4f} at d/k = {r}" for r, v in finals.items()) + ".",
         f"Library, 4 threads; perceptron 64-128-128-10, {steps} steps without warm-up, the same rate for all.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,14 +34,21 @@ def make_task(name: str) -> Task:
     return _images(name, (lambda: MLP(64)) if name == "mlp" else (lambda: ResNet20(channels=1)))
 
 
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model every rank copies. Made on the main thread: torch's generator is shared by all threads."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
+
+
 def _images(name: str, build: Callable[[], nn.Module], batch: int = 16) -> Task:
     images, labels, test_images, test_labels = digits()
     images, test_images = (t.float().reshape(-1, 1, 8, 8) for t in (images, test_images))
 
+    prototype = _seeded(build)
+
     def make(rank: int, world_size: int) -> tuple[nn.Module, Iterator[Batch]]:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = build()
+        model = copy.deepcopy(prototype)
 
         def batches() -> Iterator[Batch]:
             generator = torch.Generator().manual_seed(50 + rank)
@@ -74,10 +82,10 @@ def _language(hidden: int = 64, batch: int = 8, window: int = 20, length: int = 
         rows = starts + torch.arange(window + 1)[:, None]  # (time, batch)
         return source[rows[:-1]], source[rows[1:]]
 
+    prototype = _seeded(lambda: LanguageModel(len(symbols), hidden=hidden, dropout=0.0))
+
     def make(rank: int, world_size: int) -> tuple[nn.Module, Iterator[Batch]]:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = LanguageModel(len(symbols), hidden=hidden, dropout=0.0)
+        model = copy.deepcopy(prototype)
 
         def batches() -> Iterator[Batch]:
             generator = torch.Generator().manual_seed(50 + rank)

@@ -32,9 +32,7 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         for claim in mine:
             lines += ["", f"### {claim['name']}", "", f"**Claim.** {claim['claim']}", ""]
             lines += [f"**{claim['seen'].capitalize()}.** {claim['finding']}", ""]
-            lines += [
-                f"*How:* {claim['how']} ({claim['seconds']:.0f} s)",
-                "",
-                f"![{claim['name']}]({claim['name']}.png)",
-            ]
+            seconds = claim.get("cpu_seconds")
+            cost = f" ({seconds:.0f} s of CPU time)" if seconds else ""
+            lines += [f"*How:* {claim['how']}{cost}", "", f"![{claim['name']}]({claim['name']}.png)"]
     return "\n".join(lines) + "\n"

@@ -150,7 +150,7 @@ def decaying_rate(budget: Budget) -> Claim:
 
 def period_and_data(budget: Budget) -> Claim:
     """Final loss over I for i.i.d. data and for data sorted by class; with and without averaging momentum."""
-    workers, steps = 8, budget.steps(1024)
+    workers, steps = 4, budget.steps(2048)
     periods = (1, 2, 4, 8, 16, 32, 64, 128)
     problem = DigitsMLP()
     curves: dict[str, list[float]] = {}
@@ -162,7 +162,7 @@ def period_and_data(budget: Budget) -> Claim:
         curves[name] = [
             final(
                 Setup(
-                    problem, workers, steps, lambda t: 0.02, batch=4, repeats=budget.repeats(3), momentum=BETA,
+                    problem, workers, steps, lambda t: 0.02, batch=4, repeats=budget.repeats(2), momentum=BETA,
                     sync=Every(period, total_steps=steps), average_momentum=momentum_too, shards=shards,
                 )
             )[0]
