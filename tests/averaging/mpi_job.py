@@ -26,7 +26,7 @@ def main():
         print(f"rank {transport.rank} of {transport.world_size} is well", flush=True)
         transport.close()
         return
-    averager = LocalSGD(2, transport="mpi", timeout_s=1.0)
+    averager = LocalSGD(2, transport="mpi", timeout_s=5.0)
     parameter = torch.nn.Parameter(torch.zeros(4))
     for _ in range(2):
         if averager.rank == 1:

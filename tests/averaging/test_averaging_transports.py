@@ -44,21 +44,21 @@ def test_mpi():
 
 @pytest.mark.mpi
 def test_a_stalled_mpi_rank_ends_the_job_with_its_name():
-    done = mpiexec(JOB, 2, args=["stall"], timeout=30, check=False)
+    done = mpiexec(JOB, 2, args=["stall"], timeout=50, check=False)
     assert done.returncode != 0 and not done.timed_out
     assert "PeerTimeoutError" in done.stderr and "LocalSGD after step 2" in done.stderr
 
 
 def test_stalled_and_dead_gloo_peers_are_errors_within_the_timeout():
     def work(rank, size, dies):
-        averager = LocalSGD(2, timeout_s=1.0)
+        averager = LocalSGD(2, timeout_s=3.0)
         parameter = torch.nn.Parameter(torch.zeros(4))
         averager.average_parameters([parameter])
         started = time.monotonic()
         if rank == 1 and dies:
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1:
-            time.sleep(5)
+            time.sleep(15)
             os._exit(0)
         try:
             averager.average_parameters([parameter])
@@ -70,9 +70,9 @@ def test_stalled_and_dead_gloo_peers_are_errors_within_the_timeout():
         return None
 
     for dies in (False, True):
-        outcome = spawn_gloo(work, 2, args=(dies,), check=False, timeout=20)[0]
+        outcome = spawn_gloo(work, 2, args=(dies,), check=False, timeout=40)[0]
         name, text, seconds = outcome.result
-        assert "after step 2" in text and seconds < 4
+        assert "after step 2" in text and seconds < 12
         assert name == "PeerTimeoutError" or dies
 
 
