@@ -30,7 +30,7 @@ def main():
     parameter = torch.nn.Parameter(torch.zeros(4))
     for _ in range(2):
         if averager.rank == 1:
-            time.sleep(60)
+            time.sleep(120)
         averager.average_parameters([parameter])
 
 

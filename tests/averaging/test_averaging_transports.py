@@ -38,7 +38,7 @@ def test_gloo(world_size):
 @pytest.mark.mpi
 def test_mpi():
     world_size = 3
-    done = mpiexec(JOB, world_size, args=["steps"], timeout=60)
+    done = mpiexec(JOB, world_size, args=["steps"], timeout=150)
     assert all(f"rank {r} of {world_size} is well" in done.stdout for r in range(world_size))
 
 
