@@ -56,6 +56,8 @@ def test_nothing_is_left_behind_by_an_interrupted_run(number):
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # a run in the background of a shell inherits SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout.readline() == "ready\n"
