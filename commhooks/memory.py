@@ -178,7 +178,9 @@ class ErrorFeedback(Memory):
     def _follow_lr(self, slot: Slot) -> None:
         """Multiplies residuals by (last rate / present rate), parameter by parameter."""
         if self.optimizer is None:
-            raise ValueError("rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading")
+            raise ValueError(
+                "rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading"
+            )
         rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
         for key, view in zip(slot.keys, slot.residual_views(), strict=True):
             rate = rates.get(key)
