@@ -36,7 +36,21 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
             "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' or compile the module inside DDP instead); "
             "FSDP shards gradients before its hooks and is not supported"
         )
+    if _left_to_ddp(state):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        averaged: Future[torch.Tensor] = allreduce_hook(state.process_group, bucket)
+        return averaged
     return state.submit(bucket.buffer(), bucket.index(), tuple(bucket.parameters()), bucket.is_last())
+
+
+def _left_to_ddp(state: SparseState) -> bool:
+    """Whether ``SparseState.auto`` decided not to compress: then DDP's own all-reduce is faster than ours by a thread.
+
+    NaN and Inf stay in the sum there, so only the policy "propagate" can be left to it; ``stats`` counts nothing.
+    """
+    plain = state.plan is not None and not state.reducer.remembers and state.reducer.nonfinite == "propagate"
+    return plain and state.reducer.aggregator.requested == "distributed" and not state._passthrough
 
 
 def register(
@@ -68,7 +82,8 @@ def register(
     state.set_names(model.module.named_parameters())
     state.process_group = model.process_group
     state.open(next(model.parameters()).device.type)
-    model.register_comm_hook(state, sparse_hook)
+    if not _left_to_ddp(state):  # without any hook DDP averages in C++
+        model.register_comm_hook(state, sparse_hook)
     # Out of backward an error reaches the user as RuntimeError; the next forward raises it with its own type.
     model.register_forward_pre_hook(lambda module, arguments: state.raise_error())
     return state

@@ -11,7 +11,9 @@ from .cost_model import Costs, exposed_s, step_s
 CANDIDATES = ("gtopk", "topk", "randomk")
 DENSITIES = (0.01, 0.001)
 BUCKET_MB = (1.0, 5.0, 25.0, 100.0, 400.0)
-MARGIN = 1.1  # compression must promise at least this to be worth its noise
+MARGIN = 1.5  # compression must promise at least this, and as much time, to be worth what probing gets wrong
+LEAST_SAVING_S = 2e-3
+NEAR = 1.1  # a denser gradient is taken when it costs no more than this
 _BYTES_PER_MB = 1 << 20
 
 
@@ -104,9 +106,9 @@ def choose(
         for density in densities
     ]
     ranked = tuple(sorted([dense, *sparse], key=lambda p: p.step_s))
-    exact = [p for p in sparse if p.scheme != "randomk" and MARGIN * p.step_s <= dense.step_s] or sparse
+    exact = [p for p in sparse if p.scheme != "randomk" and _pays(p, dense)] or sparse
     fastest = min(exact, key=lambda p: p.step_s, default=dense)
-    if world_size == 1 or fastest is dense or MARGIN * fastest.step_s > dense.step_s:
+    if world_size == 1 or fastest is dense or not _pays(fastest, dense):
         return Plan(
             "dense",
             1.0,
@@ -116,7 +118,7 @@ def choose(
             costs,
             world_size,
         )
-    good = [p for p in exact if p.step_s <= MARGIN * fastest.step_s]
+    good = [p for p in exact if p.step_s <= NEAR * fastest.step_s]
     taken = max(good, key=lambda p: (p.density, -p.step_s))
     reason = f"predicted {_ms(taken.step_s)} of communication per step, {dense.step_s / taken.step_s:.1f} times less "
     reason += f"than dense ({_ms(dense.step_s)})"
@@ -145,12 +147,17 @@ def _best(
     return next(p for p in found if p.step_s <= 1.05 * least)
 
 
+def _pays(candidate: Prediction, dense: Prediction) -> bool:
+    saving = dense.step_s - candidate.step_s
+    return MARGIN * candidate.step_s <= dense.step_s and saving >= LEAST_SAVING_S
+
+
 def _reason_dense(world_size: int, dense: Prediction, fastest: Prediction) -> str:
     if world_size == 1:
         return "do not compress: there is one rank, so nothing is sent"
     return (
         f"do not compress: dense takes {_ms(dense.step_s)} per step, the best compression ({fastest.scheme}, density "
-        f"{fastest.density:g}) {_ms(fastest.step_s)}, less than {MARGIN:g} times faster"
+        f"{fastest.density:g}) {_ms(fastest.step_s)}: less than {MARGIN:g} times or {_ms(LEAST_SAVING_S)} faster"
     )
 
 

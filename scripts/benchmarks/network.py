@@ -23,7 +23,7 @@ from benchmarks.network_launch import JobError, run_ranks
 from benchmarks.network_models import MODELS
 from benchmarks.network_rank import Case
 from benchmarks.network_records import Record, plot, records_of, table
-from benchmarks.network_schemes import SCHEMES
+from benchmarks.network_schemes import EXTRA, SCHEMES
 
 _HERE = Path(__file__).parent
 _QUICK = (
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["1gbit", "100mbit"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
-        "--schemes", nargs="+", choices=(*SCHEMES, "auto"), default=list(SCHEMES), metavar="NAME"
+        "--schemes", nargs="+", choices=(*SCHEMES, *EXTRA), default=list(SCHEMES), metavar="NAME"
     )
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each case")

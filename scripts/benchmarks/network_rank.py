@@ -62,6 +62,8 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
     for _ in range(_WARMUP_POWERSGD if case.scheme.startswith("powersgd") else _WARMUP):
         _step(attached.model, start)
     figures = _timed_steps(case, attached, start)
+    plan = getattr(attached.state, "plan", None)
+    figures["plan"] = None if plan is None else plan.summary()
     if attached.state is not None:
         attached.state.close()
     return figures

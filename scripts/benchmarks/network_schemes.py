@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 PEERS = ("dense", "fp16", "bf16", "powersgd1", "powersgd2", "powersgd4")
 OURS = ("topk", "gtopk", "gtopk-tree", "randomk")
+EXTRA = ("auto", "plain")
+"""What the planner chose; what it gives for "do not compress": ours without selector and memory."""
 MPI_SUFFIX = "-mpi"
 SCHEMES = ("none", *PEERS, *OURS, *(name + MPI_SUFFIX for name in OURS))
 """`none` communicates nothing; a name of ours alone uses gloo, with `-mpi` MPI; the rest is torch's own over gloo."""
@@ -25,7 +28,7 @@ class Attached:
 
 def is_ours(scheme: str) -> bool:
     """Whether the scheme is one of commhooks'."""
-    return scheme.removesuffix(MPI_SUFFIX) in (*OURS, "auto")
+    return scheme.removesuffix(MPI_SUFFIX) in (*OURS, *EXTRA)
 
 
 def attach(
@@ -39,7 +42,7 @@ def attach(
     Raises:
         ValueError: an unknown scheme.
     """
-    if scheme not in (*SCHEMES, "auto"):
+    if scheme not in (*SCHEMES, *EXTRA):
         raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
     cap = 4096 if scheme.startswith("powersgd") else bucket_mb
     options: dict[str, Any] = {} if cap is None else {"bucket_cap_mb": cap}
@@ -66,10 +69,13 @@ def make_state(scheme: str, density: float, memory: Any = None) -> Any:
 
 
 def _attach_ours(scheme: str, model: DistributedDataParallel, density: float, memory: Any) -> Any:
-    from commhooks import SparseState, register
+    from commhooks import Dense, SparseState, register
 
     if scheme == "auto":
-        state = SparseState.auto(model, densities=[density])
+        state = SparseState.auto(model)
+    elif scheme == "plain":
+        state = SparseState(None, Dense(), None)
+        state.plan = SimpleNamespace(summary=lambda: "dense, not by choice")
     else:
         state = make_state(scheme, density, memory)
     return register(model, state)
