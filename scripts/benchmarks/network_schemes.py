@@ -46,7 +46,8 @@ def attach(
         raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
     cap = 4096 if scheme.startswith("powersgd") else bucket_mb
     options: dict[str, Any] = {} if cap is None else {"bucket_cap_mb": cap}
-    model = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+    # Every rank starts from the same parameters: sending them would take longer than the steps on a slow network.
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False, **options)
     if is_ours(scheme):
         return Attached(model, _attach_ours(scheme, model, density, memory))
     _attach_peer(scheme, model)
