@@ -23,7 +23,7 @@ from benchmarks.network_launch import JobError, run_ranks
 from benchmarks.network_models import MODELS
 from benchmarks.network_rank import Case
 from benchmarks.network_records import Record, plot, records_of, table
-from benchmarks.network_schemes import EXTRA, SCHEMES
+from benchmarks.network_schemes import EXTRA, SCHEMES, is_ours
 
 _HERE = Path(__file__).parent
 _QUICK = (
@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         metavar="S",
         help="no new timed step of a case after this (3 at least)",
+    )
+    parser.add_argument(
+        "--bucket-mb",
+        type=float,
+        default=100.0,
+        help="DDP's bucket_cap_mb for schemes of ours (torch's: its default)",
     )
     parser.add_argument("--no-exchange", action="store_true", help="leave out the bare exchanges")
 
@@ -111,7 +117,10 @@ def _steps(
     network: Network, name: str, model: str, options: argparse.Namespace
 ) -> Iterator[list[Record] | JobError]:
     """One job for a model, all schemes after one another, so that ratios are within one run."""
-    cases = [Case(s, model, options.density, options.steps, options.budget) for s in options.schemes]
+    buckets = {s: options.bucket_mb if is_ours(s) else None for s in options.schemes}
+    cases = [
+        Case(s, model, options.density, options.steps, options.budget, buckets[s]) for s in options.schemes
+    ]
     limit = 120.0 + len(cases) * (3 * options.budget + 20)
     found, error = run_job(network, "network_rank.py", [asdict(c) for c in cases], limit)
     if error is not None:
