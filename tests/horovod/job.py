@@ -12,8 +12,11 @@ def main():
     import torch
 
     torch.set_num_threads(1)
+    import gentle_waits
     import horovod.torch as hvd
     import jobs_sets
+
+    gentle_waits.install()
 
     size = int(os.environ["COMMHOOKS_TEST_RANKS"])
     if size >= 3:
