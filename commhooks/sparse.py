@@ -52,8 +52,12 @@ class SparseGrad:
 
     def masked(self, keep: Tensor) -> SparseGrad:
         """The pairs where the boolean ``keep`` of shape ``(k,)`` holds, without padding."""
-        keep = keep & self.used
-        return SparseGrad(self.values[keep], self.indices[keep], self.numel)
+        places = (
+            (keep & self.used).nonzero().squeeze(1)
+        )  # looked for once, not by each of two boolean indexings
+        return SparseGrad(
+            self.values.index_select(0, places), self.indices.index_select(0, places), self.numel
+        )
 
     def to(self, device: torch.device) -> SparseGrad:
         """The same pairs on ``device``."""

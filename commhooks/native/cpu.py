@@ -145,7 +145,14 @@ def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device
     return indices
 
 
-def merge_topk(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> Merged:
+def merge_topk(
+    values_a: Tensor,
+    indices_a: Tensor,
+    values_b: Tensor,
+    indices_b: Tensor,
+    k: int,
+    threads: int | None = None,
+) -> Merged:
     """See :func:`commhooks.native.ops.merge_topk`."""
 
     def explain() -> None:
@@ -167,10 +174,24 @@ def merge_topk(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b:
         indices_b.data_ptr(),
         indices_b.numel(),
         k,
+        _threads(threads),
         *(tensor.data_ptr() for tensor in out),
         explain=explain,
     )
     return out
+
+
+def contains(wanted: Tensor, among: Tensor) -> Tensor:
+    """See :func:`commhooks.native.ops.contains`."""
+
+    def explain() -> None:
+        checks.index_order("wanted", wanted, None)
+        checks.index_order("among", among, None)
+
+    found = torch.empty(wanted.numel(), dtype=torch.bool)
+    pointers = wanted.data_ptr(), wanted.numel(), among.data_ptr(), among.numel(), found.data_ptr()
+    _call("contains", *pointers, explain=explain)
+    return found
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:

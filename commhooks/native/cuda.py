@@ -196,7 +196,14 @@ def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device
     return indices
 
 
-def merge_topk(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> Merged:
+def merge_topk(
+    values_a: Tensor,
+    indices_a: Tensor,
+    values_b: Tensor,
+    indices_b: Tensor,
+    k: int,
+    threads: int | None = None,
+) -> Merged:
     """See :func:`commhooks.native.ops.merge_topk`."""
     device = values_a.device
     size_a, size_b = values_a.numel(), values_b.numel()

@@ -21,7 +21,7 @@ import torch
 _LOG = logging.getLogger(__name__)
 
 #: Of csrc/include/commhooks.h; a library of another version is not used.
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _POINTER = ctypes.c_void_p
 _I32 = ctypes.c_int32
@@ -43,11 +43,13 @@ _CPU_FUNCTIONS: dict[str, list[object]] = {
         _POINTER,
         _I64,
         _I64,
+        _I32,
         _POINTER,
         _POINTER,
         _POINTER,
         _POINTER,
     ],
+    "contains": [_POINTER, _I64, _POINTER, _I64, _POINTER],
     "scatter_add": [_POINTER, _I64, _POINTER, _POINTER, _I64, _F32],
     "write_back": [_POINTER, _I32, _I64, _POINTER, _POINTER, _I64, _I64, _F32, _I32],
     "use_isa": [ctypes.c_char_p],

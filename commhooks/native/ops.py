@@ -21,6 +21,7 @@ __all__ = [
     "Fused",
     "Merged",
     "Selected",
+    "contains",
     "merge_topk",
     "random_indices",
     "sample_threshold",
@@ -172,11 +173,25 @@ def random_indices(
     return result
 
 
-def merge_topk(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> Merged:
+def merge_topk(
+    values_a: Tensor,
+    indices_a: Tensor,
+    values_b: Tensor,
+    indices_b: Tensor,
+    k: int,
+    *,
+    threads: int | None = None,
+) -> Merged:
     """The ``k`` largest magnitudes of the sum of two sparse gradients, sorted by index.
 
     gTop-k's operator (eq. 6 of Shi et al., IJCAI 2019), O(k). Every entry of the inputs is eligible, also a sum
     that cancels to 0 (it ranks last); ties go to the lower index. Inputs are not changed.
+
+    Args:
+        values_a, values_b: float32, shape ``(k_a,)`` and ``(k_b,)``.
+        indices_a, indices_b: int32, ascending, padding at the end.
+        k: number of places in the result.
+        threads: number of CPU threads, default torch's; never changes the result.
 
     Raises:
         TypeError: a wrong dtype.
@@ -186,12 +201,39 @@ def merge_topk(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b:
     checks.pairs("_a", values_a, indices_a, device)
     checks.pairs("_b", values_b, indices_b, device)
     checks.places(k, PAD - 1)
+    checks.thread_count(threads)
     implementation = _implementation(device)
     if implementation is reference:
         checks.index_order("indices_a", indices_a, None)
         checks.index_order("indices_b", indices_b, None)
-    result: Merged = implementation.merge_topk(values_a, indices_a, values_b, indices_b, k)
+    result: Merged = implementation.merge_topk(values_a, indices_a, values_b, indices_b, k, threads)
     return result
+
+
+def contains(wanted: Tensor, among: Tensor) -> Tensor:
+    """Which of some indices are in another list, O(size of both).
+
+    Args:
+        wanted: shape ``(k,)``, int32, ascending, unique, padding at the end.
+        among: shape ``(m,)``, the same.
+
+    Returns:
+        Bool, shape ``(k,)``; False for padding.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: devices, layout, or (CPU) indices out of order.
+    """
+    device = wanted.device if isinstance(wanted, Tensor) else torch.device("cpu")
+    checks.array("wanted", wanted, checks.I32, device)
+    checks.array("among", among, checks.I32, device)
+    implementation = _implementation(device)
+    if implementation is cpu:
+        return cpu.contains(wanted, among)
+    if device.type == "cpu":
+        checks.index_order("wanted", wanted, None)
+        checks.index_order("among", among, None)
+    return reference.contains(wanted, among)
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:

@@ -192,7 +192,14 @@ def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device
     return index.sort().values.to(torch.int32).to(device)
 
 
-def merge_topk(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> Merged:
+def merge_topk(
+    values_a: Tensor,
+    indices_a: Tensor,
+    values_b: Tensor,
+    indices_b: Tensor,
+    k: int,
+    threads: int | None = None,
+) -> Merged:
     """See :func:`commhooks.native.ops.merge_topk`."""
     index, order = torch.cat((indices_a, indices_b)).sort(stable=True)
     value = torch.cat((values_a, values_b))[order]
@@ -224,6 +231,14 @@ def merge_topk(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b:
     return Merged(
         values, indices, survives[: indices_a.numel()].clone(), survives[indices_a.numel() :].clone()
     )
+
+
+def contains(wanted: Tensor, among: Tensor) -> Tensor:
+    """See :func:`commhooks.native.ops.contains`; for any device."""
+    if not among.numel():
+        return torch.zeros_like(wanted, dtype=torch.bool)
+    nearest = among[torch.searchsorted(among, wanted).clamp_(max=among.numel() - 1)]
+    return (nearest == wanted) & (wanted != PAD)
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:

@@ -3,18 +3,13 @@
 #include <algorithm>
 
 #include "commhooks_cpu.h"
+#include "dispatch.h"
 
 namespace commhooks {
 
 bool valid_indices(const int32_t *indices, int64_t k, int64_t numel) {
   if (k < 0 || (k > 0 && indices == nullptr)) return false;
-  if (k == 0) return true;
-  int32_t wrong = indices[0] < 0 ? 1 : 0;
-  // Without branches, so that the compiler vectorizes it.
-  for (int64_t j = 1; j < k; ++j) {
-    wrong |= (indices[j] <= indices[j - 1]) & (indices[j] != COMMHOOKS_PAD);
-  }
-  if (wrong != 0) return false;
+  if (!kernels().ascending(indices, k)) return false;
   const int64_t used = used_indices(indices, k);
   return used == 0 || indices[used - 1] < numel;
 }

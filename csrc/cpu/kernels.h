@@ -41,15 +41,21 @@ struct Emitted {
   int64_t size;
 };
 
-// A stretch of the union of two index-sorted lists a and b. tags[u]: bit 0 when element u of the union is in a, bit 1 when
-// it is in b; the elements of a that belong to the stretch are [begin_a, end_a).
+// At most so many stretches of a union are merged by one call of `unite`.
+constexpr int kSideBySide = 4;
+
+// A stretch of the union of two index-sorted lists a and b: what is in [begin_a, end_a) of a and in [begin_b, end_b) of b.
+// Its elements are put where values, indices and tags point, in index order; each has room for what a and b have together
+// and kAppendSlack more. tags[u]: bit 0 when element u of the union is in a, bit 1 when it is in b.
 struct Stretch {
-  const uint8_t *tags;
-  int64_t size;
+  float *values;
+  int32_t *indices;
+  uint8_t *tags;
   int64_t begin_a;
   int64_t end_a;
   int64_t begin_b;
   int64_t end_b;
+  int64_t size;
 };
 
 struct MergeInput {
@@ -74,19 +80,23 @@ struct Kernels {
   // Corrected values of `count` elements from `begin`, nothing written back; not finite: 0.
   void (*sample)(const FuseArgs &args, int64_t begin, int64_t count, float *out);
   void (*key_range)(const float *values, int64_t size, uint32_t *lowest, uint32_t *highest);
-  // Writes the values whose keys are in [low, high] to `out`; returns how many.
-  int64_t (*between)(const float *values, int64_t size, uint32_t low, uint32_t high, float *out);
+  // Writes the values whose keys are in [low, high] to `out`, which may be `values`; returns how many. `above`: how many
+  // keys are larger than that.
+  int64_t (*between)(const float *values, int64_t size, uint32_t low, uint32_t high, float *out, int64_t *above);
   void (*count)(const float *values, int64_t size, uint32_t key, int64_t *above, int64_t *equal);
   // Keeps keys above `key` and the first `ties` equal to it; what is not kept goes back into `residual` (or nowhere).
   void (*emit)(const float *values, const int32_t *indices, int64_t size, uint32_t key, int64_t ties, Emitted out,
                float *residual);
-  // Writes the stretch's indices and values (sums where both have the index); both need kAppendSlack more places.
-  void (*combine)(const MergeInput &in, const Stretch &stretch, float *values, int32_t *indices);
+  // Writes the elements of `count` stretches (values are sums where both have the index) and their sizes.
+  void (*unite)(const MergeInput &in, Stretch *stretches, int count);
   // Like emit, and marks in `survivors` which elements of a and b are kept.
-  void (*emit_merged)(const Stretch &stretch, const float *values, const int32_t *indices, uint32_t key, int64_t ties,
-                      Emitted out, Survivors survivors);
+  void (*emit_merged)(const Stretch &stretch, uint32_t key, int64_t ties, Emitted out, Survivors survivors);
+  // found[j] = whether element j of a is in b as well, for the a of the stretch.
+  void (*mark_common)(const Stretch &stretch, uint8_t *found);
   // Streaming stores of `bytes` (a multiple of 64) to `destination` (64-aligned); source nullptr: zeros.
   void (*stream)(void *destination, const void *source, int64_t bytes);
+  // Whether the indices are not negative and ascend without repetition, up to padding at the end.
+  bool (*ascending)(const int32_t *indices, int64_t size);
   // One pass of the Feistel network over out[j] = first + j, in place over `size` indices.
   void (*feistel)(uint32_t *indices, int64_t size, const uint32_t *round_keys, int32_t half_bits);
 };

@@ -1,4 +1,5 @@
 #include "kernels_impl.h"
+#include "merge_avx512.h"
 #include "vector_avx512.h"
 
 namespace commhooks {
@@ -16,6 +17,6 @@ void stream(void *destination, const void *source, int64_t bytes) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = make_kernels<Avx512Vector>("avx512", stream);
+const Kernels kAvx512Kernels = make_kernels<Avx512Vector>("avx512", stream, unite_avx512);
 
 }  // namespace commhooks

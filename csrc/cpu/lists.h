@@ -16,9 +16,9 @@ struct List {
 };
 
 // The `rank`-th largest key over all lists together (rank from 1 to the total size), exact.
-// `room` needs kBins counters per list. `threads`: whether long lists may be worked on side by side.
+// `room` needs kBins counters per list. `tasks`: how many threads may work on long lists.
 constexpr int64_t kBins = 2048;
-uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t *room, bool threads);
+uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t *room, int tasks);
 
 // Writes the k largest of the lists to values/indices (k places, the rest padded), puts the others back into
 // residual[index] (unless nullptr) and returns how many were written.

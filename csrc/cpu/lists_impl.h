@@ -1,7 +1,8 @@
-// The inner loops over lists of candidates and of pairs: selecting, merging; and the Feistel network. Part of kernels_impl.h.
+// The inner loops over lists of candidates and of indices. Part of kernels_impl.h.
 #ifndef COMMHOOKS_CPU_LISTS_IMPL_H
 #define COMMHOOKS_CPU_LISTS_IMPL_H
 
+#include "commhooks.h"
 #include "kernels.h"
 #include "vector_scalar.h"
 
@@ -21,21 +22,25 @@ inline void key_range(const float *values, int64_t size, uint32_t *lowest, uint3
 }
 
 template <class V>
-inline int64_t between_one(const float *values, uint32_t low, uint32_t high, float *out) {
+inline int64_t between_one(const float *values, uint32_t low, uint32_t high, float *out, int64_t &larger) {
   const typename V::Float x = V::load(values);
   const uint32_t from_low = low == 0 ? ~0u >> (32 - V::kLanes) : V::above(x, low - 1);
-  const uint32_t lanes = from_low & ~V::above(x, high);
+  const uint32_t over = V::above(x, high);
+  const uint32_t lanes = from_low & ~over;
+  larger += popcount(over);
   if (lanes == 0) return 0;
   V::compress(out, x, lanes);
   return popcount(lanes);
 }
 
 template <class V>
-int64_t between(const float *values, int64_t size, uint32_t low, uint32_t high, float *out) {
+int64_t between(const float *values, int64_t size, uint32_t low, uint32_t high, float *out, int64_t *above) {
   int64_t found = 0;
+  int64_t larger = 0;
   int64_t j = 0;
-  for (; j + V::kLanes <= size; j += V::kLanes) found += between_one<V>(values + j, low, high, out + found);
-  for (; j < size; ++j) found += between_one<ScalarVector>(values + j, low, high, out + found);
+  for (; j + V::kLanes <= size; j += V::kLanes) found += between_one<V>(values + j, low, high, out + found, larger);
+  for (; j < size; ++j) found += between_one<ScalarVector>(values + j, low, high, out + found, larger);
+  *above = larger;
   return found;
 }
 
@@ -107,64 +112,13 @@ void emit(const float *values, const int32_t *indices, int64_t size, uint32_t ke
   for (; j < size; ++j) emit_one<ScalarVector>(values + j, indices + j, state);
 }
 
-template <class V>
-inline void combine_one(const MergeInput &in, const uint8_t *tags, int64_t &a, int64_t &b, float *values,
-                        int32_t *indices) {
-  const uint32_t in_a = V::tagged(tags, 0);
-  const uint32_t in_b = V::tagged(tags, 1);
-  V::store(values, V::join(V::expand(in.values_a + a, in_a), V::expand(in.values_b + b, in_b), in_a, in_b));
-  V::store(indices, V::join(V::expand(in.indices_a + a, in_a), V::expand(in.indices_b + b, in_b), in_a, in_b));
-  a += popcount(in_a);
-  b += popcount(in_b);
-}
-
-template <class V>
-void combine(const MergeInput &in, const Stretch &stretch, float *values, int32_t *indices) {
-  int64_t a = stretch.begin_a;
-  int64_t b = stretch.begin_b;
-  int64_t u = 0;
-  constexpr int64_t w = V::kLanes;
-  // Whole vectors of the inputs are read.
-  while (u + w <= stretch.size && a + w <= stretch.end_a && b + w <= stretch.end_b) {
-    combine_one<V>(in, stretch.tags + u, a, b, values + u, indices + u);
-    u += w;
+// Without branches in the loop, so that the compiler vectorizes it.
+inline bool ascending(const int32_t *indices, int64_t size) {
+  int32_t wrong = size > 0 && indices[0] < 0 ? 1 : 0;
+  for (int64_t j = 1; j < size; ++j) {
+    wrong |= (indices[j] <= indices[j - 1]) & (indices[j] != COMMHOOKS_PAD);
   }
-  for (; u < stretch.size; ++u) {
-    // One lane, read only when it is there.
-    const bool in_a = (stretch.tags[u] & 1) != 0;
-    const bool in_b = (stretch.tags[u] & 2) != 0;
-    indices[u] = in_a ? in.indices_a[a] : in.indices_b[b];
-    values[u] = !in_b ? in.values_a[a] : !in_a ? in.values_b[b] : in.values_a[a] + in.values_b[b];
-    a += in_a ? 1 : 0;
-    b += in_b ? 1 : 0;
-  }
-}
-
-template <class V>
-inline void survive_one(const uint8_t *tags, uint32_t kept, int64_t &a, int64_t &b, Survivors survivors) {
-  const uint32_t in_a = V::tagged(tags, 0);
-  const uint32_t in_b = V::tagged(tags, 1);
-  V::bytes(survivors.a + a, kept, in_a);
-  V::bytes(survivors.b + b, kept, in_b);
-  a += popcount(in_a);
-  b += popcount(in_b);
-}
-
-template <class V>
-void emit_merged(const Stretch &stretch, const float *values, const int32_t *indices, uint32_t key, int64_t ties,
-                 Emitted out, Survivors survivors) {
-  EmitState state{key, ties, out, 0, nullptr};
-  int64_t a = stretch.begin_a;
-  int64_t b = stretch.begin_b;
-  int64_t u = 0;
-  constexpr int64_t w = V::kLanes;
-  // A whole vector of survivors may be written.
-  for (; u + w <= stretch.size && a + w <= stretch.end_a && b + w <= stretch.end_b; u += w) {
-    survive_one<V>(stretch.tags + u, emit_one<V>(values + u, indices + u, state), a, b, survivors);
-  }
-  for (; u < stretch.size; ++u) {
-    survive_one<ScalarVector>(stretch.tags + u, emit_one<ScalarVector>(values + u, indices + u, state), a, b, survivors);
-  }
+  return wrong == 0;
 }
 
 inline void feistel(uint32_t *indices, int64_t size, const uint32_t *round_keys, int32_t half_bits) {

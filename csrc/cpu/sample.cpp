@@ -108,7 +108,7 @@ uint32_t guess_key(const Plan &plan, const FuseArgs &args, const Guess &guess, u
   int64_t drawn = 0;
   for (const List &list : lists) drawn += list.size;
   if (drawn == 0) return 0;
-  return kth_largest_key(lists, std::min(guess.rank, drawn), bins, tasks > 1);
+  return kth_largest_key(lists, std::min(guess.rank, drawn), bins, static_cast<int>(tasks));
 }
 
 }  // namespace commhooks

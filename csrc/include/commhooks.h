@@ -21,7 +21,7 @@
 
 #include <stdint.h>
 
-#define COMMHOOKS_ABI_VERSION 1
+#define COMMHOOKS_ABI_VERSION 2
 #define COMMHOOKS_PAD INT32_MAX
 
 #if defined(_WIN32)

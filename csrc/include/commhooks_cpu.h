@@ -47,8 +47,12 @@ COMMHOOKS_API int32_t commhooks_cpu_random_indices(uint64_t seed, uint64_t step,
  * Every explicit entry is eligible, also a sum of 0 (it ranks last). */
 COMMHOOKS_API int32_t commhooks_cpu_merge_topk(const float *values_a, const int32_t *indices_a, int64_t size_a,
                                                const float *values_b, const int32_t *indices_b, int64_t size_b,
-                                               int64_t k, float *values, int32_t *indices, uint8_t *survives_a,
-                                               uint8_t *survives_b);
+                                               int64_t k, int32_t threads, float *values, int32_t *indices,
+                                               uint8_t *survives_a, uint8_t *survives_b);
+
+/* found[j] = 1 where wanted[j] is in `among`, else 0 (padding: 0). */
+COMMHOOKS_API int32_t commhooks_cpu_contains(const int32_t *wanted, int64_t size, const int32_t *among,
+                                             int64_t among_size, uint8_t *found);
 
 /* dense[indices[j]] += scale * values[j]; the product is rounded first. */
 COMMHOOKS_API int32_t commhooks_cpu_scatter_add(float *dense, int64_t numel, const float *values,

@@ -207,7 +207,7 @@ void fuzz_merge_and_scatter(Random &random) {
   Buffer<int32_t> indices(k, random);
   Buffer<uint8_t> survives_a(a.indices.size(), random), survives_b(b.indices.size(), random);
   CHECK(commhooks_cpu_merge_topk(a.values.get(), a.indices.get(), a.indices.size(), b.values.get(), b.indices.get(),
-                                 b.indices.size(), k, values.get(), indices.get(), survives_a.get(),
+                                 b.indices.size(), k, static_cast<int32_t>(1 + below(random, 3)), values.get(), indices.get(), survives_a.get(),
                                  survives_b.get()) == COMMHOOKS_OK);
   CHECK(commhooks_cpu_check_indices(indices.get(), k, n) == -1);
   Buffer<float> dense(n, random);
@@ -225,6 +225,13 @@ void fuzz_merge_and_scatter(Random &random) {
   for (int64_t j = 0; j < a.indices.size(); ++j) {
     const bool in = std::binary_search(indices.get(), indices.get() + k, a.indices[j]) && a.indices[j] != COMMHOOKS_PAD;
     CHECK(survives_a[j] == (in ? 1 : 0));
+  }
+  Buffer<uint8_t> found(a.indices.size(), random);
+  CHECK(commhooks_cpu_contains(a.indices.get(), a.indices.size(), b.indices.get(), b.indices.size(), found.get()) ==
+        COMMHOOKS_OK);
+  for (int64_t j = 0; j < a.indices.size(); ++j) {
+    const bool in = j < used_a && std::binary_search(b.indices.get(), b.indices.get() + used_b, a.indices[j]);
+    CHECK(found[j] == (in ? 1 : 0));
   }
   Buffer<float> out(n, random);
   Buffer<uint16_t> half(n, random);

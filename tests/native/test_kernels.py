@@ -179,6 +179,40 @@ def test_merge_topk() -> None:
                     cases.same_bits(f"{name} {size_a} {size_b} {k}", x, y)
 
 
+def test_merge_topk_on_several_threads_and_when_the_sample_misleads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = cases.sparse(300_000, 40_000, 39_000, generator, whole=False)
+    b = cases.sparse(300_000, 30_000, 30_000, generator, whole=True)
+    for k, threads in itertools.product((1, 10_000, 35_000, 80_000), (1, 2, 3, 5)):
+        got, want = ops.merge_topk(*a, *b, k, threads=threads), reference.merge_topk(*a, *b, k)
+        for name, x, y in zip(got._fields, got, want, strict=True):
+            cases.same_bits(f"{name} {k} {threads}", x, y)
+    # What an evenly spaced sample of 512 sees is large, the rest is small, or the other way round.
+    values, indices = torch.rand(20_480, generator=generator), torch.arange(20_480, dtype=torch.int32)
+    none = torch.empty(0), torch.empty(0, dtype=torch.int32)
+    for factor, k in itertools.product((1e-3, 1e3), (100, 400, 600, 10_000, 20_000)):
+        misleading = values.clone()
+        misleading[::40] *= factor
+        got = ops.merge_topk(misleading, indices, *none, k)
+        for x, y in zip(got, reference.merge_topk(misleading, indices, *none, k), strict=True):
+            cases.same_bits(f"misleading {factor} {k}", x, y)
+
+
+def test_contains() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((0, 0), (0, 5), (1, 1), (100, 90), (257, 1), (5000, 5000), (333, 20_000))
+    for (size, size_among), numel in itertools.product(shapes, (20_003, 200_000)):
+        for used, used_among in ((size, size_among), (size // 2, size_among), (size, 0)):
+            wanted = cases.sparse(numel, size, used, generator, whole=False)[1]
+            among = cases.sparse(numel, size_among, used_among, generator, whole=False)[1]
+            members = set(among.tolist()) - {PAD}
+            expected = torch.tensor([i in members for i in wanted.tolist()], dtype=torch.bool)
+            assert torch.equal(ops.contains(wanted, among), expected)
+            assert torch.equal(reference.contains(wanted, among), expected)
+    same = torch.arange(1000, dtype=torch.int32)
+    assert ops.contains(same, same).all()
+
+
 def test_scatter_add_and_write_back() -> None:
     generator = torch.Generator().manual_seed(0)
     for numel in (0, 1, 70, 1009, 70_001, 1_200_007):
