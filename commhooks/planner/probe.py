@@ -118,7 +118,7 @@ def _device_costs(
 
 def _merge(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> None:
     merged = ops.merge_topk(values_a, indices_a, values_b, indices_b, k)
-    torch.searchsorted(merged.indices, indices_a)  # stands for the bookkeeping of survivors
+    ops.contains(indices_a, merged.indices)  # the bookkeeping of survivors
 
 
 def _bucket_s() -> float:
