@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aggregators import Aggregated, Aggregator, Context, Dense, SharedIndices
+from .aggregators import Aggregated, Aggregator, Context
 from .aggregators.dense import dense_sum, dense_wire_bytes
 from .agreement import check_agreement
 from .bucket import Bucket
 from .errors import NonFiniteGradientError
 from .memory import Memory, NoMemory
 from .redistribute import check_states, redistributed
+from .scheme import check_scheme
 from .selectors import Selector
 from .slots import Slot
 from .sparse import SparseGrad
@@ -75,7 +76,7 @@ class Reducer:
         delta_every: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        _check_scheme(selector, aggregator)
+        check_scheme(selector, aggregator)
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
         if not isinstance(delta_every, int) or delta_every < 0:
@@ -171,6 +172,12 @@ class Reducer:
         return {"version": 1, "rank": place[0], "world_size": place[1], "step": self.step} | (
             self.memory.table.state_dict()
         )
+
+    def restart(self, saved: dict[str, Any]) -> None:
+        """Goes back to this rank's own ``state_dict()`` and forgets a step that has begun; not collective."""
+        self._forget_step()  # what it would put back is in the memory that is replaced here
+        self.step = int(saved["step"])
+        self.memory.table.load(saved)
 
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Loads this rank's state, or all ranks' states of a run with any world size.
@@ -319,10 +326,14 @@ class Reducer:
         if self.nonfinite == "error":
             for written in self._written:
                 written.rollback()
-            self._written.clear()
-            self._current = StepFigures()  # the next bucket begins a new step
+            self._forget_step()
             self.nonfinite_steps += 1
             raise NonFiniteGradientError(f"rank {self.aggregator.transport.rank}, {message}")
+
+    def _forget_step(self) -> None:
+        """The next bucket begins a step anew."""
+        self._written.clear()
+        self._current = StepFigures()
 
     @property
     def _measures_delta(self) -> bool:
@@ -333,18 +344,3 @@ def _inverse(scale: float, like: Tensor) -> Tensor | None:
     if scale == 1.0:
         return None
     return torch.tensor([1.0 / scale], dtype=torch.float32, device=like.device)
-
-
-def _check_scheme(selector: Selector | None, aggregator: Aggregator) -> None:
-    if not isinstance(aggregator, Aggregator):
-        raise TypeError(f"aggregator must be an Aggregator, got {type(aggregator).__name__}")
-    if selector is not None and not isinstance(selector, Selector):
-        raise TypeError(f"selector must be a Selector, got {type(selector).__name__}")
-    if (selector is None) != isinstance(aggregator, Dense):
-        raise ValueError(
-            f"Dense takes no selector and all others need one: got {selector!r} with {aggregator!r}"
-        )
-    if isinstance(aggregator, SharedIndices) and selector is not None and not selector.shared_mask:
-        raise ValueError(
-            f"SharedIndices needs a selector whose mask all ranks share (RandomK), got {selector!r}"
-        )

@@ -1,6 +1,10 @@
-"""Moving pairs between the device of the gradients and the device a transport can send from."""
+"""The device of the gradients beside the device a transport can send from: copies and streams."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,3 +28,15 @@ def to_transport(pairs: SparseGrad, transport: Transport) -> SparseGrad:
 def _pinned(tensor: Tensor) -> Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+@contextmanager
+def stream_after(ready: Any, device: torch.device) -> Iterator[None]:
+    """On a GPU: a stream of the worker's own that waits for the gradient; the future completes inside it."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        yield

@@ -20,6 +20,7 @@ from .memory import ErrorFeedback, Memory
 from .reducer import Reducer
 from .schedules import DensitySchedule
 from .selectors import RandomK, Selector, TopK
+from .staging import stream_after
 from .transports import DEFAULT_TIMEOUT_S, Transport
 from .worker import Worker
 
@@ -54,6 +55,7 @@ class SparseState:
     """
 
     _owner: Any
+    error: BaseException | None
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class SparseState:
         def task() -> None:
             try:
                 if self.error is None:
-                    with _after(ready, buffer.device):
+                    with stream_after(ready, buffer.device):
                         bucket = self._bucket(buffer, index, parameters, is_last)
                         self.reducer.reduce(bucket, self._loss_scale())
                         done.set_result(buffer)
@@ -243,6 +245,16 @@ class SparseState:
         self.reducer.load_state_dict(state)
         self._steps_seen = 0
 
+    def restart(self, saved: dict[str, Any]) -> None:
+        """Goes back to this rank's own ``state_dict()`` of this run, also after a step that failed; not collective.
+
+        What the failed step sent or withheld is forgotten: the gradients of that step are computed again.
+        """
+        self._steps_seen = 0
+        self._indices.clear()
+        self.error = None
+        self.reducer.restart(saved)
+
     def close(self) -> None:
         """Joins the worker and closes the transport; call it on all ranks. The memory stays."""
         self._worker.close()
@@ -257,11 +269,10 @@ class SparseState:
         self.__dict__.update(state)
         self.process_group = self.grad_scaler = None
         self._reset_runtime()
-        self.reducer.step = saved["step"]
-        self.reducer.memory.table.load(saved)
+        self.reducer.restart(saved)
 
     def _reset_runtime(self) -> None:
-        self.error: BaseException | None = None
+        self.error = None
         self._worker = Worker("commhooks")
         self._owner = None
         self._passthrough = False
@@ -322,18 +333,6 @@ _RUNTIME = (
     "grad_scaler",
     "error",
 )
-
-
-@contextmanager
-def _after(ready: Any, device: torch.device) -> Iterator[None]:
-    """On a GPU: a stream of the worker's own that waits for the gradient; the future completes inside it."""
-    if ready is None:
-        yield
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        stream.wait_event(ready)
-        yield
 
 
 def warn_of_double_momentum(memory: Memory, optimizer: torch.optim.Optimizer | None) -> None:

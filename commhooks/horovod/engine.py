@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
 from ..state import SparseState
-from ..telemetry import StepFigures
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
 from .transport import close_default_group, open_transport
@@ -74,7 +73,7 @@ class GradientSync:
         if aggregator.is_open:
             _quietly(state.close)
             close_default_group()
-            self._reload(state.state_dict())  # new places for all: a new rank will ask for agreement on each
+            state.restart(state.state_dict())  # new places for all: a new rank will ask for agreement on each
         transport, state.process_group = open_transport(
             self._requested, self.process_set, state.reducer.timeout_s
         )
@@ -150,18 +149,8 @@ class GradientSync:
 
     def rewind(self, residuals: dict[str, Any]) -> None:
         """Puts this rank's memory back to a state dict of its own, and forgets a failed step; not collective."""
-        self._reload(residuals)
+        self.state.restart(residuals)
         self.reset()
-
-    def _reload(self, residuals: dict[str, Any]) -> None:
-        state, reducer = self.state, self.state.reducer
-        state.error = None
-        state._steps_seen = 0
-        state._indices.clear()
-        reducer._written.clear()  # what they would put back is in the memory that is replaced here
-        reducer._current = StepFigures()
-        reducer.step = residuals["step"]
-        reducer.memory.table.load(residuals)
 
     def _hand_back(self, bucket: FusedBucket) -> None:
         for parameter, view in bucket.views.items():

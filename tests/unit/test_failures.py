@@ -5,15 +5,17 @@ import time
 
 import pytest
 import torch
-from ranks import SCHEMES, reducer
+from ranks import SCHEMES, memory_of, reducer
 
 from commhooks import (
     Bucket,
     CommHooksError,
+    ErrorFeedback,
     NonFiniteGradientError,
     PeerLostError,
     PeerTimeoutError,
     SettingsMismatchError,
+    SparseState,
 )
 from commhooks.transports import in_process
 
@@ -117,3 +119,53 @@ def test_transports_of_any_kind_give_the_same_sums():
         for rows, total, copies in in_process.run(world_size, work):
             assert torch.equal(rows, expected) and torch.equal(total, expected.sum(0))
             assert copies == list(range(world_size))
+
+
+@pytest.mark.parametrize("scheme", ["union", "gtopk", "shared"])
+def test_restarted_after_a_failed_step_it_is_as_if_nothing_had_failed(scheme):
+    """The second bucket of a step fails on every rank; back at what was saved before, another step is made."""
+    names = ["p0", "p1"]
+
+    def gradient(rank, step, index):
+        return torch.randn(40, generator=torch.Generator().manual_seed(100 * rank + 10 * step + index))
+
+    def work(transport, fails):
+        parameters = [torch.nn.Parameter(torch.zeros(40)) for _ in names]
+        selector, aggregator = SCHEMES[scheme](transport, 0.1)
+        state = SparseState(
+            selector, aggregator, ErrorFeedback(momentum=0.5, factor_masking=True), dense_crossover=False
+        )
+
+        def step(number, bad=None):
+            outs = []
+            for index in range(2):
+                buffer = gradient(transport.rank, number, index)
+                if index == bad:
+                    buffer = buffer.to(
+                        torch.int32
+                    )  # refused on every rank, after the first bucket went through
+                outs.append(state.submit(buffer, index, (parameters[index],), index == 1))
+            return [out.wait() for out in outs]
+
+        state.set_names(zip(names, parameters, strict=True))
+        state.reducer.open()
+        done = [step(0), step(1)]
+        saved = state.state_dict()
+        if fails:
+            with pytest.raises((RuntimeError, TypeError), match="int32"):
+                step(2, bad=1)
+            assert state.error is not None
+            state.restart(saved)
+            assert state.error is None
+        done += [step(4), step(3)]
+        state.close()
+        return done, memory_of(state.reducer, names)
+
+    for whole, broken in zip(
+        in_process.run(2, lambda t: work(t, False)), in_process.run(2, lambda t: work(t, True)), strict=True
+    ):
+        for a, b in zip(whole[0], broken[0], strict=True):
+            for x, y in zip(a, b, strict=True):
+                assert torch.equal(x, y)
+        for x, y in zip(whole[1], broken[1], strict=True):
+            assert torch.equal(x, y)
