@@ -31,14 +31,15 @@ def make(
         transport: ``"mpi"``, ``"distributed"`` or a ready ``Transport``.
         timeout_s: seconds until a missing peer is an error.
         process_group: ranks of a new ``"distributed"`` transport; default: all.
-        device_type: ``"cuda"`` asks ``"distributed"`` for NCCL, when the process group has it.
+        device_type: ``"cuda"`` asks ``"distributed"`` for NCCL, when the process group has it, and ``"mpi"`` to
+            send from GPU memory, when its library can.
     """
     if isinstance(transport, Transport):
         return transport
     if check_name(transport) == "mpi":
         from .mpi import MpiTransport
 
-        return MpiTransport(timeout_s=timeout_s)
+        return MpiTransport(timeout_s=timeout_s, device_type=device_type)
     from .distributed import DistributedTransport, backend_for
 
     backend = backend_for(process_group, device_type)

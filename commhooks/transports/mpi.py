@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
 from .base import DEFAULT_TIMEOUT_S, Message, Transport
+from .cuda_aware import is_cuda_aware
 
 _SPIN_POLLS = 200  # polls that only yield the core, before a waiting rank starts to sleep between them
 _SLEEP_S = 5e-5
@@ -52,11 +53,20 @@ class MpiTransport(Transport):
 
     Making one is collective. Every wait polls against a deadline. After a time-out the process leaves through
     ``comm.Abort``: ``MPI_Finalize`` would wait for the stalled rank.
+
+    Args:
+        comm: an mpi4py communicator whose ranks take part.
+        timeout_s: seconds until a missing peer is an error.
+        device_type: ``"cuda"``: tensors on GPUs are sent from where they are, if the MPI library is CUDA-aware
+            (:mod:`~commhooks.transports.cuda_aware`); else the transport stays one of CPU tensors, and pairs are
+            staged through pinned memory.
     """
 
     name = "mpi"
 
-    def __init__(self, comm: Any = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self, comm: Any = None, timeout_s: float = DEFAULT_TIMEOUT_S, device_type: str = "cpu"
+    ) -> None:
         self._mpi = load_mpi()
         parent = self._mpi.COMM_WORLD if comm is None else comm
         super().__init__(parent.Get_rank(), parent.Get_size(), timeout_s)
@@ -66,8 +76,11 @@ class MpiTransport(Transport):
             self._comm, request = parent.Idup()
         self._wait([request], "opening the transport", "any rank")
         self._failed = False
+        if device_type == "cuda" and is_cuda_aware(self._mpi):
+            self.device_type = "cuda"
 
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+        self._finish_kernels()
         with self._lock:
             posted = [self._comm.Irecv(_bytes(b), source=p, tag=tag) for p, b in receives]
             posted += [self._comm.Isend(_bytes(b), dest=p, tag=tag) for p, b in sends]
@@ -75,13 +88,15 @@ class MpiTransport(Transport):
         self._wait(posted, what, peers)
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
+        self._finish_kernels()
         with self._lock:
             request = self._comm.Iallgather(_bytes(send), _bytes(receive))
         self._wait([request], f"{what}, all-gather", "any rank")
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
+        self._finish_kernels()
         with self._lock:
-            request = self._comm.Iallreduce(self._mpi.IN_PLACE, buffer.numpy(), op=self._mpi.SUM)
+            request = self._comm.Iallreduce(self._mpi.IN_PLACE, _array(buffer), op=self._mpi.SUM)
         self._wait([request], f"{what}, all-reduce", "any rank")
 
     def _wait(self, requests: list[Any], what: str, peers: list[str] | str) -> None:
@@ -97,6 +112,11 @@ class MpiTransport(Transport):
                 raise PeerTimeoutError(
                     f"rank {self.rank}, {what}: no answer from {peers} for {self.timeout_s:g} s"
                 )
+
+    def _finish_kernels(self) -> None:
+        """MPI knows nothing of streams: what is to be sent must have been written."""
+        if self.device_type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def _tested(self, test: Callable[[], bool], what: str) -> bool:
         try:
@@ -118,4 +138,9 @@ class MpiTransport(Transport):
 
 def _bytes(buffer: Tensor) -> Any:
     """The tensor's memory as a flat uint8 array; works for every dtype on every MPI."""
-    return buffer.detach().view(-1).view(torch.uint8).numpy()
+    return _array(buffer.detach().view(-1).view(torch.uint8))
+
+
+def _array(tensor: Tensor) -> Any:
+    """What mpi4py takes: a numpy array, or on a GPU the tensor itself (it has ``__cuda_array_interface__``)."""
+    return tensor if tensor.is_cuda else tensor.numpy()

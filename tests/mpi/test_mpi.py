@@ -128,3 +128,29 @@ def test_serialized_is_enough():
 
 def test_the_environment_of_a_job_is_clean():
     assert not [name for name in clean_environment() if name.startswith(("PMI_", "OMPI_COMM"))]
+
+
+CUDA_AWARE = """
+    import os
+    from mpi4py import MPI
+    from commhooks.transports.cuda_aware import VARIABLE, is_cuda_aware
+    from commhooks.transports.mpi import MpiTransport
+    print("itself:", is_cuda_aware(MPI), MpiTransport(device_type="cuda").device_type)
+    os.environ[VARIABLE] = "1"
+    print("told yes:", is_cuda_aware(MPI), MpiTransport(device_type="cuda").device_type, MpiTransport().device_type)
+    os.environ[VARIABLE] = "0"
+    print("told no:", is_cuda_aware(MPI))
+    os.environ[VARIABLE] = "perhaps"
+    try:
+        is_cuda_aware(MPI)
+    except ValueError as error:
+        print("said:", error)
+"""
+
+
+def test_gpu_buffers_are_sent_directly_only_where_the_library_can():
+    """The MPI of the tests is a wheel without CUDA, and says so."""
+    done = run([sys.executable, "-c", textwrap.dedent(CUDA_AWARE)], timeout=TIMEOUT)
+    assert "itself: False cpu" in done.stdout, done.show()
+    assert "told yes: True cuda cpu" in done.stdout and "told no: False" in done.stdout
+    assert "said: COMMHOOKS_MPI_CUDA_AWARE must be 0 or 1, got 'perhaps'" in done.stdout

@@ -1,0 +1,31 @@
+"""Whether an MPI library can send from GPU memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+VARIABLE = "COMMHOOKS_MPI_CUDA_AWARE"
+"""``1`` or ``0`` overrules what the library says of itself: some are aware and do not say so."""
+
+
+def is_cuda_aware(mpi: Any) -> bool:
+    """What ``COMMHOOKS_MPI_CUDA_AWARE`` says, else ``MPIX_Query_cuda_support`` (Open MPI, MPICH, MVAPICH), else no.
+
+    Args:
+        mpi: the module ``mpi4py.MPI``, initialised.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {wanted!r}")
+    return wanted == "1" if wanted else _library_says_so(mpi.__file__)
+
+
+def _library_says_so(extension: str) -> bool:
+    # mpi4py's extension module is linked to the MPI library in use, whose symbols need not be global.
+    query = getattr(ctypes.CDLL(extension), "MPIX_Query_cuda_support", None)
+    return query is not None and bool(query())
