@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -54,7 +55,7 @@ class SparseState:
         plan: what :meth:`auto` decided, or None.
     """
 
-    _owner: Any
+    _owner: weakref.ref[Any] | None
     error: BaseException | None
 
     def __init__(
@@ -186,11 +187,13 @@ class SparseState:
         Raises:
             ValueError: it belongs to another model already.
         """
-        if self._owner is not None and self._owner is not owner:
+        if self._owner is not None and self._owner() not in (None, owner):
             raise ValueError(
                 "this SparseState belongs to another DDP model; each model needs a state of its own"
             )
-        self._owner = owner
+        self._owner = weakref.ref(
+            owner
+        )  # DDP's C++ part holds this state: a cycle that Python would never collect
 
     def open(self, device_type: str | None = None) -> None:
         """Opens the transport: a collective call. The first bucket does so by itself.

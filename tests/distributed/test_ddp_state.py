@@ -1,7 +1,9 @@
 """Saving, pickling and resuming under DDP: bit-exact with the same ranks, the mean kept with others."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -185,3 +187,20 @@ def closing(rank, size):
 
 def test_closing_keeps_the_memory():
     spawn_gloo(closing, 2, timeout=TIMEOUT)
+
+
+def forgotten(rank, size, scheme):
+    """A model and a state that nobody holds any more, after training."""
+    ddp, state = sparse_ddp(scheme, 0.05, ErrorFeedback(0.9))
+    train(ddp, Data(rank), range(3))
+    state.close()
+    held = weakref.ref(ddp.module), weakref.ref(state)
+    del ddp, state
+    gc.collect()
+    return [thing() is None for thing in held]
+
+
+@pytest.mark.parametrize("scheme", ["topk", "gtopk", "randomk", "dense"])
+def test_a_forgotten_model_gives_its_memory_back(scheme):
+    """DDP's C++ part holds the state; were the state to hold the model, neither would ever be freed."""
+    assert all(all(freed) for freed in spawn_gloo(forgotten, 2, args=(scheme,), timeout=TIMEOUT))
