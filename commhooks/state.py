@@ -188,12 +188,9 @@ class SparseState:
             ValueError: it belongs to another model already.
         """
         if self._owner is not None and self._owner() not in (None, owner):
-            raise ValueError(
-                "this SparseState belongs to another DDP model; each model needs a state of its own"
-            )
-        self._owner = weakref.ref(
-            owner
-        )  # DDP's C++ part holds this state: a cycle that Python would never collect
+            raise ValueError("this SparseState has a model already; each DDP model needs a state of its own")
+        # Weakly: DDP's C++ part holds this state, and a cycle through C++ would never be collected.
+        self._owner = weakref.ref(owner)
 
     def open(self, device_type: str | None = None) -> None:
         """Opens the transport: a collective call. The first bucket does so by itself.

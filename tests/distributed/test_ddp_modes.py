@@ -125,7 +125,7 @@ def two_models(rank, size):
     for step in range(4):
         for i, (ddp, state) in enumerate(pairs):
             sgd_step(ddp, check_step(ddp, state, [data(2 * step + i)]))
-    with pytest.raises(ValueError, match="another DDP model"):
+    with pytest.raises(ValueError, match="has a model already"):
         register(wrap(make_net(2)), pairs[0][1])
     for _, state in pairs:
         state.close()

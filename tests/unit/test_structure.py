@@ -21,7 +21,7 @@ LEVELS = [
     {"selectors", "slots", "transports"},
     {"agreement", "memory", "staging", "write_back", "redistribute"},
     {"aggregators"},
-    {"telemetry"},
+    {"telemetry", "scheme"},
     {"reducer", "worker"},
     {"state"},
     {"hooks"},
