@@ -153,12 +153,15 @@ def plot(records: Sequence[Record], path: Path, model: str = "resnet50") -> None
     panels = sorted({(r["ranks"], r["network"]) for r in steps}, key=lambda p: (p[0], -NETWORKS[p[1]]))
     if not panels:
         return
+    schemes = list(
+        dict.fromkeys(r["scheme"] for r in steps)
+    )  # a place for each, in whichever panels it was run
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.2 * len(panels), 4.6), sharey=True, squeeze=False
     )
     for axis, (ranks, network) in zip(axes[0], panels, strict=True):
         rows = [r for r in steps if (r["ranks"], r["network"]) == (ranks, network)]
-        places = range(len(rows))
+        places = [schemes.index(r["scheme"]) for r in rows]
         colors = [
             "#999999" if r["scheme"] == "none" else "#2b6cb0" if is_ours(r["scheme"]) else "#d69e2e"
             for r in rows
@@ -167,7 +170,7 @@ def plot(records: Sequence[Record], path: Path, model: str = "resnet50") -> None
         for place, r in zip(places, rows, strict=True):
             axis.plot([r["value"] / r["ratio"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
             axis.text(r["value"] * 1.05, place, f"{r['value'] * 1e3:.0f} ms", va="center", fontsize=7)
-        axis.set_yticks(list(places), [r["scheme"] for r in rows])
+        axis.set_yticks(range(len(schemes)), schemes)
         axis.set_xscale("log")
         axis.set_xlim(right=max(r["value"] for r in rows) * 4)
         axis.set_title(f"{ranks} ranks, {network}")
