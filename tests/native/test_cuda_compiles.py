@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from commhooks.native.library import ABI_VERSION
+
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = os.environ.get("COMMHOOKS_TEST_CUDA_TARGETS", "75;90")  # scripts/build_cuda_all takes them all
 
@@ -27,7 +29,7 @@ def test_builds_through_cmake(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (library,) = tmp_path.rglob("libcommhooks_cuda.so")
     loaded = ctypes.CDLL(str(library))  # also where there is no driver: the runtime is linked in
-    assert loaded.commhooks_cuda_abi_version() == 1
+    assert loaded.commhooks_cuda_abi_version() == ABI_VERSION
     loaded.commhooks_cuda_scratch_bytes.restype = ctypes.c_int64
     size = loaded.commhooks_cuda_scratch_bytes(
         0, ctypes.c_int64(10**8), ctypes.c_int64(10**5), ctypes.c_int64(0)
