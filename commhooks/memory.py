@@ -80,7 +80,8 @@ class ErrorFeedback(Memory):
     Args:
         momentum: beta in [0, 1). With momentum here the optimizer's own momentum must be 0.
         factor_masking: zero the velocity where a value contributed (section 3.1; Deep Gradient Compression).
-            Not done at a step that sends everything, since nothing stale is left there.
+            Not done at a step that sends everything (density 1, or the dense crossover): there it would turn
+            momentum off.
         clip_norm: largest L2 norm of this rank's gradient per bucket, before it enters the memory. Clip here
             and not the sparse average afterwards: what is cut off an average is in nobody's residual.
         rescale_with_lr: an optimizer; the residual is then kept in parameter units (eq. 3 and 4): in gradient

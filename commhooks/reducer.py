@@ -120,7 +120,7 @@ class Reducer:
         k = self.selector.k(bucket.numel, self.step) if self.selector is not None else bucket.numel
         slot, is_new = self.memory.slot(bucket)
         if is_new:
-            self._agree(bucket, k, context)
+            self._agree(bucket, k, scale, context)
         self._current.dense_bytes += bucket.numel * bucket.buffer.element_size()
         if self._goes_dense(bucket.numel, k):
             self._reduce_dense(bucket, slot, scale, context)
@@ -176,6 +176,7 @@ class Reducer:
     def restart(self, saved: dict[str, Any]) -> None:
         """Goes back to this rank's own ``state_dict()`` and forgets a step that has begun; not collective."""
         self._forget_step()  # what it would put back is in the memory that is replaced here
+        self._agreed.clear()
         self.step = int(saved["step"])
         self.memory.table.load(saved)
 
@@ -193,22 +194,21 @@ class Reducer:
         transport = self.aggregator.transport
         states = state if isinstance(state, list) else [state]
         check_states(states, isinstance(state, list), transport.rank, transport.world_size)
-        self.step = int(states[0]["step"])
         if len(states) == 1 and not isinstance(state, list):
             mine = states[0]
         elif len(states) == transport.world_size:
             mine = states[transport.rank]
         else:
             mine = {**states[0], **redistributed(states, transport.rank, transport.world_size)}
-        self.memory.table.load(mine)
+        self.restart({**mine, "step": states[0]["step"]})
 
-    def _agree(self, bucket: Bucket, k: int, context: Context) -> None:
+    def _agree(self, bucket: Bucket, k: int, scale: float, context: Context) -> None:
         check_agreement(
             self.aggregator.transport,
             bucket=bucket.index,
             numel=bucket.numel,
             k=k,
-            settings=f"{self.settings()} dtype={bucket.buffer.dtype} parameters={len(bucket.keys)}",
+            settings=f"loss scale {scale:g}, {bucket.buffer.dtype}, {len(bucket.keys)} parameters, {self.settings()}",
             step=context.step,
             tag=context.tag + _AGREEMENT_TAG,
         )
@@ -251,13 +251,16 @@ class Reducer:
             factor = self._factor(scale)
             share = factor * transport.world_size
             rounding = write_sparse(bucket.buffer, out.values, out.indices, factor, share)
-        self._keep_until_known(slot, out, rounding)
+        self._keep_until_known(slot, out, rounding, masks=k < bucket.numel)
 
-    def _keep_until_known(self, slot: Slot, out: Aggregated, rounding: SparseGrad | None) -> None:
+    def _keep_until_known(
+        self, slot: Slot, out: Aggregated, rounding: SparseGrad | None, masks: bool
+    ) -> None:
         memory, contributed = self.memory, out.contributed.to(slot.residual.device)
 
         def commit() -> None:
-            memory.mask_velocity(slot, contributed)
+            if masks:
+                memory.mask_velocity(slot, contributed)
             if rounding is not None:
                 memory.restore(slot, rounding)
 
@@ -301,7 +304,7 @@ class Reducer:
         """As DDP without a hook. NaN and Inf need no vote: they stay in the sum."""
         transport, figures, buffer = self.aggregator.transport, self._current, bucket.buffer
         if self._agreed.get(bucket.index) != bucket.numels:
-            self._agree(bucket, bucket.numel, context)
+            self._agree(bucket, bucket.numel, 1.0, context)
             self._agreed[bucket.index] = bucket.numels
         figures.dense_bytes += bucket.numel * buffer.element_size()
         with figures.phase("exchange"), figures.traffic(transport.counters):

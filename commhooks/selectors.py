@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
+
 from .native import ops
 from .native.fused import Fused, Selected
 from .schedules import DensitySchedule, as_schedule
@@ -62,15 +64,16 @@ class TopK(Selector):
 
 
 class ThresholdTopK(Selector):
-    """About the k largest magnitudes: all above a threshold estimated from a sample, at most k of them.
+    """About the k largest magnitudes: all that reach a threshold estimated from a sample, at most k of them.
 
-    When more than k pass the threshold, the ones that are taken start at a place that changes with the step,
-    so that none is passed over for ever; the rest stays in the residual.
+    When more than k reach the threshold (many are equal, say), the ones that are taken start at a place that
+    changes with the step, so that none is passed over for ever; the rest stays in the residual.
     """
 
     def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
         seed = _sampling_seed(step, stream)
-        threshold = ops.sample_threshold(fused, k, seed=seed)
+        # The estimate is a magnitude of the sample, and what equals it must pass: the largest may be alone.
+        threshold = _next_below(ops.sample_threshold(fused, k, seed=seed))
         start = (seed * 2_654_435_761) % max(1, fused.grad.numel())
         return ops.select_threshold(fused, threshold, k, start=start)
 
@@ -103,6 +106,11 @@ class RandomK(Selector):
         return f"RandomK(density={self.schedule!r}, seed={self.seed})"
 
     __repr__ = describe
+
+
+def _next_below(magnitude: float) -> float:
+    """The next smaller float32, at least 0."""
+    return float(torch.nextafter(torch.tensor(magnitude, dtype=torch.float32), torch.zeros(())))
 
 
 def _sampling_seed(step: int, stream: int) -> int:

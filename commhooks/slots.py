@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import accumulate
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket
+
+logger = logging.getLogger(__name__)
 
 
 class Slot:
@@ -60,6 +63,7 @@ class SlotTable:
         slot = self._slots.get(bucket.index)
         if slot is not None and _same_keys(slot.keys, bucket.keys) and self._owns(slot, all):
             return slot, False
+        self._check_loaded_names()
         slot = Slot(bucket, self.with_velocity)
         for position, key in enumerate(slot.keys):
             self._claim(slot, position, key)
@@ -80,6 +84,16 @@ class SlotTable:
         """The parameter's name for messages."""
         shape = tuple(key.shape) if isinstance(key, Tensor) else key
         return self.names.get(key, f"an unnamed parameter {shape}")
+
+    def _check_loaded_names(self) -> None:
+        """What was loaded under a name that no parameter has would wait for ever."""
+        known = set(self.names.values())
+        lost = [name for name in self._loaded["residual"] if known and name not in known]
+        if lost:
+            raise ValueError(
+                f"the loaded memory has {len(lost)} parameters that this model has not, such as {lost[0]!r} (the "
+                f"model's are like {next(iter(self.names.values()))!r}): rename the state's keys, or drop them"
+            )
 
     def _claim(self, slot: Slot, position: int, key: Hashable) -> None:
         name = self.names.get(key, key if isinstance(key, str) else None)
@@ -150,6 +164,9 @@ class SlotTable:
         self._loaded = {
             kind: {n: t.clone() for n, t in state[kind].items()} for kind in ("residual", "velocity")
         }
+        if self._loaded["velocity"] and not self.with_velocity:
+            logger.warning("the loaded velocities are dropped: this memory has no momentum")
+            self._loaded["velocity"].clear()
         self._loaded_lr = dict(state.get("last_lr", {}))
 
 

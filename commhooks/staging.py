@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from .sparse import SparseGrad
 from .transports import Transport
+
+_of_thread = threading.local()
 
 
 def to_transport(pairs: SparseGrad, transport: Transport) -> SparseGrad:
@@ -32,11 +35,17 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def stream_after(ready: Any, device: torch.device) -> Iterator[None]:
-    """On a GPU: a stream of the worker's own that waits for the gradient; the future completes inside it."""
+    """On a GPU: a stream of this thread's own that waits for the gradient; the future completes inside it.
+
+    It is the same stream for all buckets: the end of a step works on the memory of every one of them.
+    """
     if ready is None:
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    streams: dict[torch.device, Any] = _of_thread.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = streams[device]
     with torch.cuda.device(device), torch.cuda.stream(stream):
         stream.wait_event(ready)
         yield

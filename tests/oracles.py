@@ -154,7 +154,7 @@ class Workers:
             where = sorted(masks[p])
             self.u[p] = c.clone()
             self.u[p][where] = 0.0
-            if self.factor_masking and self.scheme != "dense":
+            if self.factor_masking and self.scheme != "dense" and self.k < self.n:
                 self.v[p][where] = 0.0
         self.step_number += 1
         return total

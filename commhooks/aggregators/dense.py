@@ -3,12 +3,12 @@ thin out."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..sparse import SparseGrad
 from ..transports import Transport
 from .base import Aggregated, Aggregator, Context
+from .summed import summed
 
 
 class Dense(Aggregator):
@@ -30,8 +30,4 @@ def dense_sum(
     transport: Transport, corrected: Tensor, nonfinite: bool, context: Context
 ) -> tuple[Tensor, bool]:
     """The sum over ranks of ``corrected`` (n,) float32, and whether any rank voted non-finite."""
-    buffer = torch.empty(corrected.numel() + 1, dtype=torch.float32, device=corrected.device)
-    buffer[:-1] = corrected
-    buffer[-1] = float(nonfinite)
-    transport.all_reduce(buffer, tag=context.tag, what=str(context))
-    return buffer[:-1], float(buffer[-1]) > 0.0
+    return summed(transport, corrected, nonfinite, context)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..sparse import SparseGrad
 from .base import Aggregated, Aggregator, Context
 from .dense import dense_wire_bytes
+from .summed import summed
 
 
 class SharedIndices(Aggregator):
@@ -16,16 +15,13 @@ class SharedIndices(Aggregator):
     """
 
     def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
-        buffer = torch.empty(pairs.k + 1, dtype=torch.float32, device=pairs.values.device)
-        buffer[:-1] = pairs.values
-        buffer[-1] = float(nonfinite)
-        self.transport.all_reduce(buffer, tag=context.tag, what=str(context))
+        values, thrown_away = summed(self.transport, pairs.values, nonfinite, context)
         return Aggregated(
-            buffer[None, :-1].contiguous(),
+            values[None],
             pairs.indices[None],
             contributed=pairs,
             refused=None,
-            nonfinite=float(buffer[-1]) > 0.0,
+            nonfinite=thrown_away,
         )
 
     def wire_bytes(self, k: int, world_size: int) -> int:

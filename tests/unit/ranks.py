@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from commhooks import AllGather, Bucket, Dense, ErrorFeedback, GTopK, RandomK, Reducer, SharedIndices, TopK
+from commhooks import (
+    AllGather,
+    Bucket,
+    Dense,
+    ErrorFeedback,
+    GTopK,
+    RandomK,
+    Reducer,
+    SharedIndices,
+    ThresholdTopK,
+    TopK,
+)
 from commhooks.transports import in_process
 
 SCHEMES = {
@@ -18,6 +29,15 @@ SCHEMES = {
     "union-random": lambda transport, density: (RandomK(density, seed=7), AllGather(transport)),
     "dense": lambda transport, density: (None, Dense(transport)),
 }
+ALL_SCHEMES = {  # an estimated threshold depends on the sample: no oracle predicts it, every law holds all the same
+    **SCHEMES,
+    "threshold": lambda transport, density: (ThresholdTopK(density), AllGather(transport)),
+    "gtopk-threshold": lambda transport, density: (ThresholdTopK(density), GTopK(transport)),
+}
+
+
+BUCKETS = 4
+NAMES = [f"p{i}" for i in range(BUCKETS)]
 
 
 @dataclass
@@ -31,7 +51,7 @@ class Seen:
 
 def reducer(scheme, transport, density, memory=None, **options):
     """A Reducer of a named scheme that sums (no average) and never goes dense, unless told otherwise."""
-    selector, aggregator = SCHEMES[scheme](transport, density)
+    selector, aggregator = ALL_SCHEMES[scheme](transport, density)
     options = {"average": False, "dense_crossover": False, **options}
     return Reducer(selector, aggregator, memory or ErrorFeedback(), **options)
 
@@ -65,6 +85,14 @@ def run_steps(world_size, scheme, density, gradients, segments=None, memory=None
         return seen
 
     return list(zip(*in_process.run(world_size, work, timeout_s), strict=True))
+
+
+def step(red, gradients):
+    """Reduces one gradient per bucket and returns the outputs."""
+    buffers = [g.clone() for g in gradients]
+    for i, buffer in enumerate(buffers):
+        red.reduce(Bucket(i, buffer, (NAMES[i],), (buffer.numel(),), i == len(buffers) - 1))
+    return buffers
 
 
 def bits(tensor):

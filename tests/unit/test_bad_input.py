@@ -260,6 +260,34 @@ def test_ranks_out_of_step_are_told_apart():
         in_process.run(2, work, timeout_s=5.0)
 
 
+@pytest.mark.parametrize("scheme", ["shared", "dense"])
+def test_an_all_reduce_of_ranks_out_of_step_is_noticed(scheme):
+    """No header travels with it: a stamp that is summed beside the values tells."""
+
+    def work(transport):
+        red = reducer(scheme, transport, 0.5)
+        red.reduce(Bucket(0, torch.ones(4), ("p",), (4,)))
+        red.step += 5 * transport.rank
+        red.reduce(Bucket(0, torch.ones(4), ("p",), (4,)))
+
+    with pytest.raises(SettingsMismatchError, match="rank ., bucket 0, step .*another bucket or step"):
+        in_process.run(3, work, timeout_s=5.0)
+
+
+def test_ranks_that_disagree_on_the_loss_scale():
+    """A GradScaler given to the state on one rank only: the sum would mix units."""
+
+    def work(transport):
+        red = reducer("union", transport, 0.5)
+        try:
+            red.reduce(Bucket(0, torch.ones(4), ("p",), (4,)), scale=1024.0 if transport.rank else 1.0)
+        except SettingsMismatchError as error:
+            return str(error)
+
+    for message in in_process.run(2, work, timeout_s=5.0):
+        assert "loss scale 1," in message and "loss scale 1024," in message
+
+
 def test_a_second_momentum_is_warned_of_once():
     from commhooks.state import warn_of_double_momentum
 

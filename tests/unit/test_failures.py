@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from ranks import SCHEMES, memory_of, reducer
+from ranks import ALL_SCHEMES, memory_of, reducer
 
 from commhooks import (
     Bucket,
@@ -41,7 +41,7 @@ def two_steps(transport, scheme):
             red.reduce(Bucket(index, torch.ones(6), (f"p{index}",), (6,), index == 2))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ALL_SCHEMES)
 def test_a_rank_that_dies_in_mid_step(scheme):
     errors = {}
 
@@ -68,7 +68,7 @@ def test_a_rank_that_dies_in_mid_step(scheme):
         assert f"rank {rank}" in str(errors[rank])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ALL_SCHEMES)
 def test_a_rank_that_stalls_in_mid_step(scheme):
     errors, wake = {}, threading.Event()
 
@@ -131,7 +131,7 @@ def test_restarted_after_a_failed_step_it_is_as_if_nothing_had_failed(scheme):
 
     def work(transport, fails):
         parameters = [torch.nn.Parameter(torch.zeros(40)) for _ in names]
-        selector, aggregator = SCHEMES[scheme](transport, 0.1)
+        selector, aggregator = ALL_SCHEMES[scheme](transport, 0.1)
         state = SparseState(
             selector, aggregator, ErrorFeedback(momentum=0.5, factor_masking=True), dense_crossover=False
         )

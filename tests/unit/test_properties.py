@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import SCHEMES, assert_same_bits, run_steps
+from ranks import ALL_SCHEMES, assert_same_bits, run_steps
 
 from commhooks import ErrorFeedback
 
@@ -36,7 +36,7 @@ def problems(draw, largest_world=17):
                     part.zero_()
             ranks.append(g)
         steps.append(ranks)
-    return world_size, draw(st.sampled_from(sorted(SCHEMES))), density, segments, steps
+    return world_size, draw(st.sampled_from(sorted(ALL_SCHEMES))), density, segments, steps
 
 
 def corrected_before(gradients, residuals, velocities, beta, segments):
