@@ -25,7 +25,8 @@ from commhooks.transports.mpi import MpiTransport  # noqa: E402
 
 torch.set_num_threads(1)
 WHAT, HOW, SCHEME = (*sys.argv[1:], *("train", "ddp", "gtopk")[len(sys.argv) - 1 :])
-STALL_TIMEOUT_S = 3.0
+# Where a rank dies it is the launcher that ends the job: the survivors' own time-out would be far too late.
+TIMEOUT_S = {"stall": 3.0, "die": 300.0}.get(WHAT, 60.0)
 comm = MPI.COMM_WORLD
 
 
@@ -48,6 +49,7 @@ def trouble(reduce, reducer):
     def wrapped(bucket, scale=1.0):
         if comm.rank == 1 and bucket.index == 1 and reducer.step == 2:
             if WHAT == "die":
+                Path(os.environ["COMMHOOKS_TEST_DIED_AT"]).write_text(str(time.monotonic()))
                 os.kill(os.getpid(), 9)
             if WHAT == "stall":
                 time.sleep(300)
@@ -60,7 +62,7 @@ def main_reducer():
     from ranks import reducer
 
     scheme = {"topk": "union"}.get(SCHEME, SCHEME)
-    red = reducer(scheme, MpiTransport(timeout_s=STALL_TIMEOUT_S), 0.2)
+    red = reducer(scheme, MpiTransport(timeout_s=TIMEOUT_S), 0.2)
     reduce = trouble(red.reduce, red)
     try:
         for _ in range(3):
@@ -76,8 +78,7 @@ def main_reducer():
 def main_ddp():
     join_gloo()
     density = 0.25 if WHAT == "disagree" and comm.rank == 1 else 0.1
-    timeout_s = STALL_TIMEOUT_S if WHAT == "stall" else 60.0
-    ddp, state = cases.sparse_ddp(SCHEME, density, ErrorFeedback(0.5), transport="mpi", timeout_s=timeout_s)
+    ddp, state = cases.sparse_ddp(SCHEME, density, ErrorFeedback(0.5), transport="mpi", timeout_s=TIMEOUT_S)
     state.reducer.reduce = trouble(state.reducer.reduce, state.reducer)
     data = cases.Data(comm.rank)
     if WHAT == "train":
