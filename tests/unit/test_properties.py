@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import ALL_SCHEMES, assert_same_bits, run_steps
+from ranks import ALL_SCHEMES, assert_same_bits, integers, run_steps
 
 from commhooks import ErrorFeedback
 
@@ -148,3 +148,13 @@ def test_a_rank_whose_parameter_has_no_gradient_keeps_its_residual():
         seen = run_steps(2, scheme, 1 / 3, gradients, segments=(2, 1))
         assert seen[0][0].output.tolist() == [8.0, 0.0, 0.0]
         assert seen[1][0].residual[:2].tolist() == [0.0, 3.0], scheme
+
+
+@pytest.mark.parametrize("scheme", ["gtopk", "gtopk-tree"])
+def test_gtopk_among_67_ranks(scheme):
+    """Studies run at P = 64 and more: three ranks fold into the 64 that merge; mass and equal bits over three steps."""
+    generator = torch.Generator().manual_seed(67)
+    steps = [[integers(generator, 200) for _ in range(67)] for _ in range(3)]
+    seen = run_steps(67, scheme, 0.05, steps)
+    assert all(ranks[0].output.count_nonzero() == 10 for ranks in seen)
+    check_conservation(seen, steps, (200,), 0.0, tolerance=0.0)
