@@ -1,0 +1,26 @@
+"""scripts/demo, the README's first command, on a small model: all four jobs, the table, the figure."""
+
+import sys
+
+import pytest
+from jobs.demo import ENTRIES
+from launch import ROOT, run
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_the_demo_prints_its_table_and_draws_its_figure(tmp_path):
+    figure = tmp_path / "drawn" / "demo.png"
+    command = [str(ROOT / "scripts" / "demo"), "--model", "mlp", "--epochs", "1", "--ranks", "2"]
+    command += ["--output", str(figure), "--keep", str(tmp_path / "logs")]
+    done = run(command, timeout=240, env={"COMMHOOKS_PYTHON": sys.executable}, cwd=tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if "|" in line]
+    table = {row[1]: row[2:-1] for row in rows[2:]}
+    assert list(table) == [entry.name for entry in ENTRIES] and len(table) == 4, done.show()
+    assert [table[name][0] for name in table] == ["1", "0.01", "0.01", "0.05"], done.show()
+    sent = [int(row[4].replace(",", "")) for row in table.values()]
+    assert sent[0] > 10 * max(sent[1:]) and min(sent) > 0, done.show()
+    assert all(float(row[3].rstrip("%")) > 30.0 for row in table.values()), done.show()  # ten digits
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 10_000
+    assert len(list((tmp_path / "logs").glob("*.jsonl"))) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "logs"]
