@@ -42,7 +42,7 @@ class Transport(ABC):
     messages in flight at the same time (0 to 32767); ``what`` names them in errors ("bucket 3, round 1").
 
     Raises (all calls):
-        PeerTimeoutError: a peer did not answer in time; names it.
+        PeerTimeoutError: a peer did not answer in time; names it where that can be known.
         PeerLostError: a connection broke.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from ..errors import CommHooksError, PeerLostError, PeerTimeoutError
 from .base import DEFAULT_TIMEOUT_S, Message, Transport
+from .roll_call import RollCall
 
 _POLL_S = 1e-4
+_LONG_WAIT_S = 1.0
+"""A rank that waits this long in a collective (or a quarter of the timeout, if that is less) tells the others."""
 
 
 class DistributedTransport(Transport):
@@ -54,6 +57,9 @@ class DistributedTransport(Transport):
             backend=backend,
             use_local_synchronization=self.world_size < dist.get_world_size(),
         )
+        self._collectives = 0
+        store = _store_of(self._group) if backend == "gloo" else None
+        self._roll_call = RollCall(store, self.rank, self.world_size)
 
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
         pending: list[tuple[Any, str]] = []
@@ -71,7 +77,10 @@ class DistributedTransport(Transport):
                 raise self._typed(error, what, f"rank {peer}") from error
         deadline = time.monotonic() + self.timeout_s
         for work, name in pending:
-            self._wait(work, deadline, what, name)
+            try:
+                self._wait(work, deadline)
+            except RuntimeError as error:
+                raise self._typed(error, what, name) from error
         self._wait_for_device(deadline, what)
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
@@ -85,24 +94,37 @@ class DistributedTransport(Transport):
             lambda: dist.all_reduce(buffer, group=self._group, async_op=True), what, "all-reduce"
         )
 
-    def _collective(self, start: Any, what: str, operation: str) -> None:
-        deadline = time.monotonic() + self.timeout_s
+    def _collective(self, start: Callable[[], Any], what: str, operation: str) -> None:
+        """Starts and finishes a collective; an error under gloo names the ranks that did not come to it.
+
+        A rank that gives up breaks the others' connections, so these look for the late ranks too.
+        """
+        deadline, told = time.monotonic() + self.timeout_s, False
+        self._collectives += 1
         try:
             work = start()
+            if self.backend == "nccl" or not self._ends_soon(work):
+                told = self._roll_call.wait_in(self._collectives)
+                self._wait(work, deadline)
         except RuntimeError as error:
-            raise self._typed(error, f"{what}, {operation}", "any rank") from error
-        self._wait(work, deadline, f"{what}, {operation}", "any rank")
+            late = self._roll_call.missing(self._collectives) if told else []
+            names = " and ".join(f"rank {r}" for r in late) or "any rank"
+            raise self._typed(error, f"{what}, {operation}", names) from error
         self._wait_for_device(deadline, what)
 
-    def _wait(self, work: Any, deadline: float, what: str, peer: str) -> None:
-        remaining = max(1e-3, deadline - time.monotonic())
+    def _ends_soon(self, work: Any) -> bool:
+        """False if a collective is still under way after a long wait, or has failed."""
         try:
-            if self.backend == "nccl":
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=remaining))
-        except RuntimeError as error:
-            raise self._typed(error, what, peer) from error
+            work.wait(timedelta(seconds=min(_LONG_WAIT_S, self.timeout_s / 4)))
+        except RuntimeError:  # a failed one raises again at the next wait
+            return False
+        return True
+
+    def _wait(self, work: Any, deadline: float) -> None:
+        if self.backend == "nccl":
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
 
     def _wait_for_device(self, deadline: float, what: str) -> None:
         """NCCL's wait only orders streams: poll the stream itself, so that a stall is seen in time."""
@@ -122,13 +144,19 @@ class DistributedTransport(Transport):
                 f"rank {self.rank}, {what}: no answer from {peer} for {self.timeout_s:g} s"
             )
         return PeerLostError(
-            f"rank {self.rank}, {what}: lost the connection to {peer}: {text.split('. ')[0]}"
+            f"rank {self.rank}, {what}: lost a connection while waiting for {peer}: {text.split('. ')[0]}"
         )
 
     def close(self) -> None:
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+def _store_of(group: Any) -> Any:
+    """The store of a process group, or None; torch has no public way to it."""
+    find = getattr(dist.distributed_c10d, "_get_process_group_store", None)
+    return None if find is None else find(group)
 
 
 def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> str:

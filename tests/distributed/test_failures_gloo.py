@@ -84,15 +84,21 @@ def test_a_rank_that_dies_in_mid_step(scheme):
     assert lost  # whoever talks to the dead rank itself sees its connection break
 
 
-@pytest.mark.parametrize("scheme", ["gtopk", "topk"])
-def test_a_rank_that_stalls_in_mid_step(scheme):
-    outcomes = spawn_gloo(trouble, 2, args=(scheme, stall), timeout=90, check=False)
-    assert outcomes[0].exitcode == 0, outcomes[0].error
-    out = outcomes[0].result
-    check(out, 0, ("rank 1", "any rank"), ("PeerTimeoutError",))
-    assert TIMEOUT_S * 0.9 < out["seconds"] < TIMEOUT_S + 30.0
+@pytest.mark.parametrize("scheme, size", [("gtopk", 2), ("topk", 3), ("randomk", 3)])
+def test_a_rank_that_stalls_in_mid_step(scheme, size):
+    """Exchange, all-gather and all-reduce: the others name it. Who gives up breaks the others' connections."""
+    outcomes = spawn_gloo(trouble, size, args=(scheme, stall), timeout=90, check=False)
+    kinds = ("PeerLostError", "PeerTimeoutError")
+    waiting = [rank for rank in range(size) if rank != 1]
+    for rank in waiting:
+        assert outcomes[rank].exitcode == 0, outcomes[rank].error
+        out = outcomes[rank].result
+        check(out, rank, ("rank 1",), kinds)
+        assert "any rank" not in out["state"][1]
+        assert TIMEOUT_S * 0.9 < out["seconds"] < TIMEOUT_S + 30.0
+    assert "PeerTimeoutError" in [outcomes[rank].result["state"][0] for rank in waiting]
     assert outcomes[1].exitcode == 0, outcomes[1].error  # it wakes into an error of its own
-    assert outcomes[1].result["state"][0] in ("PeerLostError", "PeerTimeoutError")
+    assert outcomes[1].result["state"][0] in kinds
 
 
 def catchable(rank, size):
