@@ -61,6 +61,8 @@ def render(summary: dict[str, Any]) -> str:
         rows.insert(5, ("test accuracy", f"{summary['test_accuracy']:.2%}"))
     if "test_perplexity" in summary:
         rows.insert(6, ("test perplexity", f"{summary['test_perplexity']:.3f}"))
+    if summary["averaging"] != "none":
+        rows.insert(1, ("averaging", summary["averaging"]))
     return table(("", "value"), rows)
 
 

@@ -217,9 +217,11 @@ class Run:
         steps = max(1, self._sums["steps"])
         sent = self._sums["bytes_sent"] / steps
         dense = 4.0 * self.numel
+        plain_ddp = self.options.scheme == "dense" and self.options.averaging == "none"
         return {
             "scheme": self.options.scheme,
-            "transport": self.options.transport if self.options.scheme != "dense" else "ddp",
+            "averaging": averaging_of(self.options),
+            "transport": "ddp" if plain_ddp else self.options.transport,
             "error_feedback": self.options.error_feedback,
             "density": self.options.density if self.options.scheme != "dense" else 1.0,
             "ranks": self.world.size,
@@ -231,6 +233,20 @@ class Run:
             "step_time_s": self._sums["step_time_s"] / steps,
             "elapsed_s": elapsed_s,
         }
+
+
+def averaging_of(options: Any) -> str:
+    """How rarely models are averaged, in words: "none", "local, every 8 steps"."""
+    words = [options.averaging]
+    if options.averaging == "decentralized":
+        words.append(options.topology)
+    if options.averaging == "local" and options.sync != "every":
+        words.append(options.sync)
+    elif options.averaging not in ("none", "stagewise"):
+        words.append("every step" if options.period == 1 else f"every {options.period} steps")
+    if options.averaging_start:
+        words.append(f"after step {options.averaging_start}")
+    return ", ".join(words)
 
 
 def averaged(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

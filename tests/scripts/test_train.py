@@ -12,6 +12,7 @@ from jobs import launch as job_launch
 from jobs.log import Log, read, table
 from launch import ROOT, mpiexec, mpiexec_path, run, spawn_gloo, torchrun
 from test_data import write_cifar, write_ptb
+from train import render
 
 TRAIN = ROOT / "scripts" / "train.py"
 MLP = ["--model", "mlp", "--hidden", "64", "--batch-size", "64", "--quiet"]
@@ -217,6 +218,23 @@ def test_torchrun_trains_and_prints_a_summary(tmp_path):
     assert "| scheme" in done.stdout and "| test accuracy" in done.stdout and "step 88/88" in done.stderr
     assert read(log, "start")[0]["launcher"] == "torchrun"
     assert read(log, "end")[0]["test_accuracy"] > 0.8
+
+
+def test_the_summary_names_the_averaging_where_there_is_one():
+    given = [*MLP, "--epochs", 1]
+    averaged, plain = in_ranks(
+        2, [*given, "--averaging", "local", "--period", 2], [*given, "--scheme", "dense"]
+    )
+    assert "| local, every 2 steps |" in render(averaged) and averaged["transport"] == "distributed"
+    assert "averaging" not in render(plain) and plain["transport"] == "ddp"
+    for words, expected in {
+        "none": "none",
+        "local --sync one-shot": "local, one-shot",
+        "restarted --averaging-start 9": "restarted, every 8 steps, after step 9",
+        "decentralized --topology complete": "decentralized, complete, every step",
+        "stagewise --scheme topk": "stagewise",
+    }.items():
+        assert loop.averaging_of(parse("--averaging", *words.split())) == expected
 
 
 @pytest.mark.mpi
