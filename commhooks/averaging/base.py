@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BufferChoice = Literal["average", "broadcast", "leave"]
 _TAG = 7000  # averagers have a transport of their own; the tag only tells their calls from each other
-_HEADER = ("settings", "parameter shapes", "step")
+_HEADER = ("settings", "parameter shapes", "step", "starting point")
 
 
 class Averager(ModelAverager):
@@ -33,9 +33,9 @@ class Averager(ModelAverager):
     rank.
 
     All synchronise *after* steps K, 2K, ... (torch's ``PeriodicModelAverager`` also does so at its very first
-    call). Before each synchronisation the ranks compare a 32-byte header (settings, shapes, step), so that
-    ranks that run different code, or different numbers of steps, end with
-    :class:`~commhooks.errors.SettingsMismatchError`.
+    call). Before each synchronisation the ranks compare a small header (settings, shapes, step, and at the
+    first one the starting point where the averager remembers it), so that ranks that run different code, or
+    different numbers of steps, end with :class:`~commhooks.errors.SettingsMismatchError`.
 
     Args:
         transport: ``"distributed"``, ``"mpi"`` or a :class:`~commhooks.transports.base.Transport`.
@@ -79,6 +79,7 @@ class Averager(ModelAverager):
         self.module, self.buffers, self.reducer = module, buffers, reducer
         self.step = 0
         self.synchronisations = 0
+        self._start = 0  # fingerprint of the starting point; 0: none, or found equal on all ranks
 
     @property
     def rank(self) -> int:
@@ -135,6 +136,7 @@ class Averager(ModelAverager):
         with torch.no_grad():
             for tensor in [*tensors, *self._buffers(floating=False)]:
                 self._broadcast(tensor, root)
+        self._start_from(tensors)
 
     def consensus_distance(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> float:
         """``sqrt(mean_p ||x_p - mean x||^2)`` over the ranks' parameters; costs one all-reduce."""
@@ -162,28 +164,39 @@ class Averager(ModelAverager):
                 message.digest(type(self).__name__, self.settings()),
                 message.digest(layout, buffers),
                 self.step,
+                self._start,
                 0,
             ]
         )
-        header[3:].view(torch.float64)[0] = note
-        headers = torch.empty(self.world_size, 4, dtype=torch.int64, device=self._device)
+        header[4:].view(torch.float64)[0] = note
+        headers = torch.empty(self.world_size, 5, dtype=torch.int64, device=self._device)
         self.transport.all_gather(
             header.to(self._device), headers, tag=_TAG, what=f"{self._what()}, agreement"
         )
         headers = headers.cpu()
         self.check_headers(headers.tolist(), list(range(self.world_size)))
-        return [float(value) for value in headers[:, 3].contiguous().view(torch.float64)]
+        self._start = 0
+        return [float(value) for value in headers[:, 4].contiguous().view(torch.float64)]
 
     def check_headers(self, headers: Sequence[Sequence[int]], ranks: Sequence[int]) -> None:
-        """Raises SettingsMismatchError when a header differs from the first in settings, shapes or step."""
+        """Raises SettingsMismatchError when a header differs from the first, and says in what."""
         for rank, header in zip(ranks, headers, strict=True):
             for name, theirs, first in zip(_HEADER, header, headers[0], strict=False):
                 if theirs != first:
                     shown = f" ({first} and {theirs})" if name == "step" else ""
+                    if name == "starting point":
+                        shown = ": call broadcast_parameters first, or load the averagers' states"
                     raise SettingsMismatchError(
                         f"{self._what()}: ranks {ranks[0]} and {rank} differ in {name}{shown}; "
                         f"this is rank {self.rank} with {self.settings()}"
                     )
+
+    def _start_from(self, tensors: Sequence[Tensor]) -> None:
+        """Takes ``tensors`` for the starting point, in an averager that sends the change since the last one."""
+
+    def _check_start(self, *anchors: Tensor) -> None:
+        """Lets the next agreement compare these tensors, which all ranks must have in common."""
+        self._start = message.digest_of(anchors)
 
     def _buffers(self, floating: bool = True) -> list[Tensor]:
         """The buffers looked after; with ``floating`` only those an average makes sense for."""

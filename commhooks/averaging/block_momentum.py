@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ class BlockMomentum(Averager):
     Args:
         mu: block momentum in [0, 1).
         period: K, local steps between averagings.
-        params: the model's parameters. Needed at once: ``w~`` is where the first block starts. Rank 0's
-            values are broadcast to all ranks here, so every rank must construct the averager.
+        params: the model's parameters. Needed at once: ``w~`` is where the first block starts, the same on
+            every rank; the first synchronisation checks that.
         reset_optimizer: an optimizer whose state (momentum buffers, Adam's moments) is cleared at every
             restart.
         **options: ``transport``, ``module``, ``buffers``, ``reducer``, ``timeout_s`` of
@@ -62,10 +62,10 @@ class BlockMomentum(Averager):
             raise ValueError("params must hold at least one parameter that requires a gradient, got none")
         super().__init__(**options)
         self.reset_optimizer = reset_optimizer
-        self.broadcast_parameters(tensors)
         dtype = torch.float32 if self.reducer is not None else message.message_dtype(tensors)
         self.anchor = message.flatten(tensors, dtype)
         """w~, flat: the model at the start of this block, the same on every rank."""
+        self._check_start(self.anchor)
         self.velocity = torch.zeros_like(self.anchor)
         """v, flat, in parameter units."""
 
@@ -80,10 +80,18 @@ class BlockMomentum(Averager):
     def settings(self) -> str:
         return f"BlockMomentum(mu={self.mu!r}, period={self.period}, compressed={self.reducer is not None})"
 
-    def _synchronise(self, tensors: list[Tensor]) -> None:
+    def _start_from(self, tensors: Sequence[Tensor]) -> None:
+        self._check_numel(tensors)
+        self.anchor = message.flatten(tensors, self.anchor.dtype)
+        self._check_start(self.anchor)
+
+    def _check_numel(self, tensors: Sequence[Tensor]) -> None:
         if message.numel_of(tensors) != self.anchor.numel():
             raise ValueError(f"params must be the {self.anchor.numel()} elements the averager was made with, "
                              f"got {message.numel_of(tensors)}")  # fmt: skip
+
+    def _synchronise(self, tensors: list[Tensor]) -> None:
+        self._check_numel(tensors)
         self._agree(tensors)
         flat = message.flatten(tensors, self.anchor.dtype)
         if self.reducer is None:
@@ -107,3 +115,4 @@ class BlockMomentum(Averager):
             )
         self.anchor.copy_(state["anchor"])
         self.velocity.copy_(state["velocity"])
+        self._check_start(self.anchor)

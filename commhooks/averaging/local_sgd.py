@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class LocalSGD(Averager):
         weight: this worker's share in the average, relative to the others' (its number of samples, say); may
             be set anew before any synchronisation. Positive.
         params: the parameters, needed with ``reducer`` only: compressed averaging sends the change since the
-            last synchronisation, so all ranks must start equal. Rank 0's values are broadcast here.
+            last synchronisation, so all ranks must start equal; the first synchronisation checks that.
         **options: ``transport``, ``module``, ``buffers``, ``reducer``, ``timeout_s`` of
             :class:`~commhooks.averaging.Averager`.
 
@@ -60,9 +60,13 @@ class LocalSGD(Averager):
         if self.reducer is not None:
             if params is None:
                 raise ValueError(f"params must be given together with a reducer, got {params!r}")
-            tensors = message.parameters_of(params)
-            self.broadcast_parameters(tensors)
+            self._anchor = torch.empty(0)
+            self._start_from(message.parameters_of(params))
+
+    def _start_from(self, tensors: Sequence[Tensor]) -> None:
+        if self._anchor is not None:
             self._anchor = message.flatten(tensors, torch.float32)
+            self._check_start(self._anchor)
 
     def is_due(self, step: int) -> bool:
         return step in self.sync
@@ -97,3 +101,4 @@ class LocalSGD(Averager):
             )
         if self._anchor is not None:
             self._anchor.copy_(state["anchor"])
+            self._check_start(self._anchor)

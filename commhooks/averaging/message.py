@@ -71,6 +71,14 @@ def digest(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
+def digest_of(tensors: Iterable[Tensor]) -> int:
+    """A signed 64-bit fingerprint of the tensors' bits; reads them on the host."""
+    state = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().numpy().data)
+    return int.from_bytes(state.digest(), "little", signed=True)
+
+
 def layout_of(tensors: Sequence[Tensor]) -> str:
     """What two ranks must share before their messages can be added up: shapes and dtypes, in order."""
     return ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,8 +82,8 @@ class RestartedMomentum(MomentumAverager):
         period: I, local steps between averagings, or a :class:`~commhooks.averaging.SyncSet`.
         **options: ``transport``, ``module``, ``buffers``, ``reducer``, ``timeout_s`` of
             :class:`~commhooks.averaging.Averager`. With a reducer both the parameters' and the buffers'
-            changes since the last averaging are compressed, each with its own memory; rank 0's parameters are
-            broadcast here.
+            changes since the last averaging are compressed, each with its own memory; all ranks must start
+            equal, which the first averaging checks.
 
     Example::
 
@@ -103,10 +103,9 @@ class RestartedMomentum(MomentumAverager):
         self._anchors: list[Tensor] | None = None
         if self.reducer is not None:
             tensors = message.parameters_of(optimizer.param_groups)
-            self.broadcast_parameters(tensors)
             momenta = message.numel_of(self._with_momentum(tensors))
-            flat = message.flatten(tensors, torch.float32)
-            self._anchors = [flat, flat.new_zeros(momenta)]
+            self._anchors = [torch.empty(0), torch.zeros(momenta)]
+            self._start_from(tensors)
 
     @property
     def period(self) -> int | None:
@@ -118,6 +117,12 @@ class RestartedMomentum(MomentumAverager):
 
     def settings(self) -> str:
         return f"{super().settings()} at {self.sync!r}"
+
+    def _start_from(self, tensors: Sequence[Tensor]) -> None:
+        if self._anchors is not None:
+            flat = message.flatten(tensors, torch.float32)
+            self._anchors = [flat, self._anchors[1].to(flat.device)]
+            self._check_start(*self._anchors)
 
     def _synchronise(self, tensors: list[Tensor]) -> None:
         self._agree(tensors)
@@ -149,3 +154,5 @@ class RestartedMomentum(MomentumAverager):
             )
         for own, saved in zip(self._anchors or [], state.get("anchors", []), strict=True):
             own.copy_(saved)
+        if self._anchors is not None:
+            self._check_start(*self._anchors)

@@ -11,7 +11,7 @@ from . import oracles
 from .workers import NUMEL, Pieces, flat_momentum, run_steps, start
 
 STEPS, RATE, BETA = 6, 0.1, 0.9
-HEADER_BYTES = 32
+HEADER_BYTES = 40
 
 
 def same(ours, theirs):
@@ -51,6 +51,7 @@ def check_block(transport):
     model = Pieces(start() * (1 + transport.rank))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     averager = BlockMomentum(0.7, 2, params=model.parameters(), transport=transport)
+    averager.broadcast_parameters(model.parameters())
     history = run_steps(model, optimizer, averager, gradient, transport.rank, STEPS)
     expected, _, _, _ = oracles.m_avg(start(), gradient, transport.world_size, 3, 2, RATE, 0.7)
     same(history, expected[:, transport.rank])

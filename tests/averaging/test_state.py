@@ -15,6 +15,7 @@ from commhooks.averaging import (
     average_checkpoints,
     topology,
 )
+from commhooks.errors import SettingsMismatchError
 from commhooks.transports import in_process
 
 from . import oracles
@@ -24,10 +25,18 @@ KINDS = ("local", "block", "restarted", "decentralized", "local+topk", "block+to
 PERIOD = 3
 
 
-def make(kind, transport, dtype=torch.float32):
+def make(kind, transport):
     """Model, optimizer and averager of a kind; a fresh start, equal on all ranks."""
-    model = Pieces(start(), dtype=dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model, optimizer = make_parts()
+    return model, optimizer, make_averager(kind, transport, model, optimizer)
+
+
+def make_parts():
+    model = Pieces(start(), dtype=torch.float32)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def make_averager(kind, transport, model, optimizer):
     name, _, compressed = kind.partition("+")
     options = {"transport": transport}
     if compressed:
@@ -42,7 +51,7 @@ def make(kind, transport, dtype=torch.float32):
     else:
         network = topology.one_peer_exponential(transport.world_size)
         averager = DecentralizedMomentum(optimizer, network, **options)
-    return model, optimizer, averager
+    return averager
 
 
 def checkpoint(model, optimizer, averager):
@@ -54,6 +63,24 @@ def load(state, model, optimizer, averager):
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     averager.load_state_dict(state["averager"])
+
+
+ORDERS = ("bmoa", "mboa", "moba", "baom")  # b: build the averager; m, o, a: load model, optimizer, averager
+
+
+def resume(kind, transport, state, order="bmoa"):
+    """Model, optimizer and averager from a checkpoint, in one of the ``ORDERS``."""
+    parts, state = [*make_parts(), None], copy.deepcopy(state)  # an optimizer goes on in what it loaded
+    for letter in order:
+        if letter == "b":
+            parts[2] = make_averager(kind, transport, *parts[:2])
+        elif letter == "m":
+            parts[0].load_state_dict(state["model"])
+        elif letter == "o":
+            parts[1].load_state_dict(state["optimizer"])
+        else:
+            parts[2].load_state_dict(state["averager"])
+    return parts
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,12 +101,33 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind):
 
         states = in_ranks(world_size, first)
 
-        def second(transport, cut=cut, states=states):
-            parts = make(kind, transport)
-            load(states[transport.rank], *parts)
-            return run_steps(*parts, gradient, transport.rank, total - cut, first=cut)
+        for order in ORDERS:
 
-        assert torch.equal(in_ranks(world_size, second), expected[cut:]), cut
+            def second(transport, cut=cut, states=states, order=order):
+                parts = resume(kind, transport, states[transport.rank], order)
+                return run_steps(*parts, gradient, transport.rank, total - cut, first=cut)
+
+            assert torch.equal(in_ranks(world_size, second), expected[cut:]), (cut, order)
+
+
+@pytest.mark.parametrize("kind", ("block", "local+topk", "restarted+topk"))
+def test_starting_points_that_differ_are_an_error_until_they_are_broadcast(kind):
+    """No local step is overwritten in silence: a model from the middle of a block needs its averager's state."""
+
+    def work(transport, broadcast):
+        model, optimizer = make_parts()
+        with torch.no_grad():
+            model.parts[1].add_(transport.rank)
+        averager = make_averager(kind, transport, model, optimizer)
+        assert transport.counters.messages == 0
+        if broadcast:
+            averager.broadcast_parameters(model.parameters())
+        return run_steps(model, optimizer, averager, lambda p, t, x: x, transport.rank, PERIOD)[-1]
+
+    result = in_ranks(2, lambda t: work(t, True))
+    assert torch.equal(result[:, 0], result[:, 1])
+    with pytest.raises(SettingsMismatchError, match="starting point.*broadcast_parameters"):
+        in_ranks(2, lambda t: work(t, False))
 
 
 @pytest.mark.parametrize("kind", KINDS)

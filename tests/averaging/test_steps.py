@@ -78,9 +78,10 @@ def test_block_momentum_and_its_identity(world_size, mu):
     expected, w_tildes, vs, ds = oracles.m_avg(start(), gradient, world_size, blocks, period, RATE, mu)
 
     def work(transport):
-        model = Pieces(start() + transport.rank)  # rank 0's start is broadcast
+        model = Pieces(start() + transport.rank)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         averager = BlockMomentum(mu, period, params=model.parameters(), transport=transport)
+        averager.broadcast_parameters(model.parameters())
         history, z = [model.flat()], []
         for t in range(STEPS):
             z.append(averager.anchor + mu / (1 - mu) * averager.velocity)
