@@ -20,8 +20,7 @@ class DecentralizedMomentum(MomentumAverager):
     x~_j``.
 
     Point-to-point messages to the neighbours only: ``degree`` messages of parameters + momentum buffers (+
-    floating buffers of ``module``) a step, plus a 24-byte header each at the first step and after a change of
-    shapes. Written as ``x_p + sum_j W[j, p] (x_j - x_p)``, so that rounded weights cannot move workers that
+    floating buffers of ``module``) a step, with a 24-byte header in front of each. Written as ``x_p + sum_j W[j, p] (x_j - x_p)``, so that rounded weights cannot move workers that
     agree.
 
     The workers' models differ during training; :meth:`average_now` averages them, for evaluation at the end,
@@ -56,7 +55,6 @@ class DecentralizedMomentum(MomentumAverager):
         if topology.world_size != self.world_size:
             raise ValueError(f"topology must have the transport's {self.world_size} ranks, got {topology!r}")
         self.topology = topology
-        self._agreed: tuple[int, set[tuple[str, int]]] = (0, set())
 
     def is_due(self, step: int) -> bool:
         return step in self.sync
@@ -93,21 +91,17 @@ class DecentralizedMomentum(MomentumAverager):
         message.unflatten_(everything, mixed)
 
     def _agree_with(self, tensors: list[Tensor], sends: list[int], sources: list[int]) -> None:
-        """Compares settings, shapes and step with these neighbours, once for the same shapes."""
+        """Compares settings, shapes and step with these neighbours.
+
+        A message of its own, of fixed size: if shapes differ, the data would not fit.
+        """
         layout = message.digest(message.layout_of(tensors))
-        if self._agreed[0] != layout:
-            self._agreed = (layout, set())
-        done = self._agreed[1]
-        new_sends = [peer for peer in sends if ("to", peer) not in done]
-        new_sources = [peer for peer in sources if ("from", peer) not in done]
         header = torch.tensor([message.digest(self.settings()), layout, self.step], device=self._device)
-        received = torch.empty(len(new_sources), 3, dtype=torch.int64, device=self._device)
+        received = torch.empty(len(sources), 3, dtype=torch.int64, device=self._device)
         self.transport.exchange(
-            [(peer, header) for peer in new_sends],
-            [(peer, row) for peer, row in zip(new_sources, received, strict=True)],
+            [(peer, header) for peer in sends],
+            [(peer, row) for peer, row in zip(sources, received, strict=True)],
             tag=_TAG_HEADER,
             what=f"{self._what()}, agreement",
         )
-        self.check_headers([header.tolist(), *received.tolist()], [self.rank, *new_sources])
-        done.update(("to", peer) for peer in new_sends)
-        done.update(("from", peer) for peer in new_sources)
+        self.check_headers([header.tolist(), *received.tolist()], [self.rank, *sources])

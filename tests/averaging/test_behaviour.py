@@ -1,5 +1,7 @@
 """Around the algorithms: buffers, missing gradients, scalers, wrappers, dtypes, disagreement, bad input."""
 
+import re
+
 import pytest
 import torch
 from torch.distributed.optim import PostLocalSGDOptimizer
@@ -12,7 +14,7 @@ from commhooks.averaging import (
     RestartedMomentum,
     topology,
 )
-from commhooks.errors import PeerTimeoutError, SettingsMismatchError
+from commhooks.errors import CommHooksError, PeerLostError, PeerTimeoutError, SettingsMismatchError
 from commhooks.transports import in_process
 
 from . import oracles
@@ -215,6 +217,34 @@ def test_neighbours_that_disagree_are_told():
 
     with pytest.raises(SettingsMismatchError, match="differ in settings"):
         in_process.run(4, work, timeout_s=10)
+
+
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("comes", (True, False))
+def test_a_rank_that_skips_a_step_is_an_error_on_all_ranks(kind, comes):
+    """Rank 1 skips its third step: it averages without having counted it, or comes no more."""
+
+    def work(transport):
+        model = Pieces(start())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        averager = list(averagers(model, optimizer, transport, period=1))[kind]
+        try:
+            run_steps(model, optimizer, averager, lambda p, t, x: x, transport.rank, 2)
+            if transport.rank != 1:
+                run_steps(model, optimizer, averager, lambda p, t, x: x, transport.rank, 3)
+            elif comes:
+                averager.synchronise(model.parameters())
+        except CommHooksError as error:
+            return error
+        return None
+
+    seen = in_process.run(3, work, timeout_s=0.5)
+    if comes:
+        assert {type(error) for error in seen} <= {SettingsMismatchError, PeerLostError}
+        assert any(re.search(r"differ in step \((2 and 3|3 and 2)\)", str(error)) for error in seen)
+    else:
+        assert {type(error) for error in seen[::2]} <= {PeerTimeoutError, PeerLostError}
+        assert all("after step 3" in str(error) for error in seen[::2])
 
 
 @pytest.mark.parametrize("kind", range(4))
