@@ -79,6 +79,7 @@ class Averager(ModelAverager):
         self.module, self.buffers, self.reducer = module, buffers, reducer
         self.step = 0
         self.synchronisations = 0
+        self._members: list[Tensor] = []  # in the order of what is remembered of them
         self._start = 0  # fingerprint of the starting point; 0: none, or found equal on all ranks
 
     @property
@@ -108,7 +109,7 @@ class Averager(ModelAverager):
 
     def synchronise(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
         """Synchronises now, whatever the step: after the last one, say, when it was not in the set."""
-        tensors = message.parameters_of(params)
+        tensors = self._in_order(message.parameters_of(params))
         try:
             self._synchronise(tensors)
         except CommHooksError as error:
@@ -132,7 +133,7 @@ class Averager(ModelAverager):
         self, params: Iterable[Tensor] | Iterable[dict[str, Any]], root: int = 0
     ) -> None:
         """Makes all ranks start from rank ``root``'s parameters (and the module's buffers), as DDP does."""
-        tensors = message.parameters_of(params)
+        tensors = self._in_order(message.parameters_of(params))
         with torch.no_grad():
             for tensor in [*tensors, *self._buffers(floating=False)]:
                 self._broadcast(tensor, root)
@@ -190,6 +191,13 @@ class Averager(ModelAverager):
                         f"{self._what()}: ranks {ranks[0]} and {rank} differ in {name}{shown}; "
                         f"this is rank {self.rank} with {self.settings()}"
                     )
+
+    def _in_order(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The order the averager was made with: an optimizer's groups may have another than the model."""
+        place = {id(tensor): i for i, tensor in enumerate(self._members)}
+        if any(id(tensor) not in place for tensor in tensors):
+            return tensors
+        return sorted(tensors, key=lambda tensor: place[id(tensor)])
 
     def _start_from(self, tensors: Sequence[Tensor]) -> None:
         """Takes ``tensors`` for the starting point, in an averager that sends the change since the last one."""

@@ -61,7 +61,7 @@ class BlockMomentum(Averager):
         if not tensors:
             raise ValueError("params must hold at least one parameter that requires a gradient, got none")
         super().__init__(**options)
-        self.reset_optimizer = reset_optimizer
+        self.reset_optimizer, self._members = reset_optimizer, tensors
         dtype = torch.float32 if self.reducer is not None else message.message_dtype(tensors)
         self.anchor = message.flatten(tensors, dtype)
         """w~, flat: the model at the start of this block, the same on every rank."""

@@ -60,8 +60,8 @@ class LocalSGD(Averager):
         if self.reducer is not None:
             if params is None:
                 raise ValueError(f"params must be given together with a reducer, got {params!r}")
-            self._anchor = torch.empty(0)
-            self._start_from(message.parameters_of(params))
+            self._anchor, self._members = torch.empty(0), message.parameters_of(params)
+            self._start_from(self._members)
 
     def _start_from(self, tensors: Sequence[Tensor]) -> None:
         if self._anchor is not None:

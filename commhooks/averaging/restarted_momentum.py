@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteGradientError
 from . import message
 from .base import Averager
 from .schedules import Every, SyncSet, as_sync_set
@@ -102,10 +103,10 @@ class RestartedMomentum(MomentumAverager):
         super().__init__(optimizer, **options)
         self._anchors: list[Tensor] | None = None
         if self.reducer is not None:
-            tensors = message.parameters_of(optimizer.param_groups)
-            momenta = message.numel_of(self._with_momentum(tensors))
+            self._members = message.parameters_of(optimizer.param_groups)
+            momenta = message.numel_of(self._with_momentum(self._members))
             self._anchors = [torch.empty(0), torch.zeros(momenta)]
-            self._start_from(tensors)
+            self._start_from(self._members)
 
     @property
     def period(self) -> int | None:
@@ -132,17 +133,30 @@ class RestartedMomentum(MomentumAverager):
             flat = message.flatten(both, message.message_dtype(both))
             message.unflatten_(both, self._mean(flat, self._what()))
         else:
-            self._reduce_group(0, tensors, "parameter", is_last=not momenta)
-            if momenta:
-                self._reduce_group(1, momenta, "momentum", is_last=True)
+            self._reduce_groups([tensors, momenta] if momenta else [tensors], self._anchors)
         self._synchronise_buffers()
 
-    def _reduce_group(self, index: int, group: list[Tensor], kind: str, is_last: bool) -> None:
-        assert self._anchors is not None
-        anchor = self._anchors[index]
-        delta = message.flatten(group, torch.float32).sub_(anchor)
-        anchor += self._reduce(index, delta, group, kind, is_last=is_last)
-        message.unflatten_(group, anchor)
+    def _reduce_groups(self, groups: list[list[Tensor]], anchors: list[Tensor]) -> None:
+        """One step of the reducer, a bucket for each group; the anchors move once both are known to be good.
+
+        Where one is not, the reducer takes back into its memory what the other had sent: that group restarts
+        from its old anchor.
+        """
+        assert self.reducer is not None
+        updates: list[Tensor] = []
+        try:
+            for index, (kind, group) in enumerate(zip(("parameter", "momentum"), groups, strict=False)):
+                delta = message.flatten(group, torch.float32).sub_(anchors[index])
+                updates.append(self._reduce(index, delta, group, kind, is_last=index == len(groups) - 1))
+        except NonFiniteGradientError:
+            for group, anchor, _ in zip(groups, anchors, updates, strict=False):
+                message.unflatten_(group, anchor)
+            raise
+        thrown_away = self.reducer.last.nonfinite_buckets if self.reducer.nonfinite != "skip" else []
+        for index, (group, anchor, update) in enumerate(zip(groups, anchors, updates, strict=False)):
+            if not thrown_away or index in thrown_away:  # a bucket that was thrown away itself is NaN
+                anchor += update
+            message.unflatten_(group, anchor)
 
     def _shared_state(self) -> dict[str, Any]:
         return {} if self._anchors is None else {"anchors": [a.clone() for a in self._anchors]}

@@ -5,6 +5,7 @@ import torch
 
 from commhooks import AllGather, Dense, ErrorFeedback, GTopK, RandomK, Reducer, SharedIndices, TopK
 from commhooks.averaging import BlockMomentum, LocalSGD, RestartedMomentum
+from commhooks.errors import NonFiniteGradientError
 
 from . import oracles
 from .workers import NUMEL, Pieces, flat_momentum, in_ranks, run_steps, start
@@ -205,3 +206,69 @@ def test_a_change_with_inf_is_skipped_on_all_ranks_if_the_reducer_says_so():
         return model.flat() - before
 
     assert in_ranks(2, work).abs().max() == 0
+
+
+@pytest.mark.parametrize("policy", ("propagate", "skip", "error"))
+@pytest.mark.parametrize("bad", ("momentum", "parameter"))
+def test_inf_in_one_group_leaves_the_other_with_all_its_mass(bad, policy):
+    """mean x + mean residual stays, x the parameters or the momenta; what was sent goes back or arrives, not both."""
+
+    def work(transport):
+        model = Pieces(start(), dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+        reducer = reducer_for("topk", transport)
+        reducer.nonfinite = policy
+        averager = RestartedMomentum(optimizer, PERIOD, transport=transport, reducer=reducer)
+        run_steps(model, optimizer, averager, gradient, transport.rank, 2 * PERIOD)
+
+        def mass():
+            x = flat_momentum(optimizer) if bad == "parameter" else model.flat()
+            kind = "momentum" if bad == "parameter" else "parameter"
+            saved = reducer.state_dict()["residual"]
+            return x + torch.cat([saved[f"{kind} 0"], saved[f"{kind} 1"]]).double()
+
+        run_steps(model, optimizer, averager, gradient, transport.rank, PERIOD - 1, first=2 * PERIOD)
+        before = mass()
+        victim = model.parts[0].detach()
+        if bad == "momentum":
+            victim = optimizer.state[model.parts[0]]["momentum_buffer"]
+        if transport.rank == 1:
+            victim[0, 0] = float("inf")
+        try:
+            averager.synchronise(model.parameters())
+            assert policy != "error"
+        except NonFiniteGradientError:
+            assert policy == "error"
+        finite = victim.isfinite().all()
+        assert finite == (policy == "skip" or (policy == "error" and transport.rank == 0))
+        return torch.stack([before, mass()])
+
+    gradient = oracles.make_gradient(2, 3 * PERIOD, NUMEL)
+    before, after = in_ranks(2, work).mean(dim=1)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ("local", "block", "restarted"))
+def test_parameter_groups_in_another_order_than_the_model_change_nothing(kind):
+    gradient = oracles.make_gradient(2, STEPS, NUMEL)
+
+    def work(transport, split, broadcast=False):
+        model = Pieces(start(), dtype=torch.float32)
+        first, second = model.parts
+        given = [{"params": [second]}, {"params": [first]}] if split else [first, second]
+        optimizer = torch.optim.SGD(given, lr=RATE, momentum=0.9)
+        options = {"transport": transport, "reducer": reducer_for("topk", transport)}
+        if kind == "local":
+            averager = LocalSGD(PERIOD, params=optimizer.param_groups, **options)
+        elif kind == "block":
+            averager = BlockMomentum(0.7, PERIOD, params=optimizer.param_groups, **options)
+        else:
+            averager = RestartedMomentum(optimizer, PERIOD, **options)
+        if broadcast:
+            averager.broadcast_parameters(model.parameters())
+        return run_steps(model, optimizer, averager, gradient, transport.rank, STEPS)
+
+    expected = in_ranks(2, lambda t: work(t, False))
+    for broadcast in (False, True):
+        result = in_ranks(2, lambda t, b=broadcast: work(t, True, b))
+        torch.testing.assert_close(result, expected)
