@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,6 +27,17 @@ logger = logging.getLogger(__name__)
 BufferChoice = Literal["average", "broadcast", "leave"]
 _TAG = 7000  # averagers have a transport of their own; the tag only tells their calls from each other
 _HEADER = ("settings", "parameter shapes", "step", "starting point")
+
+
+@contextmanager
+def reporting(*used: Transport) -> Iterator[None]:
+    """Tells the transports of an error inside it: an MPI process must then leave by Abort, not by Finalize."""
+    try:
+        yield
+    except CommHooksError as error:
+        for transport in used:
+            transport.fail(error)
+        raise
 
 
 class Averager(ModelAverager):
@@ -110,11 +122,8 @@ class Averager(ModelAverager):
     def synchronise(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
         """Synchronises now, whatever the step: after the last one, say, when it was not in the set."""
         tensors = self._in_order(message.parameters_of(params))
-        try:
+        with self._reporting():
             self._synchronise(tensors)
-        except CommHooksError as error:
-            self.transport.fail(error)  # an MPI process must then leave by Abort, never through Finalize
-            raise
         self.synchronisations += 1
         logger.debug("%s: synchronised after step %d", type(self).__name__, self.step)
 
@@ -134,7 +143,7 @@ class Averager(ModelAverager):
     ) -> None:
         """Makes all ranks start from rank ``root``'s parameters (and the module's buffers), as DDP does."""
         tensors = self._in_order(message.parameters_of(params))
-        with torch.no_grad():
+        with torch.no_grad(), self._reporting():
             for tensor in [*tensors, *self._buffers(floating=False)]:
                 self._broadcast(tensor, root)
         self._start_from(tensors)
@@ -143,8 +152,9 @@ class Averager(ModelAverager):
         """``sqrt(mean_p ||x_p - mean x||^2)`` over the ranks' parameters; costs one all-reduce."""
         tensors = message.parameters_of(params)
         own = message.flatten(tensors, torch.float64)
-        mean = self._mean(own.clone(), "consensus distance")
-        squared = self._mean((own - mean).square().sum().reshape(1), "consensus distance")
+        with self._reporting():
+            mean = self._mean(own.clone(), "consensus distance")
+            squared = self._mean((own - mean).square().sum().reshape(1), "consensus distance")
         return float(torch.sqrt(squared))
 
     def close(self) -> None:
@@ -152,6 +162,12 @@ class Averager(ModelAverager):
         self.transport.close()
 
     # -- pieces the algorithms are made of -------------------------------------------------------------------
+
+    def _reporting(self) -> AbstractContextManager[None]:
+        used = [self.transport]
+        if self.reducer is not None and self.reducer.aggregator.is_open:
+            used.append(self.reducer.aggregator.transport)
+        return reporting(*used)
 
     def _what(self) -> str:
         return f"{type(self).__name__} after step {self.step}"

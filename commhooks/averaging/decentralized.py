@@ -66,10 +66,12 @@ class DecentralizedMomentum(MomentumAverager):
     def average_now(self, params: Any) -> None:
         """Makes all ranks' parameters, momentum buffers and floating buffers the plain average."""
         tensors = message.parameters_of(params)
-        self._agree(tensors)
-        both = [*tensors, *self._momenta(tensors)]
-        message.unflatten_(both, self._mean(message.flatten(both, message.message_dtype(both)), self._what()))
-        self._synchronise_buffers()
+        with self._reporting():
+            self._agree(tensors)
+            both = [*tensors, *self._momenta(tensors)]
+            flat = message.flatten(both, message.message_dtype(both))
+            message.unflatten_(both, self._mean(flat, self._what()))
+            self._synchronise_buffers()
 
     def _synchronise(self, tensors: list[Tensor]) -> None:
         sends, weights = self.topology.neighbours(self.rank, self.synchronisations)

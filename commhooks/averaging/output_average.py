@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..transports.base import Transport
 from . import message
+from .base import reporting
 from .schedules import positive_int
 
 _TAG = 7020
@@ -118,7 +119,8 @@ class OutputAverage:
             )
         mean = self.mean.clone()
         if transport is not None:
-            transport.all_reduce(mean, tag=_TAG, what="output average")
+            with reporting(transport):
+                transport.all_reduce(mean, tag=_TAG, what="output average")
             mean /= transport.world_size
         return mean
 

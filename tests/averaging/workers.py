@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from commhooks.averaging import BlockMomentum, DecentralizedMomentum, LocalSGD, RestartedMomentum, topology
 from commhooks.transports import in_process
 
 SHAPES = ((3, 2), (4,))
@@ -59,3 +60,14 @@ def in_ranks(world_size, work, timeout_s=20.0):
     """``work(transport)`` on all ranks; results stacked or listed by rank."""
     results = in_process.run(world_size, work, timeout_s)
     return torch.stack(results, dim=1) if isinstance(results[0], torch.Tensor) else results
+
+
+def averagers(model, optimizer, transport, period=2, **options):
+    """One of each kind, made one after the other on the same model."""
+    parameters = list(model.parameters())
+    network = topology.complete(transport.world_size)
+    yield LocalSGD(period, transport=transport, **options)
+    yield BlockMomentum(0.5, period, params=parameters, transport=transport, **options)
+    yield RestartedMomentum(optimizer, period, transport=transport, **options)
+    if options.get("buffers") != "broadcast":
+        yield DecentralizedMomentum(optimizer, network, period=period, transport=transport, **options)
