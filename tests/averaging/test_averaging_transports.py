@@ -1,5 +1,6 @@
 """The same algorithms over gloo and MPI processes; stalled and dead peers; DDP with local hooks."""
 
+import logging
 import os
 import signal
 import time
@@ -9,8 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import mpiexec, spawn_gloo
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from commhooks.averaging import Every, LocalSGD, PostLocalState, local_hook, post_local_hook
+from commhooks import SparseState, sparse_hook
+from commhooks.averaging import (
+    BlockMomentum,
+    Every,
+    LocalSGD,
+    OneShot,
+    PostLocalState,
+    local_hook,
+    post_local_hook,
+)
 from commhooks.errors import PeerLostError, PeerTimeoutError
 from commhooks.transports import in_process, make
 
@@ -113,10 +124,15 @@ def _bare_job(rank, size, averager_of):
     return history
 
 
-def test_ddp_with_the_local_hook_is_the_bare_model():
-    def averager_of(net):
-        return LocalSGD(3, module=net, timeout_s=20.0)
+AVERAGERS = {
+    "local": lambda net: LocalSGD(3, module=net, timeout_s=20.0),
+    "block": lambda net: BlockMomentum(0.5, 3, params=net.parameters(), module=net, timeout_s=20.0),
+}
 
+
+@pytest.mark.parametrize("kind", AVERAGERS)
+def test_ddp_with_the_local_hook_is_the_bare_model(kind):
+    averager_of = AVERAGERS[kind]
     ddp = spawn_gloo(_ddp_job, 2, args=(local_hook, None, averager_of))
     bare = spawn_gloo(_bare_job, 2, args=(averager_of,))
     assert ddp == bare
@@ -127,7 +143,13 @@ def test_post_local_sgd_is_dense_until_its_step():
     def averager_of(net):
         return LocalSGD(Every(2, start=2), module=net, timeout_s=20.0)
 
+    def never(net):
+        return LocalSGD(OneShot(100), timeout_s=20.0)
+
     first, second = spawn_gloo(_ddp_job, 2, args=(post_local_hook, PostLocalState(2), averager_of))
+    dense = spawn_gloo(_ddp_job, 2, args=(allreduce_hook, None, never))[0]
+    assert first[:2] == dense[:2] and second[:2] == dense[:2]
+    assert first[2] != dense[2] and second[2] != dense[2]
     equal = [a == b for a, b in zip(first, second, strict=True)]
     assert equal == [True, True, False, True, False, True]
     state = PostLocalState(4)
@@ -135,3 +157,47 @@ def test_post_local_sgd_is_dense_until_its_step():
     assert state.state_dict() == {"step": 3}
     with pytest.raises(ValueError, match="start.*-1"):
         PostLocalState(-1)
+
+
+def _switching_job(rank, size, overflows):
+    """Gradients that do not depend on the model, reduced by top-k for 3 steps at rate 1, then left local.
+
+    Returns the largest element that has not arrived yet and the residual's norm, by step, and the warnings.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    net = torch.nn.Linear(20, 10, bias=False)
+    model = DistributedDataParallel(net, broadcast_buffers=False)
+    sparse = SparseState.topk(0.05, nonfinite="skip", timeout_s=20.0, dense_crossover=False)
+    model.register_comm_hook(PostLocalState(3, sparse_hook, sparse), post_local_hook)
+    warnings = []
+    logging.getLogger("commhooks.averaging.local_hook").warning = lambda *given: warnings.append(given[-1])
+    generator = torch.Generator().manual_seed(0)
+    owed, missing, norms = torch.zeros(10, 20), [], []
+    for step in range(4):
+        inputs = torch.randn(size, 8, 20, generator=generator)
+        if step == 2 and overflows:
+            inputs[1, 0, 0] = float("inf")
+        else:
+            owed += inputs.sum(dim=1).mean(dim=0)
+        model.zero_grad()
+        model(inputs[rank]).sum().backward()
+        owed -= net.weight.grad
+        missing.append(float(owed.abs().max()))
+        norms.append(sparse.stats()["residual_norm"])
+    torch.testing.assert_close(net.weight.grad, inputs[rank].sum(dim=0).expand(10, 20))
+    assert sparse.reducer.dense_crossover is False
+    sparse.close()
+    return missing, norms, warnings
+
+
+def test_a_sparse_hooks_residual_arrives_before_local_steps_begin():
+    for missing, norms, warnings in spawn_gloo(_switching_job, 2, args=(False,)):
+        assert missing[0] > 1.0 and missing[1] > 1.0 and missing[2] < 1e-4
+        assert norms[1] > 1.0 and norms[2] == 0.0 and not warnings
+
+
+def test_a_residual_that_stays_behind_is_logged():
+    """The step that would have taken it along is thrown away."""
+    for missing, norms, warnings in spawn_gloo(_switching_job, 2, args=(True,)):
+        assert missing[2] > 1.0 and norms[2] > 1.0 and warnings == pytest.approx([norms[2]])
