@@ -20,6 +20,9 @@ from .strategies import Compute, Sparse, StepInfo, Strategy, sparse_state, wrap
 KINDS = ("local", "block", "restarted", "decentralized", "stagewise")
 TOPOLOGIES = ("ring", "torus", "hypercube", "exponential", "complete", "one_peer_exponential")
 AVERAGING_HELP = "local SGD, block momentum (M-AVG), PR-SGD-Momentum, decentralized, or stagewise M-DSGD"
+SYNC_HELP = (
+    "of local and restarted: every (--period), growing, one-shot, suggested (by the papers), at:10,20,40"
+)
 START_HELP = "reduce gradients by --scheme for so many steps first (post-local SGD)"
 
 
@@ -45,6 +48,7 @@ class Averaged(Strategy):
             weight_decay=options.weight_decay,
         )
         self.bare, self.model = model, model
+        sync = sync_set(options, options.epochs * steps_per_epoch, world.size)
         start, self.post_local, self.sparse = options.averaging_start, None, None
         reducer = None
         if start > 0:
@@ -60,9 +64,9 @@ class Averaged(Strategy):
                 self.post_local = PostLocalState(start, commhooks.sparse_hook, self.sparse)
             self.model.register_comm_hook(self.post_local, post_local_hook)
         elif options.scheme != "dense":
-            syncs = max(1, steps_per_epoch // options.period)
-            reducer = sparse_state(_plain(options, self.transport), syncs).reducer
-        self.averager = make_averager(self, model, options, reducer, options.epochs * steps_per_epoch)
+            syncs = sum(step in sync for step in range(1, steps_per_epoch + 1))
+            reducer = sparse_state(_plain(options, self.transport), max(1, syncs)).reducer
+        self.averager = make_averager(self, model, options, reducer, sync)
         self._sent = self._received = 0.0
         self._info = StepInfo(0.0, 0.0)
 
@@ -147,22 +151,38 @@ class Staged(Sparse):
         self.stages.load_state_dict(states[0]["stages"])
 
 
-def make_averager(strategy: Averaged, model: nn.Module, options: Any, reducer: Any, total: int) -> Any:
+def sync_set(options: Any, total: int, world_size: int) -> Any:
+    """After which of the ``total`` steps models are averaged, as `--sync` and `--period` say.
+
+    Raises:
+        ValueError: steps after ``at:`` that are no positive integers.
+    """
+    from commhooks import averaging as a
+
+    kind, _, steps = options.sync.partition(":")
+    if kind == "growing":
+        return a.Growing(1, options.period, total_steps=total)
+    if kind == "one-shot":
+        return a.OneShot(total)
+    if kind == "at":
+        return a.AtSteps(int(step) for step in steps.split(","))
+    period = options.period
+    if kind == "suggested" and options.averaging == "restarted":
+        period = a.suggest_restart_period(total, world_size)
+    elif kind == "suggested":
+        period = a.suggest_period(total, world_size, options.batch_size)
+    return a.Every(period, start=options.averaging_start)
+
+
+def make_averager(strategy: Averaged, model: nn.Module, options: Any, reducer: Any, sync: Any) -> Any:
     """The averager that the options describe."""
     from commhooks import averaging as a
 
-    start, given = options.averaging_start, {"module": model, "buffers": options.buffers, "reducer": reducer}
-    given["transport"] = strategy.transport
-    every = a.Every(options.period, start=start)
-    sync: Any = {
-        "every": lambda: every,
-        "growing": lambda: a.PostLocal(0, a.Growing(1, options.period, total_steps=total)),
-        "one-shot": lambda: a.OneShot(total),
-    }[options.sync]()
+    given = {"module": model, "buffers": options.buffers, "reducer": reducer, "transport": strategy.transport}
     makers: dict[str, Callable[[], Any]] = {
         "local": lambda: a.LocalSGD(sync, params=model.parameters(), **given),
         "block": lambda: a.BlockMomentum(options.mu, options.period, params=model.parameters(), **given),
-        "restarted": lambda: a.RestartedMomentum(strategy.optimizer, every, **given),
+        "restarted": lambda: a.RestartedMomentum(strategy.optimizer, sync, **given),
         "decentralized": lambda: a.DecentralizedMomentum(
             strategy.optimizer,
             getattr(a.topology, options.topology)(strategy.transport.world_size),
@@ -189,8 +209,7 @@ def check(options: Any) -> None:
         raise ValueError(f"--averaging-start {options.averaging_start} is negative")
     if options.averaging_start and options.averaging not in ("local", "restarted"):
         raise ValueError(f"--averaging-start is for local and restarted, not {options.averaging}")
-    if options.averaging_start and options.sync != "every":
-        raise ValueError(f"--averaging-start goes with --sync every, not {options.sync}")
+    _check_sync(options)
     if options.nesterov and options.momentum == 0.0:
         raise ValueError("--nesterov needs --momentum")
     if options.averaging == "decentralized" and options.scheme != "dense":
@@ -201,6 +220,22 @@ def check(options: Any) -> None:
         raise ValueError("--averaging stagewise runs on a sparse hook: give --scheme topk, for instance")
     if not options.gamma > 0:
         raise ValueError(f"--gamma {options.gamma} is not positive")
+
+
+def _check_sync(options: Any) -> None:
+    kind, colon, _ = options.sync.partition(":")
+    if kind not in ("every", "growing", "one-shot", "suggested", "at") or (colon == ":") != (kind == "at"):
+        raise ValueError(f"--sync {options.sync} is none of: {SYNC_HELP}")
+    if kind != "every" and options.averaging not in ("local", "restarted"):
+        raise ValueError(
+            f"--sync {options.sync} is for local and restarted: {options.averaging} has a --period"
+        )
+    if options.averaging_start and kind not in ("every", "suggested"):
+        raise ValueError(f"--averaging-start goes with --sync every or suggested, not {options.sync}")
+    try:
+        sync_set(options, 1, 1)
+    except ValueError as error:
+        raise ValueError(f"--sync {options.sync}: {error}") from error
 
 
 def make(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> Strategy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Sequence
 
-from .averaging import AVERAGING_HELP, KINDS, START_HELP, TOPOLOGIES
+from .averaging import AVERAGING_HELP, KINDS, START_HELP, SYNC_HELP, TOPOLOGIES
 from .averaging import check as check_averaging
 from .data_text import LEVELS
 from .strategies import SCHEMES
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("how rarely models are averaged instead")
     g.add_argument("--averaging", choices=("none", *KINDS), default="none", help=AVERAGING_HELP)
     g.add_argument("--period", type=int, help="local steps between averagings (8; decentralized: 1)")
-    g.add_argument("--sync", choices=("every", "growing", "one-shot"), default="every", help="of local")
+    g.add_argument("--sync", default="every", metavar="SET", help=SYNC_HELP)
     g.add_argument("--averaging-start", type=int, default=0, metavar="STEPS", help=START_HELP)
     g.add_argument("--mu", type=float, default=0.7, help="block momentum; 0 is K-AVG (0.7)")
     g.add_argument("--nesterov", action="store_true", help="option II of PR-SGD-Momentum; needs --momentum")

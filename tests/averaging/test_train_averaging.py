@@ -5,8 +5,8 @@ import re
 import pytest
 import sklearn.datasets  # noqa: F401  imported once, before the ranks are forked
 import torch
+from jobs import averaging, loop, options
 from jobs import launch as job_launch
-from jobs import loop, options
 from launch import spawn_gloo
 
 BASE = [
@@ -29,6 +29,7 @@ KINDS = {
     "growing": ["--averaging", "local", "--period", 8, "--sync", "growing"],
     "block+topk": ["--averaging", "block", "--scheme", "topk", "--density", 0.1, "--mu", 0.5],
     "restarted": ["--averaging", "restarted", "--momentum", 0.9, "--nesterov"],
+    "restarted at": ["--averaging", "restarted", "--momentum", 0.9, "--sync", "at:5,9,22"],
     "decentralized": [
         "--averaging",
         "decentralized",
@@ -99,12 +100,36 @@ def test_goes_on_with_another_number_of_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        (["local", "--period", 7], [7, 14]),
+        (["local", "--sync", "growing", "--period", 4], [1, 3, 7, 11, 15, 16]),
+        (["restarted", "--sync", "growing", "--period", 4], [1, 3, 7, 11, 15, 16]),
+        (["restarted", "--sync", "one-shot"], [16]),
+        (["local", "--sync", "at:3,4"], [3, 4]),
+        (["local", "--sync", "suggested", "--batch-size", 1], [2, 4, 6, 8, 10, 12, 14, 16]),  # sqrt(16 / 4)
+        (["restarted", "--sync", "suggested", "--averaging-start", 14], [15, 16]),  # 4 / 8 is below 1
+    ],
+)
+def test_sync_says_after_which_steps(given, steps):
+    sync = averaging.sync_set(parse("--averaging", *given), 16, 4)
+    assert [step for step in range(1, 17) if step in sync] == steps
+
+
+@pytest.mark.parametrize(
     ("given", "shown"),
     [
         (["--averaging", "local", "--period", 0], "--period 0"),
         (["--averaging", "block", "--mu", 1.0], "--mu 1.0"),
         (["--averaging", "block", "--averaging-start", 5], "--averaging-start.*block"),
         (["--averaging", "restarted", "--nesterov"], "--nesterov needs"),
+        (["--averaging", "block", "--sync", "growing"], "--sync growing.*block has a --period"),
+        (["--averaging", "decentralized", "--sync", "one-shot"], "--sync one-shot.*decentralized"),
+        (["--averaging", "local", "--sync", "at"], "--sync at is none of"),
+        (["--averaging", "local", "--sync", "at:4,0"], "--sync at:4,0: .*got 0"),
+        (["--averaging", "local", "--sync", "at:4,x"], "--sync at:4,x: .*'x'"),
+        (["--averaging", "local", "--sync", "often"], "--sync often is none of"),
+        (["--averaging", "local", "--sync", "growing", "--averaging-start", 3], "--averaging-start goes"),
         (["--averaging", "decentralized", "--scheme", "topk"], "--scheme topk"),
         (["--averaging", "stagewise"], "sparse hook"),
         (["--averaging", "stagewise", "--scheme", "topk", "--gamma", 0], "--gamma 0"),
