@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from commhooks.errors import PeerLostError, PeerTimeoutError
 from commhooks.transports import in_process, make
 
 from .scenarios import check_all
+from .workers import pair_averager
 
 JOB = Path(__file__).parent / "mpi_job.py"
 
@@ -54,22 +56,33 @@ def test_mpi():
 
 
 @pytest.mark.mpi
-def test_a_stalled_mpi_rank_ends_the_job_with_its_name():
-    done = mpiexec(JOB, 2, args=["stall"], timeout=50, check=False)
+@pytest.mark.parametrize("kind", ("local", "decentralized"))
+def test_a_stalled_mpi_rank_ends_the_job_with_its_name(kind):
+    done = mpiexec(JOB, 2, args=["stall", kind], timeout=50, check=False)
     assert done.returncode != 0 and not done.timed_out
-    assert "PeerTimeoutError" in done.stderr and "LocalSGD after step 2" in done.stderr
+    assert re.search(r"PeerTimeoutError.*after step 2", done.stderr)
 
 
-def test_stalled_and_dead_gloo_peers_are_errors_within_the_timeout():
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", ("local", "decentralized"))
+def test_a_dead_mpi_rank_ends_the_job(kind):
+    """MPICH's launcher does, at once; otherwise the timeout."""
+    done = mpiexec(JOB, 2, args=["die", kind], timeout=50, check=False)
+    assert done.returncode != 0 and not done.timed_out
+    assert "rank 1 has averaged" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ("local", "decentralized"))
+def test_stalled_and_dead_gloo_peers_are_errors_within_the_timeout(kind):
     def work(rank, size, dies):
-        averager = LocalSGD(2, timeout_s=3.0)
         parameter = torch.nn.Parameter(torch.zeros(4))
+        averager = pair_averager(kind, parameter, timeout_s=2.0)
         averager.average_parameters([parameter])
         started = time.monotonic()
         if rank == 1 and dies:
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1:
-            time.sleep(15)
+            time.sleep(8)
             os._exit(0)
         try:
             averager.average_parameters([parameter])
@@ -83,7 +96,7 @@ def test_stalled_and_dead_gloo_peers_are_errors_within_the_timeout():
     for dies in (False, True):
         outcome = spawn_gloo(work, 2, args=(dies,), check=False, timeout=40)[0]
         name, text, seconds = outcome.result
-        assert "after step 2" in text and seconds < 12
+        assert "after step 2" in text and seconds < 7
         assert name == "PeerTimeoutError" or dies
 
 

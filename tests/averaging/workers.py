@@ -71,3 +71,11 @@ def averagers(model, optimizer, transport, period=2, **options):
     yield RestartedMomentum(optimizer, period, transport=transport, **options)
     if options.get("buffers") != "broadcast":
         yield DecentralizedMomentum(optimizer, network, period=period, transport=transport, **options)
+
+
+def pair_averager(kind, parameter, **options):
+    """An averager of two ranks that synchronises after every step: ``"local"`` or ``"decentralized"``."""
+    if kind == "local":
+        return LocalSGD(1, **options)
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    return DecentralizedMomentum(optimizer, topology.complete(2), **options)
