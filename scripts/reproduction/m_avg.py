@@ -12,10 +12,25 @@ PAPER = "M-AVG"
 HOW = "Simulation; perceptron 64-24-10 with tanh on the digits"
 
 
+SWEEP_SAMPLES = 48 * 8 * 60  # of momentum_grows_with_workers, at any P
+
+
+def sweep_setup(problem: DigitsMLP, workers: int, mu: float, samples: int, repeats: int = 1) -> Setup:
+    """One point of momentum_grows_with_workers."""
+    steps = max(8, samples // workers // 8 * 8)
+    return Setup(
+        problem, workers, steps, lambda t: 0.3, repeats=repeats, sync=Every(8), block_momentum=mu
+    )  # fmt: skip
+
+
 def train(budget: Budget, every: int = 1, **options: object) -> dict[str, object]:
-    """Runs one setting; losses at every ``every``-th averaging, and figures at the end, means over repeats."""
-    problem = DigitsMLP()
-    setup = Setup(problem, repeats=budget.repeats(4), **options)
+    """Runs one setting of a simulation with the budget's repeats; see :func:`figures_of`."""
+    return figures_of(Setup(DigitsMLP(), repeats=budget.repeats(4), **options), every)
+
+
+def figures_of(setup: Setup, every: int = 1) -> dict[str, object]:
+    """Losses at every ``every``-th averaging, and figures at the end, means over repeats."""
+    problem = setup.problem
     samples, losses, squares, averagings = [], [], [], 0
     for state in run(setup):
         if not state.synchronised:
@@ -69,19 +84,13 @@ def faster_than_k_avg(budget: Budget) -> Claim:
 
 def momentum_grows_with_workers(budget: Budget) -> Claim:
     """Final loss over mu for P = 6, 12, 24, 48 at the same number of samples."""
-    total, batch, period = budget.steps(48 * 8 * 60), 1, 8
+    total, problem = budget.steps(SWEEP_SAMPLES), DigitsMLP()
     momenta = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
     best = {}
     with figure(budget, "m_avg_momentum_and_workers", 2) as axes:
         for workers in (6, 12, 24, 48):
-            steps = max(period, total // (workers * batch) // period * period)
-            runs = [
-                train(
-                    budget, every=10**9, workers=workers, steps=steps, batch=batch, rate=lambda t: 0.3,
-                    sync=Every(period), block_momentum=mu,
-                )
-                for mu in momenta
-            ]  # fmt: skip
+            setups = [sweep_setup(problem, workers, mu, total, budget.repeats(4)) for mu in momenta]
+            runs = [figures_of(setup, every=10**9) for setup in setups]
             losses = [r["final"] for r in runs]
             best[workers] = momenta[losses.index(min(losses))]
             axes[0].semilogy(momenta, losses, marker="o", label=f"P = {workers}")
@@ -90,7 +99,7 @@ def momentum_grows_with_workers(budget: Budget) -> Claim:
             xlabel="mu",
             ylabel="training loss",
             ylim=(1e-3, 5),
-            title=f"{total} samples, K = {period}, b = {batch}",
+            title=f"{total} samples, K = 8, b = 1",
         )
         axes[1].set(xlabel="mu", ylabel="test accuracy", title="the same runs")
     order = list(best.values())
