@@ -27,31 +27,35 @@ class Task:
     score: Callable[[nn.Module], float]
 
 
-def make_task(name: str) -> Task:
+def make_task(name: str, seed: int = 0) -> Task:
     """``"mlp"`` or ``"resnet20"`` on the digits (score: test accuracy), ``"lstm"`` on text (score: perplexity)."""
     if name == "lstm":
-        return _language()
-    return _images(name, (lambda: MLP(64)) if name == "mlp" else (lambda: ResNet20(channels=1)))
+        return _language(seed)
+    return _images(name, seed, (lambda: MLP(64)) if name == "mlp" else (lambda: ResNet20(channels=1)))
 
 
-def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+def _seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
     """The model every rank copies. Made on the main thread: torch's generator is shared by all threads."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return build()
 
 
-def _images(name: str, build: Callable[[], nn.Module], batch: int = 16) -> Task:
+def _draws(seed: int, rank: int) -> torch.Generator:
+    return torch.Generator().manual_seed(50 + rank + 1000 * seed)
+
+
+def _images(name: str, seed: int, build: Callable[[], nn.Module], batch: int = 16) -> Task:
     images, labels, test_images, test_labels = digits()
     images, test_images = (t.float().reshape(-1, 1, 8, 8) for t in (images, test_images))
 
-    prototype = _seeded(build)
+    prototype = _seeded(seed, build)
 
     def make(rank: int, world_size: int) -> tuple[nn.Module, Iterator[Batch]]:
         model = copy.deepcopy(prototype)
 
         def batches() -> Iterator[Batch]:
-            generator = torch.Generator().manual_seed(50 + rank)
+            generator = _draws(seed, rank)
             while True:
                 rows = torch.randint(len(images), (batch,), generator=generator)
                 yield images[rows], labels[rows]
@@ -69,7 +73,7 @@ def _images(name: str, build: Callable[[], nn.Module], batch: int = 16) -> Task:
     return Task(name, 0.05, make, loss, score)
 
 
-def _language(hidden: int = 64, batch: int = 8, window: int = 20, length: int = 60_000) -> Task:
+def _language(seed: int, hidden: int = 64, batch: int = 8, window: int = 20, length: int = 60_000) -> Task:
     import argparse
     import textwrap
 
@@ -82,13 +86,13 @@ def _language(hidden: int = 64, batch: int = 8, window: int = 20, length: int = 
         rows = starts + torch.arange(window + 1)[:, None]  # (time, batch)
         return source[rows[:-1]], source[rows[1:]]
 
-    prototype = _seeded(lambda: LanguageModel(len(symbols), hidden=hidden, dropout=0.0))
+    prototype = _seeded(seed, lambda: LanguageModel(len(symbols), hidden=hidden, dropout=0.0))
 
     def make(rank: int, world_size: int) -> tuple[nn.Module, Iterator[Batch]]:
         model = copy.deepcopy(prototype)
 
         def batches() -> Iterator[Batch]:
-            generator = torch.Generator().manual_seed(50 + rank)
+            generator = _draws(seed, rank)
             while True:
                 yield cut(train, torch.randint(len(train) - window - 1, (batch,), generator=generator))
 
@@ -101,6 +105,7 @@ def _language(hidden: int = 64, batch: int = 8, window: int = 20, length: int = 
     def score(model: nn.Module) -> float:
         with torch.no_grad():
             starts = torch.arange(0, len(test) - window - 1, window)
-            return math.exp(float(loss(model, cut(test, starts))))
+            value = float(loss(model, cut(test, starts)))
+        return math.exp(value) if value < 100 else math.inf  # diverged
 
     return Task("lstm", 2.0, make, loss, score)
