@@ -17,21 +17,25 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
     """Commit and restore take each rank's residuals along; sync leaves them where they are.
 
     A new worker starts with an empty residual and takes the step count from rank 0 (warm-up and masks depend on it).
+
+    Raises:
+        ValueError: the optimizer serves a process set that lacks some ranks.
     """
+
+    def __init__(self, optimizer: Any) -> None:
+        _check_all_ranks(optimizer._sync and optimizer._sync.process_set)
+        super().__init__(optimizer)
 
     def restore(self) -> None:
         """Back to the commit, without talking to anybody: a peer may be the reason."""
         saved = dict(self._saved_optimizer_state)
-        residuals = saved.pop("commhooks", None)
+        residuals = saved.pop("commhooks")
         self.value.load_state_dict(saved)
-        if self.value._sync is not None and residuals is not None:
-            self.value._sync.rewind(residuals)
+        self.value._sync.rewind(residuals)
 
     def sync(self) -> None:
         super().sync()
         sync = self.value._sync
-        if sync is None:
-            return
         sync.reset()
         sync.open()
         reducer = sync.state.reducer
@@ -43,6 +47,7 @@ class CompressorHandler(_elastic.StateHandler):  # type: ignore[misc,name-define
     """The same for a compression object, given as ``TorchState(..., compression=compression)``."""
 
     def __init__(self, value: Any) -> None:
+        _check_all_ranks(value.core.process_set)
         super().__init__(value)
         self.save()
 
@@ -57,6 +62,14 @@ class CompressorHandler(_elastic.StateHandler):  # type: ignore[misc,name-define
         core.finish_step()
         core.load_steps(horovod().broadcast_object(core.steps(), root_rank=0, name="commhooks.steps"))
         self.save()
+
+
+def _check_all_ranks(process_set: Any) -> None:
+    """Handlers talk to all ranks, and Horovod forgets process sets when it resets: each rank refuses by itself."""
+    size = horovod().size()
+    if process_set is None or len(process_set.ranks) < size:
+        found = "one without this rank" if process_set is None else list(process_set.ranks)
+        raise ValueError(f"process_set must hold all {size} ranks in an elastic State, got {found}")
 
 
 def register_handlers() -> None:

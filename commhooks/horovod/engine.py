@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,9 +74,12 @@ class GradientSync:
             _quietly(state.close)
             close_default_group()
             state.restart(state.state_dict())  # new places for all: a new rank will ask for agreement on each
-        transport, state.process_group = open_transport(
-            self._requested, self.process_set, state.reducer.timeout_s
-        )
+        try:
+            transport, state.process_group = open_transport(
+                self._requested, self.process_set, state.reducer.timeout_s
+            )
+        except (PeerLostError, PeerTimeoutError) as error:
+            self._raise(error)
         aggregator.requested = transport
         aggregator.open(timeout_s=state.reducer.timeout_s)
         self._session = session()
@@ -161,7 +164,7 @@ class GradientSync:
             else:
                 parameter.grad.copy_(view)
 
-    def _raise(self, error: BaseException) -> None:
+    def _raise(self, error: BaseException) -> NoReturn:
         """Under an elastic launcher a lost peer is Horovod's own error, which it answers by restoring a commit."""
         if is_elastic() and isinstance(error, (PeerLostError, PeerTimeoutError)):
             raise horovod().HorovodInternalError(str(error)) from error

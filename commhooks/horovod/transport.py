@@ -9,15 +9,18 @@ import socket
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ..errors import PeerLostError
 from ..transports import Transport
-from .api import horovod
+from .api import horovod, wait_for
 
 logger = logging.getLogger(__name__)
 
-_own_default_group = False  # whether torch's default process group was opened here
+_NO_GROUP, _COVERED, _REFUSED = range(3)  # what a rank votes before a gloo group of a process set is opened
+_opened_for: list[int] | None = None  # Horovod's ranks in torch's default process group if it was opened here
 
 
 def open_transport(requested: str | Transport, process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
@@ -34,7 +37,10 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
         The transport, and the torch process group it uses (None for MPI).
 
     Raises:
-        ValueError: ``"mpi"`` in a job that MPI did not start, or an overlap of process sets that gloo cannot do.
+        ValueError: ``"mpi"`` in a job that MPI did not start, or an overlap of process sets that gloo cannot do
+            (on all ranks of the set).
+        PeerTimeoutError: over gloo, a rank of the set has not come after ``timeout_s`` seconds.
+        PeerLostError: gloo's connections could not be made.
     """
     hvd = horovod()
     if isinstance(requested, Transport):
@@ -85,21 +91,47 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
     """A gloo group of the set's ranks beside Horovod."""
     from ..transports.distributed import DistributedTransport
 
-    hvd = horovod()
-    group = None
-    if not dist.is_initialized():
+    group, members = None, _default_group_ranks()
+    if members is None:
+        vote = _NO_GROUP
+    else:
+        vote = _COVERED if set(process_set.ranks) <= set(members) else _REFUSED
+    votes = _votes(vote, process_set, timeout_s)
+    if _REFUSED in votes or len(set(votes)) > 1:
+        raise ValueError(
+            f"process_set {list(process_set.ranks)} overlaps another one: over gloo a process serves one set and its "
+            "subsets, and a rank of this one serves other ranks already. Initialize torch.distributed for all ranks "
+            "first, numbered as Horovod's, or start the job by MPI"
+        )
+    if members is None:
         open_default_group(process_set, timeout_s)
-    elif dist.get_world_size() != process_set.size():
-        if dist.get_world_size() != hvd.size():
-            raise ValueError(
-                "process_set overlaps another one of this process: over gloo a process can serve one set only, "
-                "unless torch.distributed was initialized for all ranks before"
-            )
-        ranks = list(process_set.ranks)
+    elif len(members) > process_set.size():
         group = dist.new_group(
-            ranks, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
+            [members.index(rank) for rank in process_set.ranks],
+            timeout=timedelta(seconds=timeout_s),
+            backend="gloo",
+            use_local_synchronization=True,
         )
     return DistributedTransport(group, timeout_s=timeout_s), group
+
+
+def _default_group_ranks() -> list[int] | None:
+    """Horovod's ranks in torch's default process group; empty if it is the user's and numbered otherwise."""
+    if not dist.is_initialized():
+        return None
+    if _opened_for is not None:
+        return _opened_for
+    hvd = horovod()
+    same = (dist.get_rank(), dist.get_world_size()) == (hvd.rank(), hvd.size())
+    return list(range(hvd.size())) if same else []
+
+
+def _votes(vote: int, process_set: Any, timeout_s: float) -> list[int]:
+    """Every rank's vote, so that all ranks of the set raise alike; the wait for a rank that never comes ends here."""
+    message = torch.tensor([vote], dtype=torch.int32)
+    handle = horovod().allgather_async(message, name="commhooks.open", process_set=process_set)
+    votes: list[int] = wait_for(handle, timeout_s, "opening a gloo group").tolist()
+    return votes
 
 
 def open_default_group(process_set: Any, timeout_s: float) -> None:
@@ -107,7 +139,7 @@ def open_default_group(process_set: Any, timeout_s: float) -> None:
 
     The first rank opens a TCP store on a free port, which travels by Horovod's ``broadcast_object``.
     """
-    global _own_default_group
+    global _opened_for
     hvd = horovod()
     root, rank, size = process_set.ranks[0], process_set.rank(), process_set.size()
     if "HOROVOD_GLOO_IFACE" in os.environ:
@@ -121,20 +153,24 @@ def open_default_group(process_set: Any, timeout_s: float) -> None:
     host, port = hvd.broadcast_object(
         address, root_rank=root, name="commhooks.store", process_set=process_set
     )
-    if store is None:
-        store = TCPStore(host, port, size, False, timeout=limit, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-    if not _own_default_group:
+    try:
+        if store is None:
+            store = TCPStore(host, port, size, False, timeout=limit, wait_for_workers=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise PeerLostError(f"rank {hvd.rank()}, opening a gloo group: {reason}") from error
+    if _opened_for is None:
         atexit.register(close_default_group)  # after the optimizers' own, which were registered later
-    _own_default_group = True
+    _opened_for = list(process_set.ranks)
 
 
 def close_default_group() -> None:
     """Destroys torch's default process group if it was opened here (at exit, and before an elastic re-opening)."""
-    global _own_default_group
-    if _own_default_group and dist.is_initialized():
+    global _opened_for
+    if _opened_for is not None and dist.is_initialized():
         dist.destroy_process_group()
-    _own_default_group = False
+    _opened_for = None
 
 
 def _host() -> str:

@@ -34,6 +34,11 @@ def test_cases(launcher, ranks, tmp_path):
     assert sum(outcome == "skipped" for outcome in outcomes[0].values()) <= 2 * (ranks < 3)
 
 
+def test_process_sets_over_gloo_from_nothing():
+    done = horovod_job("gloo", 3, HERE / "sets_job.py", timeout=100.0)
+    assert done.stdout.count("is through") == 3, done.show()
+
+
 @pytest.mark.parametrize("scheme", [None, "randomk", "topk"])
 def test_a_usual_script_changes_one_argument(scheme, tmp_path):
     text = (HERE / "example_digits.py").read_text()
