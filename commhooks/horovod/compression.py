@@ -178,8 +178,8 @@ class Compression:
             memory: default ``ErrorFeedback()``. One object per compression.
             nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as for :class:`commhooks.SparseState`.
             process_set: the one given to the optimizer.
-            timeout_s: seconds until a missing rank is an error, where the wait is ours: Horovod's own waits
-                follow ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``.
+            timeout_s: seconds until a missing rank is an error, where the wait is ours. Horovod's own waits end by
+                ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and that under MPI alone: see docs/horovod.md.
         """
         selector = RandomK(density, seed)
         core = CompressorCore(selector, named_parameters, memory, nonfinite, process_set, timeout_s)

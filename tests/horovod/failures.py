@@ -47,6 +47,8 @@ def main():
             optimizer.step()
         except Exception as error:
             print(f"rank {hvd.rank()} saw {type(error).__name__}: {error}", flush=True)
+            if mode == "stock-stall":
+                os._exit(1)  # an ordinary exit waits for the stalled rank in MPI_Finalize
             raise
 
 
