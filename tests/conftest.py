@@ -7,7 +7,6 @@ required marker had no test that passed. Everything under tests/mpi and tests/ho
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from functools import lru_cache
@@ -55,11 +54,9 @@ def why_not(marker: str) -> str | None:
 
         return why_no_mpi()
     if marker == "horovod":
-        return (
-            None
-            if importlib.util.find_spec("horovod")
-            else "Horovod is not installed (scripts/install_horovod)"
-        )
+        from launch import why_no_horovod
+
+        return why_no_horovod()
     if marker == "cuda":
         return None if torch.cuda.is_available() else "no CUDA device"
     if marker == "native":

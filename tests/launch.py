@@ -103,6 +103,20 @@ def why_no_mpi() -> str | None:
     return None
 
 
+def why_no_horovod() -> str | None:
+    """None where Horovod works, otherwise the reason. A process of its own tries: one built for another torch may crash."""
+    import importlib.util
+
+    if importlib.util.find_spec("horovod") is None:
+        return "Horovod is not installed (scripts/install_horovod)"
+    command = [sys.executable, "-c", "import horovod.torch"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return f"Horovod does not work with this torch (scripts/install_horovod): {last}"
+
+
 def run(
     command: Sequence[str],
     *,

@@ -139,3 +139,17 @@ def test_a_required_marker_turns_skips_into_failures(tmp_path):
     assert done.returncode == 1 and "no test passed for ['cuda']" in done.stdout
     done = _pytest(tmp_path, "def test_plain(): pass", COMMHOOKS_REQUIRE="cudda")
     assert done.returncode != 0 and "cudda" in done.stderr
+
+
+def test_a_horovod_for_another_torch_is_said_and_skipped(tmp_path):
+    (tmp_path / "horovod" / "torch").mkdir(parents=True)
+    (tmp_path / "horovod" / "__init__.py").touch()
+    (tmp_path / "horovod" / "torch" / "__init__.py").write_text(
+        "raise ImportError('undefined symbol: _ZN3c10')"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}:{ROOT}", "COMMHOOKS_PYTHON": sys.executable}
+    code = "import os, launch; launch.clean_environment = lambda: dict(os.environ); print(launch.why_no_horovod())"
+    reason = run([sys.executable, "-c", code], timeout=60.0, env=env).stdout
+    assert "scripts/install_horovod" in reason and "undefined symbol" in reason
+    few = run([str(ROOT / "scripts" / "test"), "--collect-only", "-q", __file__], timeout=100.0, env=env)
+    assert "test: no Horovod that works with this torch: its tests are skipped" in few.stderr, few.show()
