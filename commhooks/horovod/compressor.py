@@ -240,7 +240,9 @@ class CompressorCore:
             return
         hvd = horovod()
         text = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
-        encoded = self.settings().encode()[:_AGREEMENT_BYTES]
+        settings = self.settings()  # may be longer than the message: a digest of the whole stands first
+        digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+        encoded = f"{digest}: {settings}".encode()[:_AGREEMENT_BYTES]
         text[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         self._agreement = hvd.allgather_async(text, name=self._name, process_set=self.process_set)
 
