@@ -3,14 +3,13 @@
 Selectors, memory, aggregators, reducer and worker are the ones of the DDP hook; here is only what Horovod differs in.
 """
 
+from .api import is_supported
 from .compression import Compression, SparseCompressor
 from .optimizer import DistributedOptimizer
 
-try:
+if is_supported():  # hvd.elastic's registry of handlers is not public; what is public works with any version
     from .elastic import register_handlers
-except (ImportError, AttributeError):  # another Horovod: what is public there still works
-    pass
-else:
+
     register_handlers()
 
 __all__ = ["Compression", "DistributedOptimizer", "SparseCompressor"]

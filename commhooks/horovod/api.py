@@ -28,15 +28,23 @@ def horovod() -> Any:
         ) from error
 
 
+def is_supported() -> bool:
+    """Whether Horovod is 0.28.x, whose parts that are not public we know."""
+    return _version().split("+")[0].split(".")[:2] == SUPPORTED.split(".")
+
+
 def require_version() -> None:
     """Raises ``RuntimeError`` unless Horovod is 0.28.x, for what relies on parts of it that are not public."""
-    version = str(importlib.import_module("horovod").__version__)
-    if version.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
+    if not is_supported():
         raise RuntimeError(
-            f"commhooks.horovod.DistributedOptimizer supports Horovod {SUPPORTED}.x, found {version}: it relies on "
+            f"commhooks.horovod.DistributedOptimizer supports Horovod {SUPPORTED}.x, found {_version()}: it relies on "
             "parts of Horovod that are not public. Install 0.28.1 (scripts/install_horovod), or use the stock "
             "hvd.DistributedOptimizer with commhooks.horovod.Compression, which needs only public parts"
         )
+
+
+def _version() -> str:
+    return str(importlib.import_module("horovod").__version__)
 
 
 def session() -> object:

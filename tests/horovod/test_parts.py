@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -26,14 +27,25 @@ def installer():
 def test_other_versions_are_refused_by_name(monkeypatch, version, fits):
     import horovod
 
-    from commhooks.horovod.api import require_version
+    from commhooks import SparseState
+    from commhooks.horovod import DistributedOptimizer
 
     monkeypatch.setattr(horovod, "__version__", version)
-    if fits:
-        require_version()
-    else:
-        with pytest.raises(RuntimeError, match=rf"0\.28\.x, found {version}.*Compression"):
-            require_version()
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    kind, text = (
+        (ValueError, "hvd.init") if fits else (RuntimeError, rf"0\.28\.x, found {version}.*Compression")
+    )
+    with pytest.raises(kind, match=text):
+        DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1), [("p", parameter)], SparseState.topk(0.1))
+
+
+@pytest.mark.parametrize(("version", "handlers"), [("0.28.1", 5), ("0.29.0", 3)])
+def test_the_elastic_registry_is_left_alone_in_other_versions(version, handlers):
+    code = (
+        f"import horovod; horovod.__version__ = {version!r}\nimport commhooks.horovod\n"
+        "from horovod.torch.elastic.state import get_handler_registry\nprint(len(get_handler_registry()))"
+    )
+    assert run([os.sys.executable, "-c", code], timeout=60.0).stdout.strip() == str(handlers)
 
 
 def test_without_horovod_the_message_says_what_to_run(monkeypatch):
