@@ -77,6 +77,7 @@ def wait_for(handle: int, timeout_s: float, what: str) -> Any:
 
     Raises:
         PeerTimeoutError: it is not complete after ``timeout_s`` seconds.
+        ValueError: it is an all-gather and some rank has joined (``hvd.join()``).
     """
     hvd = horovod()
     deadline = time.monotonic() + timeout_s
@@ -84,4 +85,12 @@ def wait_for(handle: int, timeout_s: float, what: str) -> Any:
         if time.monotonic() > deadline:
             raise PeerTimeoutError(f"rank {hvd.rank()}, {what}: no answer from any rank for {timeout_s:g} s")
         time.sleep(_POLL_S)
-    return hvd.synchronize(handle)
+    try:
+        return hvd.synchronize(handle)
+    except hvd.HorovodInternalError as error:
+        if "with Join" not in str(error):
+            raise
+        raise ValueError(
+            f"rank {hvd.rank()}, {what}: a rank called hvd.join(), beside which Horovod gathers nothing. "
+            "Compression.randomk allows it once every rank has done a step (again after loading), topk never"
+        ) from error
