@@ -16,11 +16,12 @@ from ..errors import PeerLostError, PeerTimeoutError
 from ..state import SparseState
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
-from .transport import close_default_group, open_transport
+from .transport import open_transport
 
 logger = logging.getLogger(__name__)
 
 _LEAVE_S = 10.0  # how long a rank waits for the others when it leaves
+_all: weakref.WeakSet[GradientSync] = weakref.WeakSet()
 
 
 class GradientSync:
@@ -63,6 +64,7 @@ class GradientSync:
             p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         if not is_elastic():  # there a new worker must meet the others in hvd.elastic's own sync first
             self.open()
+        _all.add(self)
         _close_at_exit(self)
 
     def open(self) -> None:
@@ -70,9 +72,9 @@ class GradientSync:
         if self._session is session():
             return
         state, aggregator = self.state, self.state.reducer.aggregator
-        if aggregator.is_open:
+        if self._session is not None or aggregator.is_open:
+            _close_stale()
             _quietly(state.close)
-            close_default_group()
             state.restart(state.state_dict())  # new places for all: a new rank will ask for agreement on each
         try:
             transport, state.process_group = open_transport(
@@ -143,8 +145,10 @@ class GradientSync:
             self._raise(error)
 
     def reset(self) -> None:
-        """Forgets which gradients have arrived."""
+        """Forgets which gradients have arrived, after waiting for what is on its way: it uses the memory."""
         for bucket in self.buckets:
+            if bucket.future is not None:
+                _quietly(bucket.future.wait)
             bucket.future = None
             bucket.missing = set(bucket.parameters)
         self._remaining = dict.fromkeys(self._remaining, self.passes)
@@ -152,8 +156,8 @@ class GradientSync:
 
     def rewind(self, residuals: dict[str, Any]) -> None:
         """Puts this rank's memory back to a state dict of its own, and forgets a failed step; not collective."""
-        self.state.restart(residuals)
         self.reset()
+        self.state.restart(residuals)
 
     def _hand_back(self, bucket: FusedBucket) -> None:
         for parameter, view in bucket.views.items():
@@ -186,6 +190,13 @@ class GradientSync:
                 logger.debug("left alone: %s", error)
                 return
             _quietly(state.close)
+
+
+def _close_stale() -> None:
+    """Closes what was open before Horovod's reset, of all optimizers: their groups hang on one default group."""
+    for sync in list(_all):
+        if sync._session is not session() and sync.state.reducer.aggregator.is_open:
+            _quietly(sync.state.close)
 
 
 def _quietly(action: Any) -> None:

@@ -15,12 +15,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ..errors import PeerLostError
 from ..transports import Transport
-from .api import horovod, wait_for
+from .api import horovod, session, wait_for
 
 logger = logging.getLogger(__name__)
 
 _NO_GROUP, _COVERED, _REFUSED = range(3)  # what a rank votes before a gloo group of a process set is opened
-_opened_for: list[int] | None = None  # Horovod's ranks in torch's default process group if it was opened here
+# If torch's default process group was opened here: Horovod's ranks in it, and the session it belongs to.
+_opened: tuple[list[int], object] | None = None
 
 
 def open_transport(requested: str | Transport, process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
@@ -91,6 +92,8 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
     """A gloo group of the set's ranks beside Horovod."""
     from ..transports.distributed import DistributedTransport
 
+    if _opened is not None and _opened[1] is not session():
+        close_default_group()  # Horovod was reset since
     group, members = None, _default_group_ranks()
     if members is None:
         vote = _NO_GROUP
@@ -119,8 +122,8 @@ def _default_group_ranks() -> list[int] | None:
     """Horovod's ranks in torch's default process group; empty if it is the user's and numbered otherwise."""
     if not dist.is_initialized():
         return None
-    if _opened_for is not None:
-        return _opened_for
+    if _opened is not None:
+        return _opened[0]
     hvd = horovod()
     same = (dist.get_rank(), dist.get_world_size()) == (hvd.rank(), hvd.size())
     return list(range(hvd.size())) if same else []
@@ -139,7 +142,7 @@ def open_default_group(process_set: Any, timeout_s: float) -> None:
 
     The first rank opens a TCP store on a free port, which travels by Horovod's ``broadcast_object``.
     """
-    global _opened_for
+    global _opened
     hvd = horovod()
     root, rank, size = process_set.ranks[0], process_set.rank(), process_set.size()
     if "HOROVOD_GLOO_IFACE" in os.environ:
@@ -160,17 +163,17 @@ def open_default_group(process_set: Any, timeout_s: float) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise PeerLostError(f"rank {hvd.rank()}, opening a gloo group: {reason}") from error
-    if _opened_for is None:
+    if _opened is None:
         atexit.register(close_default_group)  # after the optimizers' own, which were registered later
-    _opened_for = list(process_set.ranks)
+    _opened = list(process_set.ranks), session()
 
 
 def close_default_group() -> None:
-    """Destroys torch's default process group if it was opened here (at exit, and before an elastic re-opening)."""
-    global _opened_for
-    if _opened_for is not None and dist.is_initialized():
+    """Destroys torch's default process group if it was opened here (at exit, and after an elastic reset)."""
+    global _opened
+    if _opened is not None and dist.is_initialized():
         dist.destroy_process_group()
-    _opened_for = None
+    _opened = None
 
 
 def _host() -> str:

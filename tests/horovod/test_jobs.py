@@ -120,25 +120,21 @@ def test_train_horovod(launcher, ranks, arguments, tmp_path):
         assert (again["test_loss"], again["step"]) == (end["test_loss"], end["step"])
 
 
+def elastic_job(script, hosts, folder, least, most):
+    """`hosts` is a shell command that prints the hosts of the moment."""
+    discover = folder / "discover.sh"
+    discover.write_text(f"#!/bin/sh\n{hosts}\n")
+    discover.chmod(0o755)
+    options = ["--min-np", str(least), "--max-np", str(most), "--network-interface", "lo"]
+    options += ["--host-discovery-script", str(discover)]
+    return horovod_job("gloo", least, HERE / script, folder, timeout=200.0, options=options)
+
+
 @pytest.mark.slow
 def test_elastic_a_worker_joins(tmp_path):
     """Two workers, then three: survivors keep their residuals, the new one takes over weights and step counts."""
-    discover = tmp_path / "discover.sh"
-    discover.write_text(
-        f"#!/bin/sh\nif [ -e {tmp_path}/grow ]; then echo localhost:3; else echo localhost:2; fi\n"
-    )
-    discover.chmod(0o755)
-    elastic = [
-        "--min-np",
-        "2",
-        "--max-np",
-        "3",
-        "--network-interface",
-        "lo",
-        "--host-discovery-script",
-        str(discover),
-    ]
-    done = horovod_job("gloo", 2, HERE / "elastic_job.py", tmp_path, timeout=200.0, options=elastic)
+    hosts = f"if [ -e {tmp_path}/grow ]; then echo localhost:3; else echo localhost:2; fi"
+    done = elastic_job("elastic_job.py", hosts, tmp_path, 2, 3)
     size, same, steps, norms = re.search(
         r"RESULT size=(\d) same=(\w+) steps=(.*) norms=(.*)", done.stdout
     ).groups()
@@ -146,3 +142,17 @@ def test_elastic_a_worker_joins(tmp_path):
     assert size == "3" and same == "True", done.stdout
     assert all(row == steps[0] and len(set(row)) == 1 for row in steps), steps
     assert all(norm > 0 for row in norms for norm in row)
+
+
+@pytest.mark.slow
+def test_elastic_a_worker_fails(tmp_path):
+    """The other one sees it, both restore the commit, connect again and end as if nothing had been."""
+    done = elastic_job("elastic_failure_job.py", "echo localhost:2", tmp_path, 2, 2)
+    lines = re.findall(
+        r"RESULT (\d) failures=(.*) restored=\[(.*)\] steps=(.*) same=True norm=True", done.stdout
+    )
+    assert {line[:2] for line in lines} == {("0", "[]"), ("1", "[5]")}, done.show()
+    for _, _, restored, steps in lines:
+        assert set(re.findall(r"\(.*?\)", restored)) == {"(4, True)"} and steps == "(10, 10, 10)", done.show()
+    # what was on its way when the worker failed is over before the memory goes back
+    assert "no answer from rank 1" in done.stderr and "agreement" not in done.stderr, done.show()
