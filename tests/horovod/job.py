@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+MODULES = ("stock_cases", "stock_failure_cases", "optimizer_cases", "optimizer_state_cases")
 
 
 def main():
@@ -27,7 +28,7 @@ def main():
     assert hvd.size() == size
     import common
 
-    for module in sys.argv[2:] or ["stock_cases", "optimizer_cases"]:
+    for module in sys.argv[2:] or MODULES:
         importlib.import_module(module)
     common.run_cases(sys.argv[1])
 

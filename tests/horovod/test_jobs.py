@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from job import MODULES
 from launchers import HERE, ROOT, horovod_job
 
 COMPRESSION_LINE = "    compression = hvd.Compression.none\n"
@@ -15,7 +16,7 @@ def test_cases(launcher, ranks, tmp_path):
     done = horovod_job(launcher, ranks, HERE / "job.py", tmp_path, timeout=280.0, check=False)
     names = [
         f"{module}.{name}"
-        for module in ("stock_cases", "optimizer_cases")
+        for module in MODULES
         for name in re.findall(r"^@case\(.*\)\ndef (\w+)", (HERE / f"{module}.py").read_text(), re.M)
     ]
     assert len(names) >= 30
