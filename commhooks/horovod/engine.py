@@ -155,7 +155,10 @@ class GradientSync:
         self._next, self.touched = 0, False
 
     def rewind(self, residuals: dict[str, Any]) -> None:
-        """Puts this rank's memory back to a state dict of its own, and forgets a failed step; not collective."""
+        """Puts this rank's memory back to a state dict of its own, and forgets a failed step.
+
+        Not collective; what is on its way may take until its timeout.
+        """
         self.reset()
         self.state.restart(residuals)
 
