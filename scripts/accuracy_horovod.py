@@ -82,6 +82,8 @@ def write(study: Any, path: Path, runs: list[dict[str, Any]], world: launch.Worl
         name: value for name, value in vars(study).items() if name not in ("output", "seeds", "models")
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        run.update({key: None for key, value in run.items() if value != value})  # NaN is not JSON
     content = {"settings": settings, "ranks": world.size, "launcher": world.launcher, "runs": runs}
     path.write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(page(study, runs, world))
