@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
 from ..state import SparseState
+from ..transports.mpi import load_mpi
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
 from .transport import open_transport
@@ -215,7 +217,13 @@ def _close_at_exit(sync: GradientSync) -> None:
 
     def close() -> None:
         alive = reference()
-        if alive is not None:
-            alive.leave()
+        if alive is None:
+            return
+        aggregator = alive.state.reducer.aggregator
+        if hasattr(sys, "last_value") and aggregator.is_open and aggregator.transport.name == "mpi":
+            # An exception ends this process, and Horovod would finalize MPI on ranks that still exchange: they hang or crash.
+            sys.stdout.flush()
+            load_mpi().COMM_WORLD.Abort(1)
+        alive.leave()
 
     atexit.register(close)

@@ -71,6 +71,8 @@ def test_a_failing_rank_ends_the_job(launcher, mode, seen):
     limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "2", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "4"}
     done = horovod_job(launcher, 2, HERE / "failures.py", mode, check=False, env=limits)
     assert not done.timed_out and done.returncode != 0, done.show()
+    if mode == "raise":
+        assert done.returncode == 1, done.show()  # and not a crash of the other rank's in MPI
     if seen is not None:
         assert seen in done.stdout, done.show()
 
