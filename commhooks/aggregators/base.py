@@ -93,9 +93,9 @@ class Aggregator(ABC):
 
     def close(self) -> None:
         """Closes the transport; the next step opens a new one when it was asked for by name."""
-        if self._transport is not None:
-            self._transport.close()
-        self._transport = None
+        transport, self._transport = self._transport, None  # gone even if its connections break in closing
+        if transport is not None:
+            transport.close()
 
     @abstractmethod
     def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
