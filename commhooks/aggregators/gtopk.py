@@ -12,6 +12,7 @@ from .base import HEADER_BYTES, Aggregated, Aggregator, Context, empty_message, 
 
 ALGORITHMS = ("doubling", "tree")
 _LAST_ROUND = 31
+_MEET_TAG = 15  # and up: one for each round of doubling, of which there are at most 15
 
 
 class GTopK(Aggregator):
@@ -122,9 +123,25 @@ class _Merge:
 
     def exchange_with(self, peer: int, round_number: int) -> None:
         """Swaps partial results with ``peer`` and merges."""
+        if self.transport.sends_early and self.core_size != self.world_size:
+            self._meet(peer, round_number)
         message = empty_message(self.pairs.k, self.pairs.indices.device)
         self._move([(peer, self._packed())], [(peer, message)], round_number)
         self._absorb(unpack(message, self.pairs.numel, peer, self.context))
+
+    def _meet(self, peer: int, round_number: int) -> None:
+        """Waits until ``peer`` is at this round too.
+
+        Where some ranks have folded others in, the rest is ahead of them: what it sends too early would take
+        the link that the late ones still need for the round before.
+        """
+        nothing = self.pairs.indices.new_empty(0)
+        self.transport.exchange(
+            [(peer, nothing)],
+            [(peer, nothing.clone())],
+            tag=self.context.tag + _MEET_TAG + round_number,
+            what=f"{self.context}, before round {round_number}",
+        )
 
     def merge_from(self, child: int, round_number: int) -> None:
         """Receives ``child``'s partial result, merges, and remembers what it sent."""

@@ -47,6 +47,8 @@ class Transport(ABC):
     """
 
     name: ClassVar[str]
+    sends_early: ClassVar[bool] = False
+    """Whether a message takes up its receiver's link before the receiver asks for it."""
     device_type: str = "cpu"
     rank: int
     world_size: int

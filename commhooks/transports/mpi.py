@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
-from .base import DEFAULT_TIMEOUT_S, Message, Transport
+from . import rotation
+from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
 from .cuda_aware import is_cuda_aware
 
 _SPIN_POLLS = 200  # polls that only yield the core, before a waiting rank starts to sleep between them
 _SLEEP_S = 5e-5
+_ROTATION_BYTES = 16384  # less is a matter of rounds, of which MPI's own all-reduce has fewer
 _serialized = threading.Lock()
 
 
@@ -63,6 +65,7 @@ class MpiTransport(Transport):
     """
 
     name = "mpi"
+    sends_early = True  # libfabric's TCP provider streams a message whether or not it is received yet
 
     def __init__(
         self, comm: Any = None, timeout_s: float = DEFAULT_TIMEOUT_S, device_type: str = "cpu"
@@ -94,6 +97,10 @@ class MpiTransport(Transport):
         self._wait([request], f"{what}, all-gather", "any rank")
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
+        if self.world_size & (self.world_size - 1) and nbytes(buffer) >= _ROTATION_BYTES:
+            # MPICH folds the ranks beyond a power of two in and out again, whole buffers at a time.
+            rotation.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
+            return
         self._finish_kernels()
         with self._lock:
             request = self._comm.Iallreduce(self._mpi.IN_PLACE, _array(buffer), op=self._mpi.SUM)

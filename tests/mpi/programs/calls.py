@@ -30,6 +30,9 @@ for dtype in (
 total = torch.tensor([float(rank), 1.0])
 first.all_reduce(total, tag=6, what="sum")
 assert total.tolist() == [size * (size - 1) / 2, float(size)]
+large = torch.arange(9000) + rank  # beyond the size from which 3 ranks sum in turns
+first.all_reduce(large, tag=6, what="sum")
+assert torch.equal(large, size * torch.arange(9000) + size * (size - 1) // 2)
 for root in range(size):
     buffer = torch.tensor([rank])
     first.broadcast(buffer, root=root, tag=7, what="copy")
