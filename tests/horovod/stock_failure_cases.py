@@ -102,17 +102,6 @@ def uneven_data_with_join():
 
 
 @case()
-def a_rank_without_a_step_cannot_join():
-    for scheme in SCHEMES:
-        model = Net()
-        optimizer = stock(scheme, 0.1, fails=True)(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        if hvd.rank() < hvd.size() - 1:
-            loss_of(model, hvd.rank(), 0).backward()
-            raises(ValueError, "hvd.join()", optimizer.synchronize)
-        hvd.join()
-
-
-@case()
 def refused_options_name_themselves():
     def step(model, optimizer):
         loss_of(model, hvd.rank(), 0).backward()

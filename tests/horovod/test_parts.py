@@ -77,6 +77,25 @@ def test_the_parameter_is_found_by_identity_alone():
         table.find(parameters[0])
 
 
+def test_a_gather_beside_join_is_refused_by_name(monkeypatch):
+    """With Horovod's answer made up: in a job its all-gathers beside hvd.join() have crashed a rank (MPI, 4 ranks)."""
+    import horovod.torch as hvd
+
+    from commhooks.horovod import api
+
+    def synchronize(handle):
+        raise hvd.HorovodInternalError(answers.pop())
+
+    answers = ["Connection reset by peer", "Allgather is not supported with Join at this time."]
+    monkeypatch.setattr(hvd, "rank", lambda: 2)
+    monkeypatch.setattr(hvd, "poll", lambda handle: True)
+    monkeypatch.setattr(hvd, "synchronize", synchronize)
+    with pytest.raises(ValueError, match=r"rank 2, agreement: a rank called hvd.join\(\)"):
+        api.wait_for(0, 1.0, "agreement")
+    with pytest.raises(hvd.HorovodInternalError, match="Connection reset"):
+        api.wait_for(0, 1.0, "agreement")
+
+
 def test_masks_depend_on_the_name_alone():
     from commhooks.horovod.parameters import ParameterTable, stream_of
 
