@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .aggregators import Aggregated, Aggregator, Context
-from .aggregators.dense import dense_sum, dense_wire_bytes
+from .aggregators.dense import dense_wire_bytes
+from .aggregators.summed import summed
 from .agreement import check_agreement
 from .bucket import Bucket
 from .errors import NonFiniteGradientError
@@ -274,7 +275,7 @@ class Reducer:
             active = slot.active(bucket.buffer)
             sent = slot.residual if active is None else slot.residual * active
         with figures.phase("exchange"), figures.traffic(transport.counters):
-            total, thrown_away = dense_sum(transport, sent.to(transport.device_type), bad > 0, context)
+            total, thrown_away = summed(transport, sent.to(transport.device_type), bad > 0, context)
         if thrown_away:
             memory.undo(slot, bucket.buffer, scale=inverse)
             self._throw_away(bucket, bad)

@@ -7,6 +7,7 @@ Each sets the same absolute rate in every parameter group, whatever rate the opt
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -28,12 +29,12 @@ def check_fraction(name: str, value: float) -> float:
     return float(value)
 
 
-class ClosedFormLR(LRScheduler):
+class ClosedFormLR(LRScheduler, ABC):
     """Base of schedulers whose rate is a function of the step alone; its state is ``last_epoch``."""
 
+    @abstractmethod
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, from 0."""
-        raise NotImplementedError
 
     def get_lr(self) -> list[Any]:
         return [self.rate(self.last_epoch)] * len(self.optimizer.param_groups)

@@ -5,6 +5,7 @@ Only public parts of Horovod are used here.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +23,7 @@ from .compressor import CompressorCore, Flight
 _VOTE = 4096.0  # added to the marker by a rank that found NaN or Inf
 
 
-class SparseCompressor(horovod().compression.Compressor):  # type: ignore[misc]
+class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[misc]
     """A compression object for ``hvd.DistributedOptimizer``: error feedback per parameter, a sparse exchange.
 
     Horovod calls ``compress(p.grad)`` when a gradient is ready and ``decompress`` in ``synchronize()``, where the
@@ -33,14 +34,15 @@ class SparseCompressor(horovod().compression.Compressor):  # type: ignore[misc]
         self.core = core
         self._averages: bool | None = None  # which op the optimizer uses, read off the first result
 
+    @abstractmethod
     def compress(self, tensor: Tensor) -> tuple[Tensor, Flight]:
         """What Horovod is to all-reduce, and what :meth:`decompress` needs.
 
         Raises:
             ValueError: ``tensor`` is the gradient of no parameter; the message names the option that causes it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decompress(self, tensor: Tensor, ctx: Flight) -> Tensor:
         """The reduced gradient, in the parameter's shape and dtype.
 
@@ -49,7 +51,6 @@ class SparseCompressor(horovod().compression.Compressor):  # type: ignore[misc]
             NonFiniteGradientError: with ``nonfinite="error"``.
             ValueError: the optimizer's ``op`` is neither Average nor Sum.
         """
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals, velocities and step counts by parameter name; save one per rank."""
