@@ -136,7 +136,8 @@ uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t 
     const int64_t bin = find_bin(left.size(), room, used_bins, rank);
     const uint32_t from = low + (static_cast<uint32_t>(bin) << shift);
     if (shift == 0) return from;
-    const uint32_t to = from + ((1u << shift) - 1u);
+    // Keys compare as signed numbers, and a last bin may reach beyond them: NaNs are the largest.
+    const uint32_t to = std::min(from + ((1u << shift) - 1u), kMagnitudeBits);
     // Each round keeps one bin in 256 or more of the key range, so four rounds at most.
     for_each(left.size(), total, tasks, [&](int i) {
       List &list = left[static_cast<size_t>(i)];

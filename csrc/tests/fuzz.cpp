@@ -1,129 +1,20 @@
 // Random calls of the C ABI against simple oracles, for the sanitizer builds (scripts/sanitize): sizes 0 and 1, primes,
-// unaligned pointers, ties, non-finite values, many threads, several callers at once, a fork after use.
+// unaligned pointers, ties, half precision, momentum, non-finite values in gradients and in memories, many threads,
+// several callers at once, a fork after use.
 // Every buffer has exactly its size, so that a step outside is seen.
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <random>
+#include <iterator>
 #include <thread>
 #include <vector>
 
-#include "commhooks_cpu.h"
+#include "operands.h"
 
 namespace {
-
-using Random = std::mt19937_64;
-
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
-      std::abort();                                                             \
-    }                                                                           \
-  } while (0)
-
-int64_t below(Random &random, int64_t limit) {
-  return limit <= 0 ? 0 : static_cast<int64_t>(random() % static_cast<uint64_t>(limit));
-}
-
-uint32_t key_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits & 0x7fffffffu;
-}
-
-// Exactly n elements at the end of their own allocation, 4-aligned but mostly not more.
-template <class T>
-class Buffer {
- public:
-  Buffer(int64_t n, Random &random) : shift_(below(random, 4)), data_(new T[static_cast<size_t>(n + shift_)]()), size_(n) {}
-  T *get() { return data_.get() + shift_; }
-  T &operator[](int64_t i) { return get()[i]; }
-  int64_t size() const { return size_; }
-
- private:
-  int64_t shift_;
-  std::unique_ptr<T[]> data_;
-  int64_t size_;
-};
-
-int64_t random_size(Random &random) {
-  static const int64_t sizes[] = {0, 1, 2, 15, 16, 17, 67, 257, 1009, 4096, 4099, 40009, 150001};
-  return sizes[below(random, sizeof sizes / sizeof *sizes)];
-}
-
-void fill(Buffer<float> &buffer, Random &random, bool nasty) {
-  const int kind = static_cast<int>(below(random, 6));
-  std::normal_distribution<float> gauss;
-  for (int64_t i = 0; i < buffer.size(); ++i) {
-    float x = gauss(random);
-    if (kind == 0) x = 0.0f;
-    if (kind == 1) x = 1.5f;
-    if (kind == 2) x = std::round(2 * x);
-    if (kind == 3) x = static_cast<float>(i) * 1e-3f;
-    if (kind == 4 && i > buffer.size() / 50) x *= 1e-6f;
-    if (nasty && random() % 97 == 0) x = random() % 2 != 0 ? NAN : INFINITY;
-    buffer[i] = x;
-  }
-}
-
-struct Operands {
-  Buffer<float> grad, residual;
-  std::vector<int64_t> offsets;
-  commhooks_fused fused{};
-
-  Operands(int64_t n, Random &random) : grad(n, random), residual(n, random) {
-    fill(grad, random, random() % 2 != 0);
-    fill(residual, random, false);
-    fused.grad = grad.get();
-    fused.residual = residual.get();
-    fused.numel = n;
-    fused.scale = 1.0f;
-    if (random() % 2 != 0) {
-      offsets = {0, below(random, n + 1), below(random, n + 1), n};
-      std::sort(offsets.begin(), offsets.end());
-      for (int64_t i = offsets[1]; i < offsets[2]; ++i) grad[i] = 0.0f;
-      fused.segment_offsets = offsets.data();
-      fused.num_segments = 3;
-    }
-  }
-
-  bool active(int64_t i) {
-    if (offsets.empty()) return true;
-    size_t s = 0;
-    while (i >= offsets[s + 1]) ++s;
-    for (int64_t j = offsets[s]; j < offsets[s + 1]; ++j) {
-      if (!(grad[j] == 0.0f)) return true;
-    }
-    return false;
-  }
-
-  // The corrected gradient; where inactive, the residual.
-  std::vector<float> corrected(int64_t *nonfinite, std::vector<bool> *live) {
-    std::vector<float> c(static_cast<size_t>(fused.numel));
-    live->assign(c.size(), true);
-    *nonfinite = 0;
-    bool state = true;
-    for (int64_t i = 0; i < fused.numel; ++i) {
-      if (!offsets.empty() && (i == 0 || std::find(offsets.begin(), offsets.end(), i) != offsets.end())) state = active(i);
-      const size_t at = static_cast<size_t>(i);
-      (*live)[at] = state;
-      c[at] = state ? residual[i] + grad[i] : residual[i];
-      if (state && !std::isfinite(c[at])) {
-        ++*nonfinite;
-        c[at] = residual[i] + 0.0f;
-      }
-    }
-    return c;
-  }
-};
 
 void fuzz_topk(Random &random) {
   const int64_t n = random_size(random);
@@ -152,11 +43,11 @@ void fuzz_topk(Random &random) {
   for (int64_t j = 0; j < k; ++j) {
     const bool used = j < report.count;
     CHECK(indices[j] == (used ? order[static_cast<size_t>(j)] : COMMHOOKS_PAD));
-    CHECK(values[j] == (used ? c[static_cast<size_t>(indices[j])] : 0.0f));
+    CHECK(same(values[j], used ? c[static_cast<size_t>(indices[j])] : 0.0f));
   }
   for (int64_t i = 0; i < n; ++i) {
     const bool taken = std::binary_search(order.begin(), order.end(), i);
-    CHECK(operands.residual[i] == (taken ? 0.0f : c[static_cast<size_t>(i)]));
+    CHECK(same(operands.residual[i], taken ? 0.0f : c[static_cast<size_t>(i)]));
   }
 }
 
@@ -171,13 +62,22 @@ void fuzz_other_selections(Random &random) {
   CHECK(commhooks_cpu_select_threshold(&first.fused, 0.5f, k, below(random, n), threads, values.get(), indices.get(),
                                        &report) == COMMHOOKS_OK);
   CHECK(commhooks_cpu_check_indices(indices.get(), k, n) == -1);
-  for (int64_t j = 0; j < report.count; ++j) CHECK(std::fabs(values[j]) > 0.5f && first.residual[indices[j]] == 0.0f);
+  for (int64_t j = 0; j < report.count; ++j) {
+    CHECK(key_of(values[j]) > key_of(0.5f) && first.residual[indices[j]] == 0.0f);
+  }
 
   CHECK(commhooks_cpu_random_indices(random(), 1, 2, n, k, indices.get()) == COMMHOOKS_OK);
   CHECK(commhooks_cpu_check_indices(indices.get(), k, n) == -1);
   Operands second(n, random);
+  int64_t nonfinite = 0;
+  std::vector<bool> live;
+  const std::vector<float> c = second.corrected(&nonfinite, &live);
   CHECK(commhooks_cpu_select_indices(&second.fused, indices.get(), k, threads, values.get(), &report) == COMMHOOKS_OK);
-  CHECK(report.count == k);
+  CHECK(report.count == k && report.nonfinite == nonfinite);
+  for (int64_t j = 0; j < k; ++j) {
+    const size_t at = static_cast<size_t>(indices[j]);
+    CHECK(same(values[j], live[at] ? c[at] : 0.0f));
+  }
   float threshold = 0.0f;
   CHECK(commhooks_cpu_sample_threshold(&second.fused, k, random(), &threshold) == COMMHOOKS_OK && threshold >= 0.0f);
   if (k > 1) {
@@ -189,10 +89,17 @@ void fuzz_other_selections(Random &random) {
 struct Sparse {
   Buffer<float> values;
   Buffer<int32_t> indices;
-  Sparse(int64_t n, int64_t used, int64_t size, Random &random) : values(size, random), indices(size, random) {
+  // Values are small integers, whose halves and sums are exact in any type, or `any`.
+  Sparse(int64_t n, int64_t used, int64_t size, Random &random, bool any = false)
+      : values(size, random), indices(size, random) {
     CHECK(commhooks_cpu_random_indices(random(), 3, 4, n, used, indices.get()) == COMMHOOKS_OK);
     for (int64_t j = used; j < size; ++j) indices[j] = COMMHOOKS_PAD;
-    for (int64_t j = 0; j < used; ++j) values[j] = static_cast<float>(below(random, 9) - 4);
+    const bool nasty = random() % 4 == 0;
+    std::normal_distribution<float> gauss;
+    for (int64_t j = 0; j < used; ++j) {
+      values[j] = any ? gauss(random) : static_cast<float>(below(random, 9) - 4);
+      if (nasty && random() % 5 == 0) values[j] = random() % 3 == 0 ? INFINITY : NAN;
+    }
   }
 };
 
@@ -200,9 +107,10 @@ void fuzz_merge_and_scatter(Random &random) {
   const int64_t n = std::max<int64_t>(1, random_size(random));
   const int64_t used_a = below(random, n + 1);
   const int64_t used_b = below(random, n + 1);
-  Sparse a(n, used_a, used_a + below(random, 3), random);
-  Sparse b(n, used_b, used_b + below(random, 3), random);
-  const int64_t k = below(random, used_a + used_b + 2);
+  const bool any = random() % 2 != 0;
+  Sparse a(n, used_a, used_a + below(random, 3), random, any);
+  Sparse b(n, used_b, used_b + below(random, 3), random, any);
+  const int64_t k = below(random, random() % 2 != 0 ? 9 : used_a + used_b + 2);
   Buffer<float> values(k, random);
   Buffer<int32_t> indices(k, random);
   Buffer<uint8_t> survives_a(a.indices.size(), random), survives_b(b.indices.size(), random);
@@ -215,13 +123,18 @@ void fuzz_merge_and_scatter(Random &random) {
     CHECK(commhooks_cpu_scatter_add(dense.get(), n, x->values.get(), x->indices.get(), x->indices.size(), 1.0f) ==
           COMMHOOKS_OK);
   }
-  float smallest = INFINITY;
-  for (int64_t j = 0; j < k && indices[j] != COMMHOOKS_PAD; ++j) {
-    CHECK(values[j] == dense[indices[j]]);
-    smallest = std::min(smallest, std::fabs(values[j]));
-    dense[indices[j]] = 0.0f;
+  uint32_t smallest = 0x7fffffffu;
+  int64_t taken = 0;
+  for (; taken < k && indices[taken] != COMMHOOKS_PAD; ++taken) {
+    CHECK(same(values[taken], dense[indices[taken]]));
+    smallest = std::min(smallest, key_of(values[taken]));
+    dense[indices[taken]] = 0.0f;
   }
-  for (int64_t i = 0; i < n && k > 0; ++i) CHECK(std::fabs(dense[i]) <= smallest);
+  for (int64_t i = 0; i < n && k > 0; ++i) CHECK(key_of(dense[i]) <= smallest);
+  std::vector<int32_t> either;
+  std::set_union(a.indices.get(), a.indices.get() + used_a, b.indices.get(), b.indices.get() + used_b,
+                 std::back_inserter(either));
+  CHECK(taken == std::min(k, static_cast<int64_t>(either.size())));
   for (int64_t j = 0; j < a.indices.size(); ++j) {
     const bool in = std::binary_search(indices.get(), indices.get() + k, a.indices[j]) && a.indices[j] != COMMHOOKS_PAD;
     CHECK(survives_a[j] == (in ? 1 : 0));
@@ -233,13 +146,36 @@ void fuzz_merge_and_scatter(Random &random) {
     const bool in = j < used_a && std::binary_search(b.indices.get(), b.indices.get() + used_b, a.indices[j]);
     CHECK(found[j] == (in ? 1 : 0));
   }
-  Buffer<float> out(n, random);
-  Buffer<uint16_t> half(n, random);
-  CHECK(commhooks_cpu_write_back(out.get(), COMMHOOKS_F32, n, a.values.get(), a.indices.get(), 1, a.indices.size(), 0.5f,
+}
+
+void fuzz_write_back(Random &random) {
+  const int64_t n = std::max<int64_t>(1, random_size(random));
+  const int64_t rows = below(random, 4);
+  const int64_t size = below(random, n + 1) + below(random, 3);
+  Buffer<float> values(rows * size, random), out(n, random), expected(n, random);
+  Buffer<int32_t> indices(rows * size, random);
+  for (int64_t r = 0; r < rows; ++r) {
+    Sparse row(n, std::min(below(random, size + 1), n), size, random);
+    std::copy_n(row.values.get(), size, values.get() + r * size);
+    std::copy_n(row.indices.get(), size, indices.get() + r * size);
+  }
+  for (int64_t j = 0; j < rows * size; ++j) {
+    if (indices[j] != COMMHOOKS_PAD) expected[indices[j]] += 0.5f * values[j];
+  }
+  std::fill_n(out.get(), n, 7.0f);
+  CHECK(commhooks_cpu_write_back(out.get(), COMMHOOKS_F32, n, values.get(), indices.get(), rows, size, 0.5f,
                                  1 + static_cast<int32_t>(below(random, 4))) == COMMHOOKS_OK);
-  CHECK(commhooks_cpu_write_back(half.get(), COMMHOOKS_BF16, n, a.values.get(), a.indices.get(), 1, a.indices.size(),
-                                 0.5f, 2) == COMMHOOKS_OK);
-  for (int64_t j = 0; j < used_a; ++j) CHECK(out[a.indices[j]] == 0.5f * a.values[j]);
+  for (int64_t i = 0; i < n; ++i) CHECK(same(out[i], expected[i]));
+  if (rows != 1) return;
+  for (const int32_t dtype : {COMMHOOKS_BF16, COMMHOOKS_F16}) {
+    Buffer<uint16_t> half(n, random);
+    std::fill_n(half.get(), n, uint16_t{7});
+    CHECK(commhooks_cpu_write_back(half.get(), dtype, n, values.get(), indices.get(), 1, size, 0.5f, 2) == COMMHOOKS_OK);
+    // Halves of small integers are exact; what is infinite becomes the largest finite number.
+    for (int64_t i = 0; i < n; ++i) {
+      if (!std::isinf(expected[i])) CHECK(same(from_half(half[i], dtype), expected[i]));
+    }
+  }
 }
 
 // A large output, so that the streaming stores run too.
@@ -258,6 +194,7 @@ void fuzz(uint64_t seed, int rounds) {
     fuzz_topk(random);
     fuzz_other_selections(random);
     fuzz_merge_and_scatter(random);
+    fuzz_write_back(random);
   }
 }
 
