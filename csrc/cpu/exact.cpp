@@ -5,15 +5,13 @@
 #include "dispatch.h"
 #include "half.h"
 #include "lists.h"
-#include "pool.h"
 
 namespace commhooks {
 namespace {
 
-// Counts the digits (key >> shift) & mask of keys that begin with `prefix` above them.
+// Counts the digits (key >> shift) & mask of keys that begin with `prefix` above them, beside what `bins` holds.
 void histogram(const std::vector<Range> &share, const float *corrected, int shift, int width, uint32_t prefix,
                uint32_t *bins) {
-  std::fill(bins, bins + kBins, 0u);
   const uint32_t mask = (1u << width) - 1u;
   for (const Range &range : share) {
     for (int64_t i = range.begin; i < range.end; ++i) {
@@ -26,20 +24,20 @@ void histogram(const std::vector<Range> &share, const float *corrected, int shif
 }  // namespace
 
 Threshold find_threshold(const Plan &plan, const float *corrected, int64_t k, uint32_t *bins) {
-  const int tasks = plan.tasks();
   int64_t rank = k;
   uint32_t prefix = 0;
   // 31 bits of magnitude: 11 + 11 + 9.
   const int shifts[3] = {20, 9, 0};
   const int widths[3] = {11, 11, 9};
   for (int level = 0; level < 3; ++level) {
-    parallel(tasks, [&](int t) {
-      histogram(plan.shares[static_cast<size_t>(t)], corrected, shifts[level], widths[level], prefix, bins + t * kBins);
+    std::fill(bins, bins + plan.threads * kBins, 0u);
+    plan.for_shares([&](const std::vector<Range> &share, size_t, size_t thread) {
+      histogram(share, corrected, shifts[level], widths[level], prefix, bins + static_cast<int64_t>(thread) * kBins);
     });
     uint32_t digit = (1u << widths[level]) - 1u;
     for (; digit > 0; --digit) {
       int64_t here = 0;
-      for (int t = 0; t < tasks; ++t) here += bins[t * kBins + digit];
+      for (int t = 0; t < plan.threads; ++t) here += bins[t * kBins + digit];
       if (rank <= here) break;
       rank -= here;
     }
@@ -47,11 +45,10 @@ Threshold find_threshold(const Plan &plan, const float *corrected, int64_t k, ui
   }
   Threshold found;
   found.key = prefix;
-  found.above.resize(static_cast<size_t>(tasks));
-  found.equal.resize(static_cast<size_t>(tasks));
-  parallel(tasks, [&](int t) {
-    const size_t at = static_cast<size_t>(t);
-    for (const Range &range : plan.shares[at]) {
+  found.above.resize(plan.shares.size());
+  found.equal.resize(plan.shares.size());
+  plan.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
+    for (const Range &range : share) {
       int64_t above = 0;
       int64_t equal = 0;
       kernels().count(corrected + range.begin, range.end - range.begin, found.key, &above, &equal);
@@ -73,16 +70,14 @@ Threshold find_threshold(const Plan &plan, const float *corrected, int64_t k, ui
 }
 
 void take_out(const Plan &plan, const Threshold &threshold, float *residual, float *values, int32_t *indices) {
-  const int tasks = plan.tasks();
-  std::vector<int64_t> offsets(static_cast<size_t>(tasks));
+  std::vector<int64_t> offsets(plan.shares.size());
   for (size_t t = 1; t < offsets.size(); ++t) {
     offsets[t] = offsets[t - 1] + threshold.above[t - 1] + threshold.equal[t - 1];
   }
-  parallel(tasks, [&](int t) {
-    const size_t at = static_cast<size_t>(t);
+  plan.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
     int64_t place = offsets[at];
     int64_t ties = threshold.equal[at];
-    for (const Range &range : plan.shares[at]) {
+    for (const Range &range : share) {
       for (int64_t i = range.begin; i < range.end; ++i) {
         const uint32_t key = bits_of(residual[i]) & kMagnitudeBits;
         if (key < threshold.key || (key == threshold.key && ties-- <= 0)) continue;

@@ -21,14 +21,10 @@ int64_t total_size(const std::vector<List> &lists) {
   return total;
 }
 
-// Runs f(list number) for all lists, by as many as `tasks` threads when the lists are long together.
+// Runs f(list number) for all lists, by as many as `threads` threads when the lists are long together.
 template <class F>
-void for_each(size_t lists, int64_t total, int tasks, F &&f) {
-  const int count = static_cast<int>(lists);
-  const int each = total < kSerial ? count : (count + tasks - 1) / tasks;
-  parallel((count + each - 1) / each, [&](int t) {
-    for (int i = t * each; i < std::min(count, (t + 1) * each); ++i) f(i);
-  });
+void for_each(size_t lists, int64_t total, int threads, F &&f) {
+  parallel(total < kSerial ? 1 : threads, static_cast<int>(lists), f);
 }
 
 // Keys of a sample, to begin with a narrow range: filling a histogram takes ten times as long per element as leaving
@@ -87,13 +83,13 @@ void guess_range(const std::vector<List> &lists, int64_t total, int64_t rank, ui
 
 // Leaves in `lists` (in their spare room) only a range of keys that has the rank-th largest; `rank` becomes the rank
 // there. Changes nothing when the sample misleads.
-void narrow(std::vector<List> &lists, int64_t total, int64_t &rank, int tasks) {
+void narrow(std::vector<List> &lists, int64_t total, int64_t &rank, int threads) {
   uint32_t low;
   uint32_t high;
   guess_range(lists, total, rank, &low, &high);
   std::vector<int64_t> found(lists.size());
   std::vector<int64_t> above(lists.size());
-  for_each(lists.size(), total, tasks, [&](int i) {
+  for_each(lists.size(), total, threads, [&](int i) {
     const size_t at = static_cast<size_t>(i);
     found[at] = kernels().between(lists[at].values, lists[at].size, low, high, lists[at].spare, &above[at]);
   });
@@ -113,16 +109,16 @@ void narrow(std::vector<List> &lists, int64_t total, int64_t &rank, int tasks) {
 
 }  // namespace
 
-uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t *room, int tasks) {
+uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t *room, int threads) {
   const Kernels &kernel = kernels();
   std::vector<List> left = lists;
   std::vector<uint32_t> lows(lists.size());
   std::vector<uint32_t> highs(lists.size());
-  if (const int64_t all = total_size(left); all >= kWorthSampling) narrow(left, all, rank, tasks);
+  if (const int64_t all = total_size(left); all >= kWorthSampling) narrow(left, all, rank, threads);
   for (;;) {
     const int64_t total = total_size(left);
     const int64_t used_bins = total < kSerial ? kBins / 8 : kBins;
-    for_each(left.size(), total, tasks, [&](int i) {
+    for_each(left.size(), total, threads, [&](int i) {
       const size_t at = static_cast<size_t>(i);
       kernel.key_range(left[at].values, left[at].size, &lows[at], &highs[at]);
     });
@@ -131,7 +127,7 @@ uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t 
     if (low >= high) return high;
     int shift = 0;
     while ((high - low) >> shift >= used_bins) ++shift;
-    for_each(left.size(), total, tasks,
+    for_each(left.size(), total, threads,
              [&](int i) { histogram(left[static_cast<size_t>(i)], low, shift, room + i * kBins, used_bins); });
     const int64_t bin = find_bin(left.size(), room, used_bins, rank);
     const uint32_t from = low + (static_cast<uint32_t>(bin) << shift);
@@ -139,7 +135,7 @@ uint32_t kth_largest_key(const std::vector<List> &lists, int64_t rank, uint32_t 
     // Keys compare as signed numbers, and a last bin may reach beyond them: NaNs are the largest.
     const uint32_t to = std::min(from + ((1u << shift) - 1u), kMagnitudeBits);
     // Each round keeps one bin in 256 or more of the key range, so four rounds at most.
-    for_each(left.size(), total, tasks, [&](int i) {
+    for_each(left.size(), total, threads, [&](int i) {
       List &list = left[static_cast<size_t>(i)];
       int64_t above = 0;
       list.size = kernel.between(list.values, list.size, from, to, list.spare, &above);
@@ -153,17 +149,17 @@ void pad(float *values, int32_t *indices, int64_t from, int64_t k) {
   std::fill(indices + from, indices + k, COMMHOOKS_PAD);
 }
 
-int64_t emit_largest(const std::vector<List> &lists, int64_t k, uint32_t *room, float *values, int32_t *indices,
-                     float *residual) {
+int64_t emit_largest(const std::vector<List> &whole, const std::vector<List> &lists, int64_t k, uint32_t *room,
+                     float *values, int32_t *indices, float *residual) {
   const Kernels &kernel = kernels();
   const int64_t total = total_size(lists);
-  const int tasks = static_cast<int>(lists.size());
+  const int threads = static_cast<int>(whole.size());
   const int64_t kept = std::min(k, total);
   // Key 0 with every tie kept takes all.
-  const uint32_t key = kept == 0 ? kMagnitudeBits : total <= k ? 0 : kth_largest_key(lists, k, room, tasks);
+  const uint32_t key = kept == 0 ? kMagnitudeBits : total <= k ? 0 : kth_largest_key(whole, k, room, threads);
   std::vector<int64_t> above(lists.size());
   std::vector<int64_t> equal(lists.size());
-  for_each(lists.size(), total, tasks, [&](int i) {
+  for_each(lists.size(), total, threads, [&](int i) {
     const size_t at = static_cast<size_t>(i);
     kernel.count(lists[at].values, lists[at].size, key, &above[at], &equal[at]);
   });
@@ -178,7 +174,7 @@ int64_t emit_largest(const std::vector<List> &lists, int64_t k, uint32_t *room, 
     offsets[i] = written;
     written += above[i] + equal[i];
   }
-  for_each(lists.size(), total, tasks, [&](int i) {
+  for_each(lists.size(), total, threads, [&](int i) {
     const size_t at = static_cast<size_t>(i);
     const Emitted out{values + offsets[at], indices + offsets[at], above[at] + equal[at]};
     kernel.emit(lists[at].values, lists[at].indices, lists[at].size, key, equal[at], out, residual);

@@ -51,7 +51,7 @@ class Merge {
  private:
   void unite() {
     stretches_ = cut_union(in_, size_a_, size_b_, pieces_, values_, indices_, tags_);
-    parallel(tasks_, [&](int t) {
+    parallel(tasks_, tasks_, [&](int t) {
       kernels().unite(in_, stretches_.data() + t * kSideBySide, std::min(pieces_, kSideBySide));
     });
     for (const Stretch &s : stretches_) {
@@ -85,11 +85,7 @@ class Merge {
   // Runs f(piece) for all pieces.
   template <class F>
   void for_all(F &&f) {
-    const size_t each = (lists_.size() + static_cast<size_t>(tasks_) - 1) / static_cast<size_t>(tasks_);
-    parallel(tasks_, [&](int t) {
-      const size_t end = std::min(lists_.size(), (static_cast<size_t>(t) + 1) * each);
-      for (size_t p = static_cast<size_t>(t) * each; p < end; ++p) f(p);
-    });
+    parallel(tasks_, pieces_, [&](int p) { f(static_cast<size_t>(p)); });
   }
 
   MergeInput in_;

@@ -5,6 +5,16 @@
 #include "dispatch.h"
 
 namespace commhooks {
+namespace {
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 32768;
+// A thread's elements are cut into so many shares, of at least so many elements: what a thread whose core is taken by
+// something else does not get to, the others do.
+constexpr int64_t kSharesPerThread = 8;
+constexpr int64_t kElementsPerShare = 1 << 18;
+
+}  // namespace
 
 bool valid(const commhooks_fused *fused, int32_t threads) {
   if (fused == nullptr || threads < 1 || fused->numel < 0 || fused->numel >= COMMHOOKS_PAD) return false;
@@ -21,10 +31,11 @@ FuseArgs fuse_args(const commhooks_fused &fused) {
   return FuseArgs{fused.grad, fused.residual, fused.velocity, factor, fused.momentum, fused.grad_dtype};
 }
 
-Plan::Plan(const commhooks_fused &fused, int32_t threads) : args(fuse_args(fused)) {
+Plan::Plan(const commhooks_fused &fused, int32_t wanted) : args(fuse_args(fused)) {
   find_active(fused);
   for (const Range &range : active) numel += range.end - range.begin;
-  share_out(threads);
+  threads = static_cast<int>(std::clamp<int64_t>(numel / kElementsPerThread, 1, wanted));
+  share_out();
 }
 
 void Plan::find_active(const commhooks_fused &fused) {
@@ -45,19 +56,20 @@ void Plan::find_active(const commhooks_fused &fused) {
   }
 }
 
-void Plan::share_out(int32_t threads) {
-  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(threads, numel / kElementsPerTask));
-  shares.resize(static_cast<size_t>(tasks));
+void Plan::share_out() {
+  const int64_t each = std::clamp<int64_t>(numel / threads / kElementsPerShare, 1, kSharesPerThread);
+  const int64_t count = threads == 1 ? 1 : threads * each;
+  shares.resize(static_cast<size_t>(count));
   size_t range = 0;
   int64_t from = active.empty() ? 0 : active[0].begin;
   int64_t done = 0;
-  for (int64_t t = 0; t < tasks; ++t) {
+  for (int64_t s = 0; s < count; ++s) {
     // Shares end at multiples of 64 elements, whole cache lines of every array.
-    int64_t left = (t + 1 == tasks ? numel : (numel * (t + 1) / tasks) & ~int64_t{63}) - done;
+    int64_t left = (s + 1 == count ? numel : (numel * (s + 1) / count) & ~int64_t{63}) - done;
     done += left;
     while (left > 0) {
       const int64_t taken = std::min(left, active[range].end - from);
-      shares[static_cast<size_t>(t)].push_back({from, from + taken});
+      shares[static_cast<size_t>(s)].push_back({from, from + taken});
       left -= taken;
       from += taken;
       if (from == active[range].end && ++range < active.size()) from = active[range].begin;

@@ -1,11 +1,14 @@
-// What a call works on: checked operands, active ranges, and each task's share of them.
+// What a call works on: checked operands, active ranges, and their shares among threads.
 #ifndef COMMHOOKS_CPU_PLAN_H
 #define COMMHOOKS_CPU_PLAN_H
+
+#include <stddef.h>
 
 #include <vector>
 
 #include "commhooks.h"
 #include "kernels.h"
+#include "pool.h"
 
 namespace commhooks {
 
@@ -22,23 +25,27 @@ FuseArgs fuse_args(const commhooks_fused &fused);
 
 class Plan {
  public:
-  // Finds the active segments. May throw std::bad_alloc.
-  Plan(const commhooks_fused &fused, int32_t threads);
+  // Finds the active segments and shares them out among at most `wanted` threads. May throw std::bad_alloc.
+  Plan(const commhooks_fused &fused, int32_t wanted);
 
   FuseArgs args;
   std::vector<Range> active;                // ascending, not touching
-  std::vector<std::vector<Range>> shares;   // one per task, in order; together they are `active`
+  std::vector<std::vector<Range>> shares;   // in order; together they are `active`
   int64_t numel = 0;                        // active elements
-  int tasks() const { return static_cast<int>(shares.size()); }
-  bool all_active(int64_t total) const { return numel == total; }
+  int threads = 1;                          // as many as are worth it
+
+  // Runs f(share, its number, thread) for all shares; those of one thread ascend.
+  template <class F>
+  void for_shares(F &&f) const {
+    parallel(threads, static_cast<int>(shares.size()), [&](int number, int thread) {
+      f(shares[static_cast<size_t>(number)], static_cast<size_t>(number), static_cast<size_t>(thread));
+    });
+  }
 
  private:
   void find_active(const commhooks_fused &fused);
-  void share_out(int32_t threads);
+  void share_out();
 };
-
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kElementsPerTask = 32768;
 
 }  // namespace commhooks
 #endif

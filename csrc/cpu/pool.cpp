@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <memory>
@@ -50,25 +51,35 @@ class KeepDenormals {
 };
 
 struct Job {
-  void (*task)(void *, int);
+  void (*task)(void *, int, int);
   void *context;
+  int tasks;
+  std::atomic<int> next{0};
+
+  // Takes tasks until there are none.
+  void work(int thread) {
+    for (int i = next.fetch_add(1, std::memory_order_relaxed); i < tasks;
+         i = next.fetch_add(1, std::memory_order_relaxed)) {
+      task(context, i, thread);
+    }
+  }
 };
 
 struct Worker {
-  std::atomic<const Job *> job{nullptr};
+  std::atomic<Job *> job{nullptr};
   std::mutex mutex;
   std::condition_variable wake;
 };
 
 class Pool {
  public:
-  // Runs the tasks, or returns false when the pool is in use or has too few threads.
-  bool run(int tasks, const Job &job) {
+  // Runs the job, or returns false when the pool is in use or has too few threads.
+  bool run(int threads, Job &job) {
     if (!busy_.try_lock()) return false;
     const std::lock_guard<std::mutex> owner(busy_, std::adopt_lock);
-    if (!grow(tasks - 1)) return false;
-    remaining_.store(tasks - 1, std::memory_order_relaxed);
-    for (int i = 0; i + 1 < tasks; ++i) {
+    if (!grow(threads - 1)) return false;
+    remaining_.store(threads - 1, std::memory_order_relaxed);
+    for (int i = 0; i + 1 < threads; ++i) {
       Worker &worker = *workers_[static_cast<size_t>(i)];
       {
         const std::lock_guard<std::mutex> lock(worker.mutex);
@@ -76,7 +87,13 @@ class Pool {
       }
       worker.wake.notify_one();
     }
-    job.task(job.context, 0);
+    job.work(0);
+    // Nothing is left to take. A worker that has not come yet need not come, and is not waited for.
+    for (int i = 0; i + 1 < threads; ++i) {
+      if (workers_[static_cast<size_t>(i)]->job.exchange(nullptr, std::memory_order_acq_rel) != nullptr) {
+        remaining_.fetch_sub(1, std::memory_order_acq_rel);
+      }
+    }
     for (int spin = 0; spin < kSpins && remaining_.load(std::memory_order_acquire) != 0; ++spin) relax();
     if (remaining_.load(std::memory_order_acquire) != 0) {
       std::unique_lock<std::mutex> lock(done_mutex_);
@@ -108,18 +125,15 @@ class Pool {
   void serve(Worker *worker, int index) {
     const KeepDenormals mode;
     for (;;) {
-      const Job *job = nullptr;
-      for (int spin = 0; spin < kSpins && job == nullptr; ++spin) {
-        job = worker->job.load(std::memory_order_acquire);
-        if (job == nullptr) relax();
-      }
-      if (job == nullptr) {
+      for (int spin = 0; spin < kSpins && worker->job.load(std::memory_order_relaxed) == nullptr; ++spin) relax();
+      if (worker->job.load(std::memory_order_relaxed) == nullptr) {
         std::unique_lock<std::mutex> lock(worker->mutex);
-        worker->wake.wait(lock, [worker] { return worker->job.load(std::memory_order_acquire) != nullptr; });
-        job = worker->job.load(std::memory_order_acquire);
+        worker->wake.wait(lock, [worker] { return worker->job.load(std::memory_order_relaxed) != nullptr; });
       }
-      worker->job.store(nullptr, std::memory_order_relaxed);
-      job->task(job->context, index);
+      // Whoever exchanges a job for nothing has it: this worker, or the caller, who then does not wait for it.
+      Job *job = worker->job.exchange(nullptr, std::memory_order_acq_rel);
+      if (job == nullptr) continue;
+      job->work(index);
       if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         const std::lock_guard<std::mutex> lock(done_mutex_);
         done_.notify_one();
@@ -153,13 +167,11 @@ Pool *shared_pool() {
 
 }  // namespace
 
-void run_tasks(int tasks, void (*task)(void *, int), void *context) {
+void run_tasks(int threads, int tasks, void (*task)(void *, int, int), void *context) {
   const KeepDenormals mode;
-  if (tasks > 1) {
-    const Job job{task, context};
-    if (shared_pool()->run(tasks, job)) return;
-  }
-  for (int i = 0; i < tasks; ++i) task(context, i);
+  Job job{task, context, tasks};
+  if (threads > 1 && tasks > 1 && shared_pool()->run(std::min(threads, tasks), job)) return;
+  job.work(0);
 }
 
 }  // namespace commhooks

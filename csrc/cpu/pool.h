@@ -6,17 +6,28 @@
 
 namespace commhooks {
 
-// Runs task(context, 0) .. task(context, tasks - 1), the first on the calling thread, and returns when all are done.
-// When the pool is busy with another caller, or threads cannot be had, the caller runs all of them in order: results
-// never depend on who runs a task. Denormals are kept in every task, whatever the caller's floating-point mode.
-void run_tasks(int tasks, void (*task)(void *context, int index), void *context);
+// Runs task(context, index, thread) for all indices in [0, tasks) and returns when all are done. `thread` is below
+// `threads`, and 0 is the caller; each takes the next index when it is free, so indices ascend for every thread, and one
+// that the system wakes late, because something else has its core, leaves the work to the others. When the pool is busy
+// with another caller, or threads cannot be had, the caller runs all tasks: results must not depend on who runs one.
+// Denormals are kept in every task, whatever the caller's floating-point mode.
+void run_tasks(int threads, int tasks, void (*task)(void *context, int index, int thread), void *context);
 
-// The same with a callable `void f(int index)`. It must not throw.
+// The same with a callable `void f(int index)` or `void f(int index, int thread)`. It must not throw.
 template <class F>
-void parallel(int tasks, F &&f) {
+void parallel(int threads, int tasks, F &&f) {
   using Callable = typename std::remove_reference<F>::type;
   run_tasks(
-      tasks, [](void *context, int index) { (*static_cast<Callable *>(context))(index); },
+      threads, tasks,
+      [](void *context, int index, int thread) {
+        Callable &callable = *static_cast<Callable *>(context);
+        if constexpr (std::is_invocable_v<Callable &, int, int>) {
+          callable(index, thread);
+        } else {
+          (void)thread;
+          callable(index);
+        }
+      },
       const_cast<void *>(static_cast<const void *>(&f)));
 }
 

@@ -99,7 +99,7 @@ uint32_t guess_key(const Plan &plan, const FuseArgs &args, const Guess &guess, u
   const int64_t tasks = static_cast<int64_t>(rooms.size());
   const int64_t pieces = guess.samples / kPiece;
   std::vector<List> lists(rooms.size());
-  parallel(static_cast<int>(tasks), [&](int t) {
+  parallel(static_cast<int>(tasks), static_cast<int>(tasks), [&](int t) {
     const size_t at = static_cast<size_t>(t);
     float *spare = rooms[at] + samples_per_task(guess.samples, tasks) + kAppendSlack;
     lists[at] = {rooms[at], nullptr, 0, spare};

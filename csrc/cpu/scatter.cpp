@@ -17,6 +17,10 @@ namespace {
 constexpr int64_t kBlockBytes = 8192;
 // Smaller outputs stay in cache, where the next reader wants them.
 constexpr int64_t kStreamBytes = 4 << 20;
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 1 << 18;
+// More parts than threads: a thread that is kept from its core leaves the rest to the others.
+constexpr int64_t kPartsPerThread = 8;
 
 struct Rows {
   const float *values;
@@ -137,10 +141,11 @@ extern "C" int32_t commhooks_cpu_write_back(void *out, int32_t dtype, int64_t nu
   try {
     const Rows sparse{values, indices, rows, k, scale};
     const bool stream = numel * element_bytes(dtype) >= kStreamBytes;
-    const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(threads, numel / (1 << 18)));
+    const int64_t used = std::clamp<int64_t>(numel / kElementsPerThread, 1, threads);
+    const int64_t tasks = used * std::clamp<int64_t>(numel / used / kElementsPerThread, 1, kPartsPerThread);
     std::vector<BlockWriter> writers(static_cast<size_t>(tasks),
                                      BlockWriter(sparse, dtype, static_cast<char *>(out), stream));
-    parallel(static_cast<int>(tasks), [&](int t) {
+    parallel(static_cast<int>(used), static_cast<int>(tasks), [&](int t) {
       const int64_t begin = (numel * t / tasks) & ~int64_t{63};
       const int64_t end = t + 1 == tasks ? numel : (numel * (t + 1) / tasks) & ~int64_t{63};
       writers[static_cast<size_t>(t)].write(begin, end);

@@ -6,7 +6,6 @@
 #include "dispatch.h"
 #include "indices.h"
 #include "plan.h"
-#include "pool.h"
 
 namespace commhooks {
 namespace {
@@ -40,10 +39,9 @@ extern "C" int32_t commhooks_cpu_select_indices(const commhooks_fused *fused, co
     std::vector<Appender> counts(plan.shares.size());
     *report = commhooks_report{};
     std::fill(values, values + k, 0.0f);
-    parallel(plan.tasks(), [&](int t) {
-      const size_t at = static_cast<size_t>(t);
+    plan.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
       Appender out{};
-      for (const Range &range : plan.shares[at]) select_range(plan.args, range, indices, used, values, out);
+      for (const Range &range : share) select_range(plan.args, range, indices, used, values, out);
       counts[at] = out;
     });
     report->count = used;

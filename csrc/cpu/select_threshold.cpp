@@ -7,7 +7,6 @@
 #include "half.h"
 #include "lists.h"
 #include "plan.h"
-#include "pool.h"
 #include "scratch.h"
 
 namespace commhooks {
@@ -41,13 +40,11 @@ class AboveThreshold {
   }
 
   void run(float *values, int32_t *indices, commhooks_report *report) {
-    parallel(plan_.tasks(), [&](int t) {
-      for (const Range &range : plan_.shares[static_cast<size_t>(t)]) {
+    plan_.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
+      for (const Range &range : share) {
         for (size_t part = 0; part < 2; ++part) {
           const Range piece = cut(range, part);
-          if (piece.begin < piece.end) {
-            kernels().fuse(plan_.args, piece.begin, piece.end, true, found_[2 * static_cast<size_t>(t) + part]);
-          }
+          if (piece.begin < piece.end) kernels().fuse(plan_.args, piece.begin, piece.end, true, found_[2 * at + part]);
         }
       }
     });

@@ -12,7 +12,6 @@
 #include "exact.h"
 #include "lists.h"
 #include "plan.h"
-#include "pool.h"
 #include "sample.h"
 #include "scratch.h"
 
@@ -25,7 +24,7 @@ constexpr int64_t kSmall = 4096;
 class TopK {
  public:
   TopK(const commhooks_fused &fused, int64_t k, uint64_t seed, int32_t threads)
-      : plan_(fused, threads), k_(std::min(k, plan_.numel)), seed_(seed), candidates_(plan_.shares.size()) {
+      : plan_(fused, threads), k_(std::min(k, plan_.numel)), seed_(seed), lists_(plan_.shares.size()) {
     if (plan_.numel <= kSmall) {
       guess_ = {0, 0, plan_.numel};
     } else if (k_ <= plan_.numel / 8) {
@@ -36,23 +35,22 @@ class TopK {
 
   // Lays out scratch memory; false when there is none.
   bool reserve() {
-    const int64_t tasks = plan_.tasks();
-    const int64_t samples = samples_per_task(std::max(guess_.samples, second_.samples), tasks) + kAppendSlack;
-    size_t bytes = Scratch::bytes_for<uint32_t>(tasks * kBins);
-    for (int64_t t = 0; t < tasks; ++t) {
-      bytes += 2 * Scratch::bytes_for<float>(room(t)) + Scratch::bytes_for<int32_t>(room(t)) +
-               Scratch::bytes_for<float>(2 * samples);
-    }
+    const int64_t samples = samples_per_task(std::max(guess_.samples, second_.samples), plan_.threads) + kAppendSlack;
+    // Any thread may get to all candidates. What it does not write to costs no memory.
+    const int64_t capacity = std::max(guess_.capacity, second_.capacity);
+    const int64_t room = capacity + 2 * kAppendSlack;
+    const size_t bytes = Scratch::bytes_for<uint32_t>(kBins) + 2 * Scratch::bytes_for<float>(room) +
+                         Scratch::bytes_for<int32_t>(room) + Scratch::bytes_for<float>(2 * samples);
     Scratch &scratch = Scratch::of_this_thread();
-    if (!scratch.reserve(bytes)) return false;
-    bins_ = scratch.take<uint32_t>(tasks * kBins);
-    for (int64_t t = 0; t < tasks; ++t) {
-      Appender &out = candidates_[static_cast<size_t>(t)];
-      out = Appender{};
-      out.values = scratch.take<float>(room(t));
-      out.indices = scratch.take<int32_t>(room(t));
-      out.capacity = room(t) - 2 * kAppendSlack;
-      spares_.push_back(scratch.take<float>(room(t)));
+    if (!scratch.reserve(static_cast<size_t>(plan_.threads) * bytes)) return false;
+    bins_ = scratch.take<uint32_t>(plan_.threads * kBins);
+    for (int t = 0; t < plan_.threads; ++t) {
+      Appender out{};
+      out.values = scratch.take<float>(room);
+      out.indices = scratch.take<int32_t>(room);
+      out.capacity = capacity;
+      candidates_.push_back(out);
+      spares_.push_back(scratch.take<float>(room));
       samples_.push_back(scratch.take<float>(2 * samples));
     }
     return true;
@@ -72,7 +70,7 @@ class TopK {
         put_back();
         written = exact(values, indices);
       } else {
-        written = emit_largest(lists(), k_, bins_, values, indices, plan_.args.residual);
+        written = emit_largest(candidates(), lists_, k_, bins_, values, indices, plan_.args.residual);
       }
     }
     pad(values, indices, written, places);
@@ -82,21 +80,24 @@ class TopK {
   }
 
  private:
-  int64_t room(int64_t task) const {
-    int64_t length = 0;
-    for (const Range &range : plan_.shares[static_cast<size_t>(task)]) length += range.end - range.begin;
-    return std::min(length, std::max(guess_.capacity, second_.capacity)) + 2 * kAppendSlack;
+  // Takes the candidates of all shares by `pass(range, appender)`; lists_ then has those of each share.
+  template <class Pass>
+  void take(uint32_t floor, Pass pass) {
+    floor_ = floor;
+    plan_.for_shares([&](const std::vector<Range> &share, size_t number, size_t thread) {
+      Appender out = candidates_[thread];
+      out.floor = floor;
+      out.dense = k_ > plan_.numel / 250 ? 1 : 0;
+      const int64_t before = out.count;
+      for (const Range &range : share) pass(range, out);
+      lists_[number] = {out.values + before, out.indices + before, out.count - before, nullptr};
+      candidates_[thread] = out;
+    });
   }
 
   void fuse(bool append, uint32_t floor) {
-    floor_ = floor;
-    parallel(plan_.tasks(), [&](int t) {
-      const size_t at = static_cast<size_t>(t);
-      candidates_[at].floor = floor;
-      candidates_[at].dense = k_ > plan_.numel / 250 ? 1 : 0;
-      for (const Range &range : plan_.shares[at]) {
-        kernels().fuse(plan_.args, range.begin, range.end, append, candidates_[at]);
-      }
+    take(floor, [&](const Range &range, Appender &out) {
+      kernels().fuse(plan_.args, range.begin, range.end, append, out);
     });
   }
 
@@ -111,7 +112,7 @@ class TopK {
 
   // Undoes the taking out: the residual holds the whole corrected gradient again.
   void put_back() {
-    parallel(plan_.tasks(), [&](int t) {
+    parallel(plan_.threads, plan_.threads, [&](int t) {
       Appender &out = candidates_[static_cast<size_t>(t)];
       for (int64_t j = 0; j < out.count; ++j) plan_.args.residual[out.indices[j]] = out.values[j];
       out.count = 0;
@@ -128,13 +129,8 @@ class TopK {
     corrected.velocity = nullptr;
     corrected.factor = 0.0f;
     const uint32_t key = guess_key(plan_, corrected, second_, ~seed_, samples_, bins_);
-    floor_ = std::max(key, 1u) - 1;
-    parallel(plan_.tasks(), [&](int t) {
-      const size_t at = static_cast<size_t>(t);
-      candidates_[at].floor = floor_;
-      for (const Range &range : plan_.shares[at]) {
-        kernels().collect(plan_.args.residual, range.begin, range.end, candidates_[at]);
-      }
+    take(std::max(key, 1u) - 1, [&](const Range &range, Appender &out) {
+      kernels().collect(plan_.args.residual, range.begin, range.end, out);
     });
   }
 
@@ -144,7 +140,8 @@ class TopK {
     return threshold.total;
   }
 
-  std::vector<List> lists() const {
+  // All candidates, those of a thread together.
+  std::vector<List> candidates() const {
     std::vector<List> result;
     for (size_t t = 0; t < candidates_.size(); ++t) {
       result.push_back({candidates_[t].values, candidates_[t].indices, candidates_[t].count, spares_[t]});
@@ -159,9 +156,10 @@ class TopK {
   Guess second_{0, 0, 0};
   uint32_t floor_ = 0;
   uint32_t *bins_ = nullptr;
-  std::vector<Appender> candidates_;
+  std::vector<Appender> candidates_;  // one per thread
   std::vector<float *> spares_;
   std::vector<float *> samples_;
+  std::vector<List> lists_;  // one per share: views of candidates_
 };
 
 }  // namespace
