@@ -21,7 +21,8 @@ class Counters:
     """Traffic of one rank since its transport was made.
 
     Point-to-point messages are counted as they are. Collectives, whose inner messages no transport shows, are
-    counted as their ring forms: all-gather ``(P - 1) * n``, all-reduce ``2 * (P - 1) / P * n``, each way.
+    counted as their ring forms: all-gather ``(P - 1) * n``, all-reduce ``2 * (P - 1) / P * n``, each way; small
+    all-reduces by doubling as the ``log2 P * n`` that they send.
     """
 
     bytes_sent: int = 0
@@ -91,8 +92,8 @@ class Transport(ABC):
         if self.world_size == 1:
             return
         self._all_reduce(buffer, tag, what)
-        ring = 2 * (self.world_size - 1) * nbytes(buffer) // self.world_size
-        self.counters.add(ring, ring, 2 * (self.world_size - 1))
+        each_way, messages = self._all_reduce_traffic(buffer)
+        self.counters.add(each_way, each_way, messages)
 
     def broadcast(self, buffer: Tensor, *, root: int = 0, tag: int, what: str) -> None:
         """``buffer`` becomes rank ``root``'s, by point-to-point messages along a binomial tree."""
@@ -126,6 +127,10 @@ class Transport(ABC):
 
     @abstractmethod
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None: ...
+
+    def _all_reduce_traffic(self, buffer: Tensor) -> tuple[int, int]:
+        """Bytes each way and messages of one all-reduce: a ring's."""
+        return 2 * (self.world_size - 1) * nbytes(buffer) // self.world_size, 2 * (self.world_size - 1)
 
     def fail(self, error: BaseException) -> None:
         """Told once that this rank gives up on its peers. A transport may arrange how the process leaves."""

@@ -12,12 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommHooksError, PeerLostError, PeerTimeoutError
-from . import rotation
-from .base import DEFAULT_TIMEOUT_S, Message, Transport
+from . import doubling, rotation
+from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
 from .roll_call import RollCall
 
 _POLL_S = 1e-4
 _ROTATION_RANKS = 3  # with so few gloo's own all-gather takes 1.5 (2 ranks) and 1.2 times as long
+_DOUBLING_BYTES = (
+    32768  # up to here a ring's many rounds weigh more than sending the whole buffer in each of few
+)
 _LONG_WAIT_S = 1.0
 """A rank that waits this long in a collective (or a quarter of the timeout, if that is less) tells the others."""
 
@@ -89,15 +92,31 @@ class DistributedTransport(Transport):
         if self.backend == "gloo" and self.world_size <= _ROTATION_RANKS:
             rotation.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
             return
+        if self._doubles(send):
+            doubling.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
+            return
         rows = list(receive.unbind(0))
         self._collective(
             lambda: dist.all_gather(rows, send, group=self._group, async_op=True), what, "all-gather"
         )
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
+        if self._doubles(buffer):
+            doubling.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
+            return
         self._collective(
             lambda: dist.all_reduce(buffer, group=self._group, async_op=True), what, "all-reduce"
         )
+
+    def _all_reduce_traffic(self, buffer: Tensor) -> tuple[int, int]:
+        if self._doubles(buffer):
+            rounds = self.world_size.bit_length() - 1
+            return rounds * nbytes(buffer), rounds
+        return super()._all_reduce_traffic(buffer)
+
+    def _doubles(self, buffer: Tensor) -> bool:
+        power_of_two = self.world_size & (self.world_size - 1) == 0
+        return self.backend == "gloo" and power_of_two and 0 < nbytes(buffer) <= _DOUBLING_BYTES
 
     def _collective(self, start: Callable[[], Any], what: str, operation: str) -> None:
         """Starts and finishes a collective; an error under gloo names the ranks that did not come to it.

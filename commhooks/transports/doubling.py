@@ -1,0 +1,49 @@
+"""All-gather and all-reduce by recursive doubling, for numbers of ranks that are a power of two.
+
+In round i every rank swaps all it has with the rank at distance 2^i: ``log2 P`` rounds, where a ring takes ``P - 1`` or
+``2 (P - 1)``. Used for small buffers where measurement says that a library's own collective waits longer
+(docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import Transport
+
+
+def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
+    """``receive[r] = send of rank r``; as many bytes as a ring."""
+    receive[transport.rank] = send
+    distance = 1
+    while distance < transport.world_size:
+        mine = transport.rank // distance * distance
+        theirs = mine ^ distance
+        _swap(
+            transport,
+            distance,
+            receive[mine : mine + distance],
+            receive[theirs : theirs + distance],
+            tag,
+            what,
+        )
+        distance *= 2
+
+
+def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> None:
+    """``buffer`` becomes the sum over ranks: each round two ranks form the same sum of the same two, so the bits are the
+    same on every rank. Sends ``log2 P`` times the buffer, a ring up to twice.
+    """
+    other, distance = buffer.new_empty(buffer.shape), 1
+    while distance < transport.world_size:
+        _swap(transport, distance, buffer, other, tag, what)
+        buffer += other
+        distance *= 2
+
+
+def _swap(transport: Transport, distance: int, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
+    peer = transport.rank ^ distance
+    transport._exchange([(peer, send)], [(peer, receive)], tag, f"{what}, distance {distance}")
