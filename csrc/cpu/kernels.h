@@ -93,7 +93,8 @@ struct Kernels {
   void (*emit_merged)(const Stretch &stretch, uint32_t key, int64_t ties, Emitted out, Survivors survivors);
   // found[j] = whether element j of a is in b as well, for the a of the stretch.
   void (*mark_common)(const Stretch &stretch, uint8_t *found);
-  // Streaming stores of `bytes` (a multiple of 64) to `destination` (64-aligned); source nullptr: zeros.
+  // Streaming stores of `bytes` (a multiple of 64) to `destination` (64-aligned); source nullptr: zeros. Other threads
+  // may see them only after a fence, which is the caller's: one for each block took a third of write_back's time.
   void (*stream)(void *destination, const void *source, int64_t bytes);
   // Whether the indices are not negative and ascend without repetition, up to padding at the end.
   bool (*ascending)(const int32_t *indices, int64_t size);

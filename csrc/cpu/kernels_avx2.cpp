@@ -12,7 +12,6 @@ void stream(void *destination, const void *source, int64_t bytes) {
                                               : _mm256_setzero_si256();
     _mm256_stream_si256(reinterpret_cast<__m256i *>(to + i), half_line);
   }
-  _mm_sfence();
 }
 
 }  // namespace

@@ -12,7 +12,6 @@ void stream(void *destination, const void *source, int64_t bytes) {
     const __m512i line = from != nullptr ? _mm512_loadu_si512(from + i) : _mm512_setzero_si512();
     _mm512_stream_si512(reinterpret_cast<__m512i *>(to + i), line);
   }
-  _mm_sfence();
 }
 
 }  // namespace
