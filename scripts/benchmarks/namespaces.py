@@ -1,13 +1,12 @@
 """A small network on one machine: hosts as network namespaces, joined by a bridge, every link limited both ways.
 
     with Network(hosts=4, rate_mbit=100) as network:
-        network.verify()                                    # the limit holds and traffic crosses, or LimitError
         subprocess.run(network.command(0, ["ping", "-c1", network.address(1)]))
 
 Every host has `eth0` (MTU 9000, address 10.77.0.1 and up) whose other end is a port of the bridge, which lives in a
-namespace of its own; `tc tbf` limits both ends, so what a host sends and what it receives. Nothing outside these
-namespaces is touched. They go when the block is left, also by an exception, Ctrl-C, SIGTERM or SIGHUP; a run that was
-killed by SIGKILL is swept up by the next one (names carry the process id).
+namespace of its own; `tc tbf` limits both ends, so what a host sends and what it receives (`network_limits.verify` checks
+it). Nothing outside these namespaces is touched. They go when the block is left, also by an exception, Ctrl-C, SIGTERM or
+SIGHUP; a run that was killed by SIGKILL is swept up by the next one (names carry the process id).
 
 What to know about it: a token bucket lets `burst` bytes pass at once after a pause, so short messages look faster than
 the rate (the default gives 1.6 ms at 100 Mbit/s, the least that works with MTU 9000 has `burst_bytes=10_000`: 0.8 ms).
@@ -25,7 +24,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Iterator, Sequence
@@ -35,31 +33,10 @@ MTU = 9000
 NETWORKS = {"100mbit": 100.0, "1gbit": 1000.0, "10gbit": 10_000.0}
 _BURST_BYTES = {100.0: 20_000, 1000.0: 65_536, 10_000.0: 1_310_720}
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-_TRANSFER = Path(__file__).with_name("network_transfer.py")
 
 
 class NetworkUnavailable(RuntimeError):
     """This machine or user cannot make such a network; the message says what is missing."""
-
-
-class LimitError(RuntimeError):
-    """The network is there but does not do what it should."""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One transfer between neighbours: what the application measured and what the sender's interface counted."""
-
-    source: int
-    destination: int
-    payload_bytes: int
-    interface_bytes: int
-    seconds: float
-
-    @property
-    def mbit_per_s(self) -> float:
-        """Payload rate in Mbit/s."""
-        return self.payload_bytes * 8e-6 / self.seconds
 
 
 def why_not() -> str | None:
@@ -150,67 +127,11 @@ class Network:
         """Changes the limit of every link, both ways; counters and connections stay."""
         self.rate_mbit, self.burst_bytes = rate_mbit, burst_bytes
         for host in range(self.hosts):
-            self._limit(self.name(host), "eth0")
-            self._limit(self._bridge, f"port{host}")
+            self._limit(host)
 
-    def transfer(self, megabytes: float | None = None, timeout_s: float = 60.0) -> list[Transfer]:
-        """Every host sends to its right neighbour at the same time, so every link is busy both ways.
-
-        Args:
-            megabytes: payload per host; default: what takes about 0.5 s at the rate, at most 50.
-            timeout_s: for the whole of it.
-        """
-        rate = self.rate_mbit or 10_000.0
-        payload = int(1e6 * megabytes) if megabytes else int(min(50e6, rate * 1e6 / 8 * 0.5))
-        before = [self.sent_bytes(h) for h in range(self.hosts)]
-        programs = [self._start_transfer(host, payload, timeout_s) for host in range(self.hosts)]
-        seconds = []
-        try:
-            for host, program in enumerate(programs):
-                out, err = program.communicate(timeout=timeout_s)
-                if program.returncode:
-                    raise LimitError(f"transfer from host {host} failed: {err.strip()[-400:]}")
-                seconds.append(float(out))
-        finally:
-            for program in programs:
-                if program.poll() is None:
-                    program.kill()
-                    program.wait()
-        return [
-            Transfer(
-                (h - 1) % self.hosts, h, payload, self.sent_bytes((h - 1) % self.hosts) - before[h - 1], s
-            )
-            for h, s in enumerate(seconds)
-        ]
-
-    def verify(self, tolerance: float = 0.15, attempts: int = 5) -> list[Transfer]:
-        """Transfers and checks that the limit holds and that the bytes crossed the interfaces.
-
-        Up to 1 Gbit/s the rate must lie within `tolerance` below (in one of `attempts`: the machine may be busy) and
-        5 % above the nominal one (always); above that only the upper side is checked, since the CPU is the limit.
-
-        Raises:
-            LimitError: it does not.
-        """
-        for attempt in range(attempts):
-            transfers = self.transfer()
-            slowest = min(transfers, key=lambda t: t.mbit_per_s)
-            for t in transfers:
-                if t.interface_bytes < t.payload_bytes:
-                    raise LimitError(
-                        f"host {t.source} sent {t.payload_bytes} bytes, its interface {t.interface_bytes}"
-                    )
-                if self.rate_mbit is not None and t.mbit_per_s > 1.05 * self.rate_mbit:
-                    raise self._off(t)
-            if self.rate_mbit is None or self.rate_mbit > 1000:
-                return transfers
-            if slowest.mbit_per_s >= (1 - tolerance) * self.rate_mbit:
-                return transfers
-        raise self._off(slowest)
-
-    def _off(self, t: Transfer) -> LimitError:
-        rate = f"{t.mbit_per_s:.1f} Mbit/s at a limit of {self.rate_mbit:g} Mbit/s"
-        return LimitError(f"host {t.source} to {t.destination}: {rate}")
+    def ends(self, host: int) -> tuple[tuple[str, str], tuple[str, str]]:
+        """(namespace, device) of both ends of `host`'s link: what it sends passes the first, what it receives the second."""
+        return (self.name(host), "eth0"), (self._bridge, f"port{host}")
 
     def close(self) -> None:
         """Ends what still runs in the namespaces and deletes them; twice is fine."""
@@ -221,13 +142,6 @@ class Network:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers.clear()
-
-    def _start_transfer(self, host: int, payload: int, timeout_s: float) -> subprocess.Popen[str]:
-        right = self.address((host + 1) % self.hosts)
-        program = [sys.executable, str(_TRANSFER), right, str(payload), str(timeout_s)]
-        return subprocess.Popen(
-            self.command(host, program), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
 
     @property
     def _bridge(self) -> str:
@@ -248,8 +162,7 @@ class Network:
             _in(name, "ip link set lo up")
             _in(name, "ip link set eth0 up")
             _in(name, "sysctl -qw net.ipv4.tcp_congestion_control=reno")
-            self._limit(name, "eth0")
-            self._limit(self._bridge, port)
+            self._limit(host)
 
     def _add_namespace(self, name: str) -> None:
         with _signals_blocked():  # so that a made namespace is always in the list
@@ -261,13 +174,16 @@ class Network:
             check=False,
         )
 
-    def _limit(self, namespace: str, device: str) -> None:
-        if self.rate_mbit is None:
-            _in(namespace, f"tc qdisc del dev {device} root", check=False)
-            return
-        burst = self.burst_bytes or _BURST_BYTES.get(self.rate_mbit) or max(20_000, int(self.rate_mbit * 128))
-        rate = f"rate {self.rate_mbit:g}mbit burst {burst} latency {self.latency_ms:g}ms"
-        _in(namespace, f"tc qdisc replace dev {device} root tbf {rate}")
+    def _limit(self, host: int) -> None:
+        for namespace, device in self.ends(host):
+            if self.rate_mbit is None:
+                _in(namespace, f"tc qdisc del dev {device} root", check=False)
+                continue
+            burst = (
+                self.burst_bytes or _BURST_BYTES.get(self.rate_mbit) or max(20_000, int(self.rate_mbit * 128))
+            )
+            rate = f"rate {self.rate_mbit:g}mbit burst {burst} latency {self.latency_ms:g}ms"
+            _in(namespace, f"tc qdisc replace dev {device} root tbf {rate}")
 
     def _catch_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():

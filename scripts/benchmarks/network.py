@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import network_exchange
 from benchmarks.namespaces import NETWORKS, Network, NetworkUnavailable, why_not
 from benchmarks.network_launch import JobError, run_ranks
+from benchmarks.network_limits import verify
 from benchmarks.network_models import MODELS
 from benchmarks.network_rank import Case
 from benchmarks.network_records import Record, plot, records_of, table
@@ -103,7 +104,7 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Record] | JobError]:
         with Network(ranks, NETWORKS[options.networks[0]]) as network:
             for name in options.networks:
                 network.set_rate(NETWORKS[name])
-                rates = [t.mbit_per_s for t in network.verify()]
+                rates = [t.mbit_per_s for t in verify(network)]
                 print(
                     f"{ranks} hosts, {name}: {min(rates):.0f} to {max(rates):.0f} Mbit/s measured", flush=True
                 )

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 from benchmarks.namespaces import NETWORKS, Network, why_not
+from benchmarks.network_limits import verify
 
 SCHEMES = ("dense", "fp16", "powersgd2", "topk", "gtopk")
 _JOBS: dict[str, dict[str, Any]] = {
@@ -183,7 +184,7 @@ def main() -> int:
         return 2
     results, failed = [], 0
     with Network(4, NETWORKS[options.network]) as network:
-        network.verify()
+        verify(network)
         for job in options.jobs:
             shared = {
                 "job": job,

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 from benchmarks.namespaces import NETWORKS, Network, why_not
+from benchmarks.network_limits import verify
 
 _LAYERS, _SIDE = 10, 800
 _BUCKET_MB = 2.4  # one layer (2.44 MB) fills a bucket
@@ -168,7 +169,7 @@ def main() -> int:
     case = {k: getattr(options, k) for k in ("network", "scheme", "density", "steps")}
     case["backward_s"] = options.backward_ms * 1e-3
     with Network(4, NETWORKS[options.network]) as network:
-        network.verify()
+        verify(network)
         found, error = run_job(network, "network_overlap.py", [case], 300)
     if error is not None:
         print(f"failed: {error}", file=sys.stderr)

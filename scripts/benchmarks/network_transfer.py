@@ -1,65 +1,81 @@
-"""One host's part of `Network.transfer`: sends to its right neighbour while it receives from its left one.
+"""One host's part of `network_limits.transfer`: sends to some hosts while it receives from others.
 
-Run inside a namespace: `network_transfer.py ADDRESS BYTES TIMEOUT_S`; prints the seconds from the start
-of sending (its time is the first 8 bytes, for namespaces of one machine share the clock) to the last byte's arrival. The
-receiver's own start would not do: on a busy machine much has arrived before it first runs.
+Run inside a namespace: `network_transfer.py INCOMING BYTES TIMEOUT_S [ADDRESS ...]` takes in INCOMING connections and
+sends BYTES to every address. Prints a line for each connection that came in: the sender's address, when it began to send
+and when the last byte was there, in seconds. The beginning is the sender's own time (the first 8 bytes), for namespaces of
+one machine share the clock; the receiver's would not do: on a busy machine much has arrived before it first runs. A
+sender waits until its receiver has all its connections, so that flows into one host run at the same time.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
-import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 PORT = 29777
 _CHUNK = 1 << 18
+_GO = b"!"
 
 
-def main(address: str, payload: int, timeout_s: float) -> None:
+def main(incoming: int, payload: int, timeout_s: float, addresses: Sequence[str]) -> None:
     """Serves and sends once; exits with a traceback when a peer does not come in time."""
     socket.setdefaulttimeout(timeout_s)
-    with socket.create_server(("", PORT), backlog=8) as server:
-        sender = threading.Thread(target=_send, args=(address, payload, timeout_s), daemon=True)
-        sender.start()
-        connection, _ = server.accept()
-        with connection:
-            seconds = _receive(connection, payload)
-        sender.join(timeout_s)
-    print(f"{seconds:.6f}")
+    with (
+        socket.create_server(("", PORT), backlog=8) as server,
+        ThreadPoolExecutor(incoming + len(addresses)) as pool,
+    ):
+        sending = [pool.submit(_send, address, payload, timeout_s) for address in addresses]
+        accepted = [server.accept() for _ in range(incoming)]
+        for connection, _ in accepted:
+            connection.sendall(_GO)
+        receiving = [pool.submit(_receive, connection, payload) for connection, _ in accepted]
+        for (_, (address, _)), received in zip(accepted, receiving, strict=True):
+            print(address, *(f"{seconds:.6f}" for seconds in received.result()))
+        for sent in sending:
+            sent.result()
 
 
-def _receive(connection: socket.socket, payload: int) -> float:
-    header = b""
-    while len(header) < 8:
-        header += connection.recv(8 - len(header)) or _gone(len(header), payload)
-    got = 8
-    while got < payload:
-        got += len(connection.recv(_CHUNK) or _gone(got, payload))
-    return (time.monotonic_ns() - int.from_bytes(header, "little")) * 1e-9
+def _receive(connection: socket.socket, payload: int) -> tuple[float, float]:
+    """When the sender began and when the last byte was here, seconds of the machine's monotonic clock."""
+    with connection:
+        header = b""
+        while len(header) < 8:
+            header += connection.recv(8 - len(header)) or _gone(len(header), payload)
+        got = 8
+        while got < payload:
+            got += len(connection.recv(_CHUNK) or _gone(got, payload))
+        return int.from_bytes(header, "little") * 1e-9, time.monotonic_ns() * 1e-9
 
 
 def _gone(got: int, payload: int) -> bytes:
-    raise ConnectionError(f"the neighbour left after {got} of {payload} bytes")
+    raise ConnectionError(f"the sender left after {got} of {payload} bytes")
 
 
 def _send(address: str, payload: int, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            connection = socket.create_connection((address, PORT), timeout=timeout_s)
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
     block = bytes(_CHUNK)
-    with connection:
+    with _connected(address, timeout_s) as connection:
+        if connection.recv(1) != _GO:
+            raise ConnectionError(f"{address} left before it was sent anything")
         connection.sendall(time.monotonic_ns().to_bytes(8, "little"))
         left = payload - 8
         while left:
             left -= connection.send(block[: min(left, _CHUNK)])
 
 
+def _connected(address: str, timeout_s: float) -> socket.socket:
+    """Tries until the other host's program has started."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return socket.create_connection((address, PORT), timeout=timeout_s)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])
