@@ -1,7 +1,7 @@
 """`scripts/bench network`: DDP steps and bare exchanges across a network with a real limit, ours beside torch's own.
 
-    scripts/bench network --quick                          # 4 ranks, one model, few steps: about two minutes
-    scripts/bench network --json FILE --plot FILE.png      # everything: more than an hour
+    scripts/bench network --quick                          # 4 ranks, one model, few steps: five minutes
+    scripts/bench network --json FILE --plot FILE.png      # everything: an hour and a half
 
 What is measured: `network_rank.py`; how the network is made: `namespaces.py`; the stand-in models: `network_models.py`.
 """
@@ -20,11 +20,14 @@ from typing import Any
 from benchmarks import network_exchange
 from benchmarks.namespaces import NETWORKS, Network, NetworkUnavailable, why_not
 from benchmarks.network_launch import JobError, run_ranks
-from benchmarks.network_limits import verify
+from benchmarks.network_limits import LimitError, verify
 from benchmarks.network_models import MODELS
 from benchmarks.network_rank import Case
 from benchmarks.network_records import Record, plot, records_of, table
 from benchmarks.network_schemes import EXTRA, SCHEMES, is_ours
+
+Failure = JobError | LimitError
+"""What ends one measurement but not the run."""
 
 _HERE = Path(__file__).parent
 _QUICK = (
@@ -83,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     failed = 0
     try:
         for found in _measure(options):
-            if isinstance(found, JobError):
+            if isinstance(found, Failure):
                 failed += 1
                 print(f"failed: {found}", file=sys.stderr)
                 continue
@@ -94,17 +97,22 @@ def run(options: argparse.Namespace) -> int:
     except NetworkUnavailable as error:
         print(f"scripts/bench network: {error}", file=sys.stderr)
         return 2
-    if options.plot:
-        plot(records, options.plot)
+    finally:  # also when it ends early
+        if options.plot:
+            plot(records, options.plot)
     return 1 if failed else 0
 
 
-def _measure(options: argparse.Namespace) -> Iterator[list[Record] | JobError]:
+def _measure(options: argparse.Namespace) -> Iterator[list[Record] | Failure]:
     for ranks in options.ranks:
         with Network(ranks, NETWORKS[options.networks[0]]) as network:
             for name in options.networks:
                 network.set_rate(NETWORKS[name])
-                rates = [t.mbit_per_s for t in verify(network)]
+                try:
+                    rates = [t.mbit_per_s for t in verify(network)]
+                except LimitError as error:
+                    yield LimitError(f"{ranks} hosts, {name}: {error}")
+                    continue
                 print(
                     f"{ranks} hosts, {name}: {min(rates):.0f} to {max(rates):.0f} Mbit/s measured", flush=True
                 )
@@ -116,7 +124,7 @@ def _measure(options: argparse.Namespace) -> Iterator[list[Record] | JobError]:
 
 def _steps(
     network: Network, name: str, model: str, options: argparse.Namespace
-) -> Iterator[list[Record] | JobError]:
+) -> Iterator[list[Record] | Failure]:
     """One job for a model, all schemes after one another, so that ratios are within one run."""
     buckets = {s: options.bucket_mb if is_ours(s) else None for s in options.schemes}
     cases = [

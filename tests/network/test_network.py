@@ -1,0 +1,84 @@
+"""`scripts/bench network` as a whole: what fails is told and the rest is kept. Needs no network: a stand-in has none."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from benchmarks import network
+from benchmarks.network_launch import JobError
+from benchmarks.network_limits import LimitError
+
+FIGURES = {"seconds": [0.1] * 3, "phases": {}, "counted_bytes": 0.0, "interface_bytes": 1000.0}
+
+
+class NoNetwork:
+    """Stands in for `Network`."""
+
+    def __init__(self, hosts, rate_mbit):
+        self.hosts, self.rate_mbit = hosts, rate_mbit
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def set_rate(self, rate_mbit, burst_bytes=None):
+        self.rate_mbit = rate_mbit
+
+
+def run_job(network, program, cases, timeout_s):
+    return [case | FIGURES for case in cases], None
+
+
+def fail_limit(network):
+    if network.rate_mbit == 1000:
+        raise LimitError("too fast")
+    return [SimpleNamespace(mbit_per_s=98.0)]
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs it on two networks without one; returns (exit status, records)."""
+    monkeypatch.setattr(network, "why_not", lambda: None)
+    monkeypatch.setattr(network, "Network", NoNetwork)
+    monkeypatch.setattr(network, "run_job", run_job)
+    monkeypatch.setattr(network, "verify", fail_limit)
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    options = "--ranks 4 --networks 1gbit 100mbit --models resnet50 --schemes none dense --no-exchange"
+
+    def run():
+        try:
+            status = network.main([*options.split(), "--json", str(out), "--plot", str(picture)])
+        finally:
+            records = json.loads(out.read_text())
+            assert picture.stat().st_size > 1000
+        return status, records
+
+    return run
+
+
+def test_a_limit_that_fails_ends_its_network_only(bench, capsys):
+    status, records = bench()
+    assert status == 1
+    assert {r["network"] for r in records} == {"100mbit"}
+    assert {r["scheme"] for r in records} == {"none", "dense"}
+    assert "failed: 4 hosts, 1gbit: too fast" in capsys.readouterr().err
+
+
+def test_ranks_that_fail_leave_what_came_before(bench, monkeypatch, capsys):
+    monkeypatch.setattr(network, "run_job", lambda *job: (run_job(*job)[0][:1], JobError("out of time")))
+    status, records = bench()
+    assert status == 1 and {r["scheme"] for r in records} == {"none"}
+    assert "failed: out of time" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_what_it_has(bench, monkeypatch):
+    def interrupted(found):
+        if found.rate_mbit == 100:
+            raise KeyboardInterrupt
+        return [SimpleNamespace(mbit_per_s=960.0)]
+
+    monkeypatch.setattr(network, "verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench()
