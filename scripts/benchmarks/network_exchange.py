@@ -50,7 +50,7 @@ def measure(case: dict[str, Any], rank: int) -> dict[str, Any]:
     """Seconds of the slowest rank, exchange by exchange, and what a rank sent at most."""
     import torch
     import torch.distributed as dist
-    from benchmarks.network_launch import interface_bytes
+    from benchmarks.network_launch import check_crossed, interface_bytes
     from benchmarks.network_schemes import make_state
 
     from commhooks.aggregators import Context
@@ -69,9 +69,9 @@ def measure(case: dict[str, Any], rank: int) -> dict[str, Any]:
     dist.barrier()
     table = torch.tensor(seconds[2:])
     dist.all_reduce(table, op=dist.ReduceOp.MAX)
-    sent = torch.tensor([transport.counters.bytes_sent - counted, interface_bytes() - interface]) / (
-        _REPEATS + 2
-    )
+    bytes_sent = [transport.counters.bytes_sent - counted, interface_bytes() - interface]
+    check_crossed(*bytes_sent, case["scheme"])
+    sent = torch.tensor(bytes_sent) / (_REPEATS + 2)
     dist.all_reduce(sent, op=dist.ReduceOp.MAX)
     aggregator.close()
     return {"seconds": table.tolist(), "counted_bytes": float(sent[0]), "interface_bytes": float(sent[1])}

@@ -69,6 +69,37 @@ def environment() -> dict[str, str]:
     }
 
 
+class NotCrossedError(RuntimeError):
+    """Ranks found each other by another way than the network whose limit was set."""
+
+
+def check_crossed(counted_bytes: float, interface_bytes: float, what: str) -> None:
+    """In a rank: all ranks' interfaces together must have sent what the transports counted. A collective call.
+
+    Together, because the count of a library's own all-reduce is an average: some of its ranks may send less.
+
+    Args:
+        counted_bytes: what this rank's transport counted, 0 where nobody counts.
+        interface_bytes: what this rank's interface sent in the same time.
+        what: was measured, for the message.
+
+    Raises:
+        NotCrossedError: on all ranks, with more than one rank, if they sent less.
+    """
+    import torch
+    import torch.distributed as dist
+
+    sums = torch.tensor([counted_bytes, interface_bytes], dtype=torch.float64)
+    dist.all_reduce(sums)
+    counted, sent = sums.tolist()
+    if dist.get_world_size() > 1 and sent < counted:
+        raise NotCrossedError(
+            f"{what}: the ranks counted {counted:.0f} bytes, their interfaces sent {sent:.0f}: the traffic did not cross "
+            "the network. MPICH needs MPIR_CVAR_NOLOCAL=1, MPIR_CVAR_CH4_NETMOD=ofi, FI_PROVIDER=tcp and "
+            "FI_TCP_IFACE=eth0, gloo GLOO_SOCKET_IFNAME=eth0 (see environment())"
+        )
+
+
 def join() -> tuple[int, int]:
     """In a rank: starts MPI and a gloo process group over the same ranks; returns (rank, world size)."""
     import mpi4py

@@ -70,7 +70,7 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
 
 
 def _timed_steps(case: Case, attached: Any, start: Any) -> dict[str, Any]:
-    from benchmarks.network_launch import interface_bytes
+    from benchmarks.network_launch import check_crossed, interface_bytes
 
     rows: list[list[float]] = []
     began = time.monotonic()
@@ -85,6 +85,7 @@ def _timed_steps(case: Case, attached: Any, start: Any) -> dict[str, Any]:
         counted = float(last.bytes_sent) if last else 0.0
         _settle()  # what others still send to us is acknowledged by now, and theirs is out
         rows.append([seconds, *phases, counted, float(interface_bytes() - sent)])
+    check_crossed(sum(row[4] for row in rows), sum(row[5] for row in rows), f"{case.scheme} on {case.model}")
     slowest = _largest(rows)
     columns = list(zip(*slowest, strict=True))
     medians = [sorted(column)[len(column) // 2] for column in columns]

@@ -54,23 +54,6 @@ def test_nothing_is_left_behind_by_an_interrupted_run(number):
         sweep()
 
 
-@needs_network
-def test_ranks_cross_the_network():
-    """Two ranks by MPI and gloo, on two hosts: bytes on the interface are at least what our transports count."""
-    from benchmarks.network import run_job
-    from benchmarks.network_exchange import cases, records_of
-
-    with Network(2, 1000) as network:
-        found, error = run_job(network, "network_exchange.py", cases(2, (2000,)), 100)
-    assert error is None, error
-    assert len(found) == 8
-    for case in found:
-        assert case["interface_bytes"] >= case["counted_bytes"] > 0
-    records = records_of(found, 2, "1gbit")
-    assert {r["scheme"] for r in records} == {c["scheme"] for c in found}
-    assert all(set(r) == set(records[0]) for r in records)
-
-
 @pytest.mark.parametrize(
     "arguments", ({"hosts": 1}, {"hosts": 2, "rate_mbit": 0}, {"hosts": 2, "burst_bytes": 100})
 )
