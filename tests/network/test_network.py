@@ -1,4 +1,4 @@
-"""`scripts/bench network` as a whole: what fails is told and the rest is kept. Needs no network: a stand-in has none."""
+"""`scripts/bench network` as a whole: what fails is told and the rest is kept. Needs no network."""
 
 import json
 from types import SimpleNamespace
@@ -7,24 +7,9 @@ import pytest
 from benchmarks import network
 from benchmarks.network_launch import JobError
 from benchmarks.network_limits import LimitError
+from no_network import NoNetwork
 
 FIGURES = {"seconds": [0.1] * 3, "phases": {}, "counted_bytes": 0.0, "interface_bytes": 1000.0}
-
-
-class NoNetwork:
-    """Stands in for `Network`."""
-
-    def __init__(self, hosts, rate_mbit):
-        self.hosts, self.rate_mbit = hosts, rate_mbit
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def set_rate(self, rate_mbit, burst_bytes=None):
-        self.rate_mbit = rate_mbit
 
 
 def run_job(network, program, cases, timeout_s):
