@@ -4,8 +4,8 @@
 
 Run as root from the checkout. Costs are fitted for each transport, on both networks together (bandwidth is known: it is
 what tc was told), by non-negative least squares over relative errors, so that short exchanges count as much as long ones.
-Every rank shares this machine's cores: CPU work counts with `crowding = P / cores` where P is larger. In the
-extrapolation every rank has a core of its own.
+Every rank shares the cores of the machine that measured: CPU work counts with `crowding = P / cores` where P is larger; the
+file holds `cores`. In the extrapolation every rank has a core of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if __name__ == "__main__":
 from benchmarks import network_exchange
 from benchmarks.namespaces import NETWORKS, Network, why_not
 from benchmarks.network import run_job
+from benchmarks.network_limits import LimitError, verify
 
 from commhooks.planner.cost_model import Costs, exchange_s, exchange_terms, periodic_averaging_s
 
@@ -34,12 +35,17 @@ _WIRE = 1.007  # Ethernet, IP and TCP headers at MTU 9000
 
 
 def measure(ranks: Sequence[int], networks: Sequence[str], pairs: Sequence[int]) -> list[dict[str, Any]]:
-    """Median seconds of every bare exchange."""
+    """Median seconds of every bare exchange; networks whose limit does not hold are told and left out."""
     rows = []
     for size in ranks:
         with Network(size, NETWORKS[networks[0]]) as network:
             for name in networks:
                 network.set_rate(NETWORKS[name], 10_000 if name == "100mbit" else None)
+                try:
+                    verify(network)
+                except LimitError as failure:
+                    print(f"failed: {size} hosts, {name}: {failure}", file=sys.stderr)
+                    continue
                 found, error = run_job(
                     network, "network_exchange.py", network_exchange.cases(size, pairs), 400
                 )
@@ -50,19 +56,14 @@ def measure(ranks: Sequence[int], networks: Sequence[str], pairs: Sequence[int])
     return rows
 
 
-def crowding(ranks: int) -> float:
-    """Ranks per core of this machine."""
-    return max(1.0, ranks / (os.cpu_count() or 1))
-
-
-def fit(rows: Sequence[dict[str, Any]]) -> Costs:
-    """Costs of one transport's rows; wire time is given, the rest fitted."""
+def fit(rows: Sequence[dict[str, Any]], cores: int) -> Costs:
+    """Costs of one transport's rows, measured on `cores` cores; wire time is given, the rest fitted."""
     import numpy
     from scipy.optimize import nnls
 
     matrix, target = [], []
     for row in rows:
-        terms, wire = _split(row)
+        terms, wire = _split(row, cores)
         matrix.append([terms.get(name, 0.0) / row["seconds"] for name in _FITTED])
         target.append((row["seconds"] - wire) / row["seconds"])
     solution, _ = nnls(numpy.array(matrix), numpy.array(target))
@@ -70,38 +71,39 @@ def fit(rows: Sequence[dict[str, Any]]) -> Costs:
     return Costs(**fitted, byte_s=8e-9, select_s=0.0, gather_s=0.0, write_s=0.0, bucket_s=0.0)
 
 
-def predict(costs: Costs, row: dict[str, Any]) -> float:
+def predict(costs: Costs, row: dict[str, Any], cores: int) -> float:
     """Seconds by the model for a measured row."""
-    terms, wire = _split(row)
+    terms, wire = _split(row, cores)
     return wire + costs.total(terms)
 
 
-def _split(row: dict[str, Any]) -> tuple[dict[str, float], float]:
-    scheme = row["scheme"].removesuffix("-mpi")
-    terms = exchange_terms(scheme, 0, row["k"], row["ranks"], crowding(row["ranks"]))
+def _split(row: dict[str, Any], cores: int) -> tuple[dict[str, float], float]:
+    scheme, crowding = row["scheme"].removesuffix("-mpi"), max(1.0, row["ranks"] / cores)
+    terms = exchange_terms(scheme, 0, row["k"], row["ranks"], crowding)
     # Starting a message is CPU work too, where ranks wait for a core.
     for name in ("message_s", "ring_step_s"):
         if name in terms:
-            terms[name] *= crowding(row["ranks"])
+            terms[name] *= crowding
     wire = terms.pop("byte_s") * _WIRE * 8e-6 / NETWORKS[row["network"]]
     return terms, wire
 
 
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def report(rows: list[dict[str, Any]], cores: int) -> dict[str, Any]:
     """Fits per transport and prediction errors, row by row."""
     result: dict[str, Any] = {"costs": {}, "rows": []}
     for transport, suffix in (("gloo", False), ("mpi", True)):
         own = [r for r in rows if r["scheme"].endswith("-mpi") == suffix]
         if not own:
             continue
-        costs = fit(own)
+        costs = fit(own, cores)
         result["costs"][transport] = {name: getattr(costs, name) for name in _FITTED}
         errors = []
         for row in own:
-            error = predict(costs, row) / row["seconds"] - 1
+            predicted = predict(costs, row, cores)
+            error = predicted / row["seconds"] - 1
             errors.append(abs(error))
             kept = {k: row[k] for k in ("scheme", "k", "ranks", "network", "seconds")}
-            result["rows"].append(kept | {"predicted": predict(costs, row), "error": error})
+            result["rows"].append(kept | {"predicted": predicted, "error": error})
         within = sum(e <= 0.25 for e in errors) / len(errors)
         result.setdefault("within_25_percent", {})[transport] = within
         print(f"{transport}: {costs}\n  within 25 %: {within:.0%} of {len(errors)}, worst {max(errors):.0%}")
@@ -165,15 +167,18 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, nargs="+", default=list(PAIRS))
     options = parser.parse_args()
     if options.reuse:
-        rows = json.loads(options.json.read_text())["rows"]
+        found = json.loads(options.json.read_text())
+        rows, machine = found["rows"], {name: found[name] for name in ("cores", "load")}
     else:
         reason = why_not()
         if reason is not None:
             print(reason, file=sys.stderr)
             return 2
         rows = measure(options.ranks, options.networks, options.pairs)
-    result = report(rows)
-    result["load"] = os.getloadavg()[0]
+        if not rows:
+            return 1
+        machine = {"cores": os.cpu_count() or 1, "load": os.getloadavg()[0]}
+    result = report(rows, machine["cores"]) | machine
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
         which = result["costs"].get("gloo") or next(iter(result["costs"].values()))
