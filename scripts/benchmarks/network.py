@@ -24,7 +24,7 @@ from benchmarks.network_limits import LimitError, verify
 from benchmarks.network_models import MODELS
 from benchmarks.network_rank import Case
 from benchmarks.network_records import Record, plot, records_of, table
-from benchmarks.network_schemes import EXTRA, SCHEMES, is_ours
+from benchmarks.network_schemes import AUTO, PLAIN, SCHEMES, is_ours
 
 Failure = JobError | LimitError
 """What ends one measurement but not the run."""
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["1gbit", "100mbit"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
-        "--schemes", nargs="+", choices=(*SCHEMES, *EXTRA), default=list(SCHEMES), metavar="NAME"
+        "--schemes", nargs="+", choices=(*SCHEMES, PLAIN), default=list(SCHEMES), metavar="NAME"
     )
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each case")
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bucket-mb",
         type=float,
         default=100.0,
-        help="DDP's bucket_cap_mb for schemes of ours (torch's: its default)",
+        help="DDP's bucket_cap_mb for schemes of ours (auto: what it chose; torch's: its default)",
     )
     parser.add_argument("--no-exchange", action="store_true", help="leave out the bare exchanges")
 
@@ -126,7 +126,7 @@ def _steps(
     network: Network, name: str, model: str, options: argparse.Namespace
 ) -> Iterator[list[Record] | Failure]:
     """One job for a model, all schemes after one another, so that ratios are within one run."""
-    buckets = {s: options.bucket_mb if is_ours(s) else None for s in options.schemes}
+    buckets = {s: options.bucket_mb if is_ours(s) and s != AUTO else None for s in options.schemes}
     cases = [
         Case(s, model, options.density, options.steps, options.budget, buckets[s]) for s in options.schemes
     ]
@@ -134,8 +134,17 @@ def _steps(
     found, error = run_job(network, "network_rank.py", [asdict(c) for c in cases], limit)
     if error is not None:
         yield error
+    for case in found:
+        if case["plan"]:
+            print(f"{model}, {network.hosts} ranks, {name}: {plan_text(case['plan'])}", flush=True)
     if found:
         yield records_of(found, network.hosts, name)
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """What `auto` decided, in a line."""
+    chosen = f"{plan['scheme']} at density {plan['density']:g}, bucket_cap_mb={plan['bucket_mb']:g}"
+    return f"auto chose {chosen}: {plan['reason']}"
 
 
 def _exchanges(network: Network, name: str) -> list[Record] | JobError:

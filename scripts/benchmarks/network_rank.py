@@ -51,22 +51,36 @@ def run_case(case: Case, rank: int) -> dict[str, Any]:
 
     Returns:
         `seconds`: a list of step times; `phases`: median seconds of the slowest rank; `interface_bytes` and
-        `counted_bytes`: sent per rank and step, the largest over ranks; `buckets`.
+        `counted_bytes`: sent per rank and step, the largest over ranks; `plan`: see `decided`. `auto` also gives the
+        `density` that it chose.
     """
     import torch
     from benchmarks.network_models import MODELS, StandIn
-    from benchmarks.network_schemes import attach
+    from benchmarks.network_schemes import AUTO, attach
 
     attached = attach(case.scheme, StandIn(MODELS[case.model](), seed=rank), case.density, case.bucket_mb)
     start = torch.zeros((), requires_grad=True)
     for _ in range(_WARMUP_POWERSGD if case.scheme.startswith("powersgd") else _WARMUP):
         _step(attached.model, start)
     figures = _timed_steps(case, attached, start)
-    plan = getattr(attached.state, "plan", None)
-    figures["plan"] = None if plan is None else plan.summary()
+    figures["plan"] = decided(attached.state.plan) if case.scheme == AUTO else None
+    if figures["plan"]:
+        figures["density"] = figures["plan"]["density"]
     if attached.state is not None:
         attached.state.close()
     return figures
+
+
+def decided(plan: Any) -> dict[str, Any]:
+    """A planner's decision in plain values; `promised_s`: seconds added to a step, of each candidate at its best bucket."""
+    promised = {f"{p.scheme} at {p.density:g}": p.step_s for p in plan.predictions}
+    return {
+        "scheme": plan.scheme,
+        "density": plan.density,
+        "bucket_mb": plan.bucket_mb,
+        "reason": plan.reason,
+        "promised_s": promised,
+    }
 
 
 def _timed_steps(case: Case, attached: Any, start: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,11 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 PEERS = ("dense", "fp16", "bf16", "powersgd1", "powersgd2", "powersgd4")
 OURS = ("topk", "gtopk", "gtopk-tree", "randomk")
-EXTRA = ("auto", "plain")
-"""What the planner chose; what it gives for "do not compress": ours without selector and memory."""
+AUTO = "auto"
+PLAIN = "plain"
+"""What the planner gives for "do not compress": ours without selector and memory."""
 MPI_SUFFIX = "-mpi"
-SCHEMES = ("none", *PEERS, *OURS, *(name + MPI_SUFFIX for name in OURS))
-"""`none` communicates nothing; a name of ours alone uses gloo, with `-mpi` MPI; the rest is torch's own over gloo."""
+SCHEMES = ("none", *PEERS, *OURS, AUTO, *(name + MPI_SUFFIX for name in OURS))
+"""`none` communicates nothing; a name of ours alone uses gloo, with `-mpi` MPI; `auto` is what the planner chooses among
+them over gloo; the rest is torch's own over gloo."""
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Attached:
 
 def is_ours(scheme: str) -> bool:
     """Whether the scheme is one of commhooks'."""
-    return scheme.removesuffix(MPI_SUFFIX) in (*OURS, *EXTRA)
+    return scheme.removesuffix(MPI_SUFFIX) in (*OURS, AUTO, PLAIN)
 
 
 def attach(
@@ -37,21 +38,30 @@ def attach(
     """Wraps `module` and registers the scheme's hook. A collective call.
 
     PowerSGD gets one bucket: with more it hangs on gloo. The others get DDP's default layout unless `bucket_mb` says
-    otherwise. `memory` is given to a scheme of ours; None: plain error feedback.
+    otherwise; `auto` then gets the buckets that it chose. `memory` is given to a scheme of ours; None: plain error
+    feedback. `auto` and `plain` take neither `density` nor `memory`.
 
     Raises:
         ValueError: an unknown scheme.
     """
-    if scheme not in (*SCHEMES, *EXTRA):
+    from commhooks import register
+
+    if scheme not in (*SCHEMES, PLAIN):
         raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
-    cap = 4096 if scheme.startswith("powersgd") else bucket_mb
+    state = _state(scheme, module, density, memory) if is_ours(scheme) else None
+    cap = bucket_mb
+    if scheme.startswith("powersgd"):
+        cap = 4096
+    elif scheme == AUTO and cap is None:
+        cap = state.plan.bucket_mb
     options: dict[str, Any] = {} if cap is None else {"bucket_cap_mb": cap}
     # Every rank starts from the same parameters: sending them would take longer than the steps on a slow network.
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False, **options)
-    if is_ours(scheme):
-        return Attached(model, _attach_ours(scheme, model, density, memory))
-    _attach_peer(scheme, model)
-    return Attached(model, None)
+    if state is None:
+        _attach_peer(scheme, model)
+    else:
+        register(model, state)
+    return Attached(model, state)
 
 
 def make_state(scheme: str, density: float, memory: Any = None) -> Any:
@@ -69,17 +79,14 @@ def make_state(scheme: str, density: float, memory: Any = None) -> Any:
     return SparseState(TopK(density), GTopK(transport, algorithm=algorithm), memory)
 
 
-def _attach_ours(scheme: str, model: DistributedDataParallel, density: float, memory: Any) -> Any:
-    from commhooks import Dense, SparseState, register
+def _state(scheme: str, module: torch.nn.Module, density: float, memory: Any) -> Any:
+    from commhooks import Dense, SparseState
 
-    if scheme == "auto":
-        state = SparseState.auto(model)
-    elif scheme == "plain":
-        state = SparseState(None, Dense(), None)
-        state.plan = SimpleNamespace(summary=lambda: "dense, not by choice")
-    else:
-        state = make_state(scheme, density, memory)
-    return register(model, state)
+    if scheme == AUTO:
+        return SparseState.auto(module)
+    if scheme == PLAIN:
+        return SparseState(None, Dense(), None)
+    return make_state(scheme, density, memory)
 
 
 def _attach_peer(scheme: str, model: DistributedDataParallel) -> None:

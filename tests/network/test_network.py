@@ -7,9 +7,11 @@ import pytest
 from benchmarks import network
 from benchmarks.network_launch import JobError
 from benchmarks.network_limits import LimitError
+from benchmarks.network_records import KEYS
 from no_network import NoNetwork
 
-FIGURES = {"seconds": [0.1] * 3, "phases": {}, "counted_bytes": 0.0, "interface_bytes": 1000.0}
+PLAN = {"scheme": "gtopk", "density": 0.01, "bucket_mb": 100.0, "reason": "it is faster", "promised_s": {}}
+FIGURES = {"seconds": [0.1] * 3, "phases": {}, "counted_bytes": 0.0, "interface_bytes": 1000.0, "plan": None}
 
 
 def run_job(network, program, cases, timeout_s):
@@ -30,11 +32,19 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(network, "run_job", run_job)
     monkeypatch.setattr(network, "verify", fail_limit)
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
-    options = "--ranks 4 --networks 1gbit 100mbit --models resnet50 --schemes none dense --no-exchange"
+    options = "--ranks 4 --networks 1gbit 100mbit --models resnet50 --no-exchange --schemes"
 
-    def run():
+    def run(*schemes):
+        arguments = [
+            *options.split(),
+            *(schemes or ("none", "dense")),
+            "--json",
+            str(out),
+            "--plot",
+            str(picture),
+        ]
         try:
-            status = network.main([*options.split(), "--json", str(out), "--plot", str(picture)])
+            status = network.main(arguments)
         finally:
             records = json.loads(out.read_text())
             assert picture.stat().st_size > 1000
@@ -67,3 +77,17 @@ def test_an_interrupted_run_leaves_what_it_has(bench, monkeypatch):
     monkeypatch.setattr(network, "verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench()
+
+
+def test_auto_says_what_it_chose(bench, monkeypatch, capsys):
+    def decide(found, program, cases, timeout_s):
+        none, auto = run_job(found, program, cases, timeout_s)[0]
+        assert auto["scheme"] == "auto" and auto["bucket_mb"] is None  # it takes its own
+        return [none, auto | {"plan": PLAN, "density": PLAN["density"]}], None
+
+    monkeypatch.setattr(network, "run_job", decide)
+    _, records = bench("none", "auto")
+    said = "resnet50, 4 ranks, 100mbit: auto chose gtopk at density 0.01, bucket_cap_mb=100: it is faster"
+    assert capsys.readouterr().out.count(said) == 1
+    assert {r["density"] for r in records if r["scheme"] == "auto"} == {0.01}
+    assert all(tuple(r) == KEYS for r in records)

@@ -1,6 +1,7 @@
 """From figures to records and tables: exactly the promised keys, ratios against every baseline."""
 
 import pytest
+from benchmarks import network_auto, network_exchange
 from benchmarks.network_models import MODELS, StandIn, equal_layers, numel
 from benchmarks.network_records import KEYS, bound_s, plot, records_of, table
 
@@ -69,3 +70,32 @@ def test_stand_in_fills_gradients():
     model = StandIn(equal_layers(3, 8), seed=1)
     model(torch.zeros((), requires_grad=True)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_exchange_records():
+    found = [
+        {"scheme": "topk", "k": 1000, "seconds": [0.004, 0.002, 0.003], "counted_bytes": 25_000.0},
+        {"scheme": "gtopk", "k": 1000, "seconds": [0.006] * 3, "counted_bytes": 16_000.0},
+        {"scheme": "gtopk-mpi", "k": 1000, "seconds": [0.005] * 3, "counted_bytes": 16_000.0},
+    ]
+    records = network_exchange.records_of(found, 4, "100mbit")
+    assert all(tuple(r) == KEYS for r in records)
+    ratios = {(r["scheme"], r["baseline"]): r["ratio"] for r in records}
+    assert ratios["topk", "bound"] == pytest.approx(0.003 / 0.002)
+    assert ratios["gtopk", "topk"] == pytest.approx(2.0)
+    assert set(ratios) == {("topk", "bound"), ("gtopk", "bound"), ("gtopk", "topk"), ("gtopk-mpi", "bound")}
+    assert "gtopk-mpi" in network_exchange.table(records)
+
+
+def test_auto_records_hold_its_plans():
+    plans = [{"scheme": "gtopk", "density": 0.01}, {"scheme": "dense", "density": 1.0}]
+    turns = zip((0.02, 0.04), (0.03, 0.05), (0.022, 0.022), plans, strict=True)
+    found = []
+    for dense, auto, plain, plan in turns:
+        found.append({"scheme": "dense", "seconds": [dense] * 2, "plan": None})
+        found.append({"scheme": "auto", "seconds": [auto] * 2, "plan": plan})
+        found.append({"scheme": "plain", "seconds": [plain] * 2, "plan": None})
+    auto, plain = network_auto.records_of(found, "resnet20", 2)
+    assert tuple(auto) == tuple(plain) == (*KEYS, "plans")
+    assert auto["ratio"] == pytest.approx(0.04 / 0.03) and plain["ratio"] == pytest.approx(0.022 / 0.03)
+    assert (auto["plans"], plain["plans"]) == (plans, [])
