@@ -1,7 +1,7 @@
 """Common ground of the tests: what a machine must have, and what happens where it has not.
 
-Markers: `mpi`, `native`, `horovod`, `cuda`. A marked test is skipped, with the reason, where the thing is missing. With
-`COMMHOOKS_REQUIRE=mpi,native,horovod` in the environment (as in CI) it fails instead, and so does a run in which a
+Markers: `mpi`, `native`, `horovod`, `network`, `cuda`. A marked test is skipped, with the reason, where the thing is missing. With
+`COMMHOOKS_REQUIRE=mpi,native,horovod,network` in the environment (as in CI) it fails instead, and so does a run in which a
 required marker had no test that passed. Everything under tests/mpi and tests/horovod bears the marker of its folder.
 """
 
@@ -30,6 +30,7 @@ MARKERS = {
     "mpi": "needs mpi4py and an mpiexec beside the interpreter",
     "native": "needs the compiled library libcommhooks_cpu.so",
     "horovod": "needs Horovod built for this torch",
+    "network": "makes network namespaces with limits: needs root, ip and tc",
     "cuda": "needs a CUDA device",
     "slow": "takes more than 20 s on two cores",
 }
@@ -57,6 +58,10 @@ def why_not(marker: str) -> str | None:
         from launch import why_no_horovod
 
         return why_no_horovod()
+    if marker == "network":
+        from benchmarks.namespaces import why_not as why_no_network
+
+        return why_no_network()
     if marker == "cuda":
         return None if torch.cuda.is_available() else "no CUDA device"
     if marker == "native":

@@ -49,10 +49,22 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces and tc need root: run this as root, in a container or a virtual machine"
     probe = f"{PREFIX}-{os.getpid()}-probe"
-    made = _try(["ip", "netns", "add", probe])
-    if made.returncode:
-        return f"`ip netns add` failed: {made.stderr.strip()} (a container needs CAP_SYS_ADMIN and CAP_NET_ADMIN)"
-    _try(["ip", "netns", "delete", probe])
+    inside = f"ip netns exec {probe}"
+    try:
+        for command in (
+            f"ip netns add {probe}",
+            f"{inside} ip link add br0 type bridge",
+            f"{inside} ip link add eth0 type veth peer name port0",
+            f"{inside} tc qdisc add dev eth0 root tbf rate 1mbit burst 20000 latency 50ms",
+        ):
+            made = _try(command.split())
+            if made.returncode:
+                return (
+                    f"`{command}` failed: {made.stderr.strip()} (a container needs CAP_SYS_ADMIN and CAP_NET_ADMIN, "
+                    "the kernel veth, bridge and sch_tbf)"
+                )
+    finally:
+        _try(["ip", "netns", "delete", probe])
     return None
 
 

@@ -3,13 +3,11 @@
 import subprocess
 
 import pytest
-from benchmarks.namespaces import Network, why_not
+from benchmarks.namespaces import Network
 from benchmarks.network_limits import LimitError, transfer, verify
 
-needs_network = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-
-@needs_network
+@pytest.mark.network
 def test_limit_holds_and_traffic_crosses():
     with Network(3, 100) as network:
         for found in verify(network, tolerance=0.4):  # the machine may be busy; the upper side stays strict
@@ -21,7 +19,7 @@ def test_limit_holds_and_traffic_crosses():
         assert network.command(0, ["true"])[:3] == ["ip", "netns", "exec"]
 
 
-@needs_network
+@pytest.mark.network
 def test_a_wrong_limit_is_noticed():
     with Network(2, 100) as network:
         network.rate_mbit = 20  # claims less than tc lets through
@@ -29,7 +27,7 @@ def test_a_wrong_limit_is_noticed():
             verify(network)
 
 
-@needs_network
+@pytest.mark.network
 @pytest.mark.parametrize(
     "hosts, message", ((3, "together: .* at a limit of 20"), (2, "has no limit where 20"))
 )
@@ -44,7 +42,7 @@ def test_a_missing_limit_at_one_end_is_noticed(hosts, message, end):
             verify(network, tolerance=0.9)
 
 
-@needs_network
+@pytest.mark.network
 def test_a_transfer_that_takes_too_long():
     with Network(2, 1) as network, pytest.raises(LimitError, match="transfer at host"):
         transfer(network, megabytes=10, timeout_s=1.0)

@@ -10,8 +10,6 @@ import pytest
 from benchmarks.namespaces import PREFIX, Network, NetworkUnavailable, sweep, why_not
 from launch import ROOT
 
-needs_network = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
 
 def listed(pid):
     """Our namespaces that belong to the process `pid`."""
@@ -19,7 +17,7 @@ def listed(pid):
     return [name for name in names if name.startswith(f"{PREFIX}-{pid}-")]
 
 
-@needs_network
+@pytest.mark.network
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), ids=lambda n: n.name)
 def test_nothing_is_left_behind_by_an_interrupted_run(number):
     program = (

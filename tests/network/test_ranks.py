@@ -2,16 +2,15 @@
 
 import pytest
 from benchmarks import network_launch
-from benchmarks.namespaces import Network, why_not
+from benchmarks.namespaces import Network
 from benchmarks.network import run_job
 from benchmarks.network_exchange import cases, records_of
 from benchmarks.network_launch import NotCrossedError, check_crossed
 from launch import spawn_gloo
 
-needs_network = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-
-@needs_network
+@pytest.mark.network
+@pytest.mark.mpi
 def test_ranks_cross_the_network():
     """Two ranks by MPI and gloo, on two hosts: bytes on the interface are at least what our transports count."""
     with Network(2, 1000) as network:
@@ -25,7 +24,8 @@ def test_ranks_cross_the_network():
     assert all(set(r) == set(records[0]) for r in records)
 
 
-@needs_network
+@pytest.mark.network
+@pytest.mark.mpi
 @pytest.mark.parametrize(
     "program, case",
     (

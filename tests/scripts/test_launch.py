@@ -141,6 +141,21 @@ def test_a_required_marker_turns_skips_into_failures(tmp_path):
     assert done.returncode != 0 and "cudda" in done.stderr
 
 
+def test_the_network_can_be_required(tmp_path):
+    """Where `ip` is missing its tests are skipped, or fail where CI demands them."""
+    marked = """
+        import pytest
+        @pytest.mark.network
+        def test_network():
+            raise AssertionError("must not run")
+    """
+    env = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}:{ROOT / 'scripts'}", "PATH": str(tmp_path)}
+    done = _pytest(tmp_path, marked, **env)
+    assert done.returncode == 0 and "1 skipped" in done.stdout
+    done = _pytest(tmp_path, marked, COMMHOOKS_REQUIRE="network", **env)
+    assert done.returncode == 1 and "required by COMMHOOKS_REQUIRE: `ip` is missing" in done.stdout
+
+
 def test_a_horovod_for_another_torch_is_said_and_skipped(tmp_path):
     (tmp_path / "horovod" / "torch").mkdir(parents=True)
     (tmp_path / "horovod" / "__init__.py").touch()
