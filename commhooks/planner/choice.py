@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cost_model import Costs, exposed_s, step_s
+from .cost_model import Costs, check_backward_s, exposed_s, step_s
 
 CANDIDATES = ("gtopk", "topk", "randomk")
 DENSITIES = (0.01, 0.001)
 BUCKET_MB = (1.0, 5.0, 25.0, 100.0, 400.0)
+DEFAULT_BUCKET_MB = 25.0  # DDP's own
 MARGIN = 1.5  # compression must promise at least this, and as much time, to be worth what probing gets wrong
 LEAST_SAVING_S = 2e-3
+EQUAL = 1.05  # of two bucket sizes
 NEAR = 1.1  # a denser gradient is taken when it costs no more than this
 _BYTES_PER_MB = 1 << 20
 
@@ -50,10 +52,13 @@ class Plan:
     world_size: int
 
     def __call__(self, numel: int, k: int, world_size: int) -> bool:
-        """The rule for a Reducer's ``dense_crossover``: whether a bucket of ``numel`` elements is faster dense than by the plan's scheme with ``k`` pairs."""
+        """The rule for a Reducer's ``dense_crossover``: whether a bucket of ``numel`` elements is faster dense than by the plan's scheme with ``k`` pairs.
+
+        A bucket that goes dense here is corrected by the memory all the same: a pass that plain DDP has not.
+        """
         if self.scheme == "dense" or world_size == 1:
             return True
-        dense = step_s(self.costs, "dense", numel, 0, world_size)
+        dense = step_s(self.costs, "dense", numel, 0, world_size) + numel * self.costs.gather_s
         return dense <= step_s(self.costs, self.scheme, numel, k, world_size)
 
     def summary(self) -> str:
@@ -79,6 +84,7 @@ def choose(
     densities: Sequence[float] = DENSITIES,
     candidates: Sequence[str] = CANDIDATES,
     largest_numel: int = 0,
+    bucket_mb: Sequence[float] = BUCKET_MB,
 ) -> Plan:
     """The plan for a model of ``numel`` parameters.
 
@@ -91,60 +97,60 @@ def choose(
         candidates: allowed schemes besides dense. Random-k is only taken when no other pays: it is cheap, but at
             equal density it needs more steps to the same loss.
         largest_numel: elements of the largest parameter, which DDP never splits; 0: unknown.
+        bucket_mb: values of ``bucket_cap_mb`` to choose from.
 
     Raises:
         ValueError: a number out of range.
     """
-    if numel < 1:
-        raise ValueError(f"numel must be positive, got {numel}")
-    if not densities or not all(0.0 < d <= 1.0 for d in densities):
-        raise ValueError(f"densities must be in (0, 1], got {densities!r}")
-    dense = _best("dense", 1.0, costs, numel, world_size, backward_s, largest_numel)
-    sparse = [
-        _best(scheme, density, costs, numel, world_size, backward_s, largest_numel)
-        for scheme in candidates
-        for density in densities
-    ]
+    check_request(numel, densities, backward_s)
+    if not bucket_mb or not all(0.0 < b < math.inf for b in bucket_mb):
+        raise ValueError(f"bucket_mb must be positive, got {bucket_mb!r}")
+
+    def best(scheme: str, density: float) -> Prediction:
+        found = []
+        for megabytes in bucket_mb:
+            buckets, size = _sizes(numel, megabytes, largest_numel)
+            k = min(size, max(1, math.ceil(density * size)))
+            cost = step_s(costs, scheme, size, k, world_size)
+            found.append(Prediction(scheme, density, megabytes, exposed_s(cost, buckets, backward_s)))
+        return _taken_size(found)
+
+    dense = best("dense", 1.0)
+    sparse = [best(scheme, density) for scheme in candidates for density in densities]
     ranked = tuple(sorted([dense, *sparse], key=lambda p: p.step_s))
-    exact = [p for p in sparse if p.scheme != "randomk" and _pays(p, dense)] or sparse
-    fastest = min(exact, key=lambda p: p.step_s, default=dense)
-    if world_size == 1 or fastest is dense or not _pays(fastest, dense):
-        return Plan(
-            "dense",
-            1.0,
-            dense.bucket_mb,
-            ranked,
-            _reason_dense(world_size, dense, fastest),
-            costs,
-            world_size,
-        )
-    good = [p for p in exact if p.step_s <= NEAR * fastest.step_s]
-    taken = max(good, key=lambda p: (p.density, -p.step_s))
+    paying = [p for p in sparse if _pays(p, dense)]
+    allowed = [p for p in paying if p.scheme != "randomk"] or paying
+    if world_size == 1 or not allowed:
+        reason = _reason_dense(world_size, dense, min(sparse, key=lambda p: p.step_s, default=None))
+        return Plan("dense", 1.0, dense.bucket_mb, ranked, reason, costs, world_size)
+    fastest = min(p.step_s for p in allowed)
+    taken = max((p for p in allowed if p.step_s <= NEAR * fastest), key=lambda p: (p.density, -p.step_s))
     reason = f"predicted {_ms(taken.step_s)} of communication per step, {dense.step_s / taken.step_s:.1f} times less "
     reason += f"than dense ({_ms(dense.step_s)})"
     return Plan(taken.scheme, taken.density, taken.bucket_mb, ranked, reason, costs, world_size)
 
 
-def _best(
-    scheme: str,
-    density: float,
-    costs: Costs,
-    numel: int,
-    world_size: int,
-    backward_s: float,
-    largest_numel: int,
-) -> Prediction:
-    """The bucket size with the least exposed communication; the smallest within 5 % of it (it needs less memory)."""
-    found = []
-    for megabytes in BUCKET_MB:
-        per_bucket = max(int(megabytes * _BYTES_PER_MB) // 4, largest_numel, 1)
-        buckets = max(1, math.ceil(numel / per_bucket))
-        size = math.ceil(numel / buckets)
-        k = min(size, max(1, math.ceil(density * size)))
-        cost = step_s(costs, scheme, size, k, world_size)
-        found.append(Prediction(scheme, density, megabytes, exposed_s([cost] * buckets, backward_s)))
+def check_request(numel: int, densities: Sequence[float], backward_s: float) -> None:
+    """Raises ``ValueError`` for what no plan can be made for; to be asked before ranks probe for nothing."""
+    if numel < 1:
+        raise ValueError(f"numel must be positive, got {numel}")
+    if not densities or not all(0.0 < d <= 1.0 for d in densities):
+        raise ValueError(f"densities must be in (0, 1], got {densities!r}")
+    check_backward_s(backward_s)
+
+
+def _sizes(numel: int, megabytes: float, largest_numel: int) -> tuple[int, int]:
+    """``(buckets, elements of each)``."""
+    per_bucket = max(int(megabytes * _BYTES_PER_MB) // 4, largest_numel, 1)
+    buckets = math.ceil(numel / per_bucket)
+    return buckets, math.ceil(numel / buckets)
+
+
+def _taken_size(found: Sequence[Prediction]) -> Prediction:
+    """DDP's default if it is within 5 % of the fastest, else the smallest that is (it needs less memory)."""
     least = min(p.step_s for p in found)
-    return next(p for p in found if p.step_s <= 1.05 * least)
+    near = [p for p in found if p.step_s <= EQUAL * least]
+    return min(near, key=lambda p: (p.bucket_mb != DEFAULT_BUCKET_MB, p.bucket_mb))
 
 
 def _pays(candidate: Prediction, dense: Prediction) -> bool:
@@ -152,9 +158,11 @@ def _pays(candidate: Prediction, dense: Prediction) -> bool:
     return MARGIN * candidate.step_s <= dense.step_s and saving >= LEAST_SAVING_S
 
 
-def _reason_dense(world_size: int, dense: Prediction, fastest: Prediction) -> str:
+def _reason_dense(world_size: int, dense: Prediction, fastest: Prediction | None) -> str:
     if world_size == 1:
         return "do not compress: there is one rank, so nothing is sent"
+    if fastest is None:
+        return f"do not compress: dense takes {_ms(dense.step_s)} per step and no scheme may be chosen"
     return (
         f"do not compress: dense takes {_ms(dense.step_s)} per step, the best compression ({fastest.scheme}, density "
         f"{fastest.density:g}) {_ms(fastest.step_s)}: less than {MARGIN:g} times or {_ms(LEAST_SAVING_S)} faster"

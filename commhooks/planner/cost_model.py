@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk")
+DOUBLING_BYTES = 32768
+"""Up to here the all-reduce of a power of two of ranks counts as doubling (gloo: transports/doubling.py), beyond as a ring."""
 _HEADER_BYTES = 16
 _PAIR_BYTES = 8
 _VALUE_BYTES = 4
@@ -29,6 +31,7 @@ class Costs:
         gather_s: gamma, one gradient element through random-k's memory update.
         write_s: gamma, one gradient element overwritten with the result.
         bucket_s: constant per sparse bucket: waking the worker, packing, bookkeeping.
+        dense_bucket_s: constant per dense bucket, likewise.
     """
 
     message_s: float
@@ -40,6 +43,7 @@ class Costs:
     gather_s: float
     write_s: float
     bucket_s: float
+    dense_bucket_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -81,6 +85,12 @@ def exchange_terms(
         return {}
     if scheme in ("dense", "randomk"):
         sent = (numel if scheme == "dense" else k) + 1
+        if not folds and _VALUE_BYTES * sent <= DOUBLING_BYTES:
+            return {
+                "message_s": float(rounds),
+                "byte_s": float(rounds * _VALUE_BYTES * sent),
+                "reduce_s": rounds * sent * crowding,
+            }
         share = (world_size - 1) / world_size
         return {
             "ring_step_s": 2.0 * (world_size - 1),
@@ -102,10 +112,10 @@ def exchange_terms(
 
 
 def step_terms(scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0) -> dict[str, float]:
-    """Factors for all that the hook does with one bucket: select, exchange, write back; dense only exchanges."""
+    """Factors for all that the hook does with one bucket: select, exchange, write back; dense selects nothing."""
     terms = exchange_terms(scheme, numel, k, world_size, crowding)
     if scheme == "dense":
-        return terms
+        return terms | {"write_s": numel * crowding, "dense_bucket_s": crowding}
     passes = {
         "gather_s" if scheme == "randomk" else "select_s": numel * crowding,
         "write_s": numel * crowding,
@@ -134,17 +144,30 @@ def periodic_averaging_s(
     return exchange_s(costs, "dense", numel, 0, world_size, crowding) / period
 
 
-def exposed_s(bucket_costs: list[float], backward_s: float) -> float:
-    """Communication that backward does not hide, when buckets of equal size are taken in order by one worker.
+def exposed_s(bucket_s: float, buckets: int, backward_s: float) -> float:
+    """Communication that backward does not hide, when equal buckets are taken in order by one worker.
 
-    Bucket i of B is ready at ``backward_s * (i + 1) / B``; the worker takes one after the other.
+    Bucket i of B is ready at ``backward_s * (i + 1) / B``; the worker takes one after the other. As all buckets cost the
+    same, it waits either for every bucket (all but the last are hidden) or only for the first.
+
+    Args:
+        bucket_s: seconds one bucket takes.
+        buckets: B.
+        backward_s: seconds of one backward; 0 hides nothing.
+
+    Raises:
+        ValueError: ``buckets`` or ``backward_s`` out of range.
     """
-    if backward_s < 0:
-        raise ValueError(f"backward_s must be at least 0, got {backward_s}")
-    finished = 0.0
-    for i, cost in enumerate(bucket_costs):
-        finished = max(finished, backward_s * (i + 1) / len(bucket_costs)) + cost
-    return max(0.0, finished - backward_s)
+    check_backward_s(backward_s)
+    if buckets < 1:
+        raise ValueError(f"buckets must be at least 1, got {buckets}")
+    return max(bucket_s, buckets * bucket_s - backward_s * (buckets - 1) / buckets)
+
+
+def check_backward_s(backward_s: float) -> None:
+    """Raises ``ValueError`` unless ``backward_s`` is finite and at least 0."""
+    if not 0.0 <= backward_s < float("inf"):
+        raise ValueError(f"backward_s must be finite and at least 0, got {backward_s!r}")
 
 
 def _check(scheme: str, numel: int, k: int, crowding: float) -> None:

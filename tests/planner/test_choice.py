@@ -1,0 +1,181 @@
+"""Which plan follows from which costs, and the thresholds it turns at."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from commhooks import AllGather, GTopK, RandomK, SharedIndices, TopK
+from commhooks.planner import Costs, choose
+from commhooks.planner.auto import configured
+from commhooks.planner.choice import BUCKET_MB, CANDIDATES, LEAST_SAVING_S, MARGIN, NEAR
+
+MB = 1 << 18  # elements
+
+
+def costs(mbit=1000.0, alpha=1e-4, **others):
+    """A plausible CPU cluster at `mbit` Mbit/s."""
+    base = Costs(alpha, 8e-6 / mbit, alpha / 2, 2e-10, 3e-8, 1e-9, 4e-10, 4e-10, 2e-4, 1e-4)
+    return replace(base, **others)
+
+
+def free(**others):
+    """Nothing costs anything but what is named: a bucket of either kind has a price of its own."""
+    return Costs(**(dict.fromkeys(Costs.__dataclass_fields__, 0.0) | others))
+
+
+def prices(dense_s, sparse_s, **others):
+    """Per bucket."""
+    return free(dense_bucket_s=dense_s, bucket_s=sparse_s, **others)
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: choose(costs(), 0, 2),
+        lambda: choose(costs(), 10, 2, densities=[]),
+        lambda: choose(costs(), 10, 2, densities=[1.5]),
+        lambda: choose(costs(), 10, 2, backward_s=-1.0),
+        lambda: choose(costs(), 10, 2, backward_s=math.nan),
+        lambda: choose(costs(), 10, 2, backward_s=math.inf),
+        lambda: choose(costs(), 10, 2, bucket_mb=[]),
+        lambda: choose(costs(), 10, 2, bucket_mb=[0.0]),
+        lambda: choose(costs(), 10, 2, candidates=["top-k"]),
+    ),
+)
+def test_bad_arguments(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+def test_compression_must_promise_the_margin():
+    sparse_s = 0.1  # saves far more than the least
+    for dense_s, pays in ((MARGIN * sparse_s * 1.0001, True), (MARGIN * sparse_s * 0.9999, False)):
+        assert (choose(prices(dense_s, sparse_s), 1000, 2).scheme != "dense") == pays
+
+
+def test_compression_must_save_a_least_time():
+    for saving, pays in ((LEAST_SAVING_S * 1.001, True), (LEAST_SAVING_S * 0.999, False)):
+        assert (choose(prices(1e-4 + saving, 1e-4), 1000, 2).scheme != "dense") == pays
+
+
+def test_backward_hides_what_would_have_been_saved():
+    """4 buckets: of sparse ones the last shows (10 ms), of dense ones 56 ms less 3/4 of backward."""
+    c, numel = prices(0.014, 0.010), 100 * MB
+    just = (0.056 - MARGIN * 0.010) * 4 / 3
+    for backward_s, pays in ((just * 0.9999, True), (just * 1.0001, False)):
+        plan = choose(c, numel, 2, backward_s=backward_s, bucket_mb=[25.0])
+        assert (plan.scheme != "dense") == pays
+
+
+def test_the_largest_parameter_is_never_split():
+    """It makes one bucket of four, in which four dense ones cost enough to compress."""
+    c, numel = prices(0.0015, 0.0005), 100 * MB
+    assert choose(c, numel, 2, bucket_mb=[25.0]).scheme != "dense"
+    assert choose(c, numel, 2, bucket_mb=[25.0], largest_numel=25 * MB).scheme != "dense"
+    assert choose(c, numel, 2, bucket_mb=[25.0], largest_numel=100 * MB).scheme == "dense"
+
+
+def test_ddps_default_bucket_size_unless_another_is_five_percent_faster():
+    """100 MB in all: 4 buckets or 1, beside a pass that costs the same for both."""
+    numel = 100 * MB
+    for passes, expected in ((60, 25.0), (57, 100.0)):  # 64 / 61 = 1.049, 61 / 58 = 1.052
+        c = prices(0.001, 1.0, write_s=passes * 0.001 / numel)
+        plan = choose(c, numel, 2)
+        assert plan.scheme == "dense" and plan.bucket_mb == expected
+    assert choose(free(), numel, 2).bucket_mb == 25.0  # all equal
+
+
+def test_dense_does_not_want_small_buckets():
+    plan = choose(costs(mbit=10_000), 25_557_032, 4, candidates=[])
+    assert plan.summary() == "dense all-reduce, bucket_cap_mb=25"
+
+
+def test_a_denser_gradient_is_taken_while_it_costs_little_more():
+    """1000 elements, 2 ranks: 10 pairs or 1, of which a merge reads twice as many."""
+    for merge_s, density in ((0.1 / 17.8 * 0.999, 0.01), (0.1 / 17.8 * 1.001, 0.001)):
+        assert NEAR == 1.1
+        plan = choose(prices(100.0, 1.0, merge_s=merge_s), 1000, 2, candidates=["gtopk"])
+        assert plan.density == density
+
+
+def test_random_k_only_when_no_other_pays():
+    """A selection that costs: random-k's is cheaper, and top-k either pays or does not."""
+    numel, dense_s = 1000, 0.100
+    for selection, scheme in ((dense_s / MARGIN * 0.999, "topk"), (dense_s / MARGIN * 1.001, "randomk")):
+        c = prices(dense_s, 0.0, select_s=selection / numel, gather_s=0.060 / numel)
+        plan = choose(c, numel, 2, candidates=["topk", "randomk"])
+        assert plan.scheme == scheme
+        assert plan.predictions[0].scheme == "randomk"
+
+
+def test_what_is_taken_promises_the_margin_itself():
+    """Not only the fastest: only random-k pays, and of its densities only one."""
+    numel = 1000
+    # 10 pairs would be within 10 % of the fastest, and do not pay: 44 bytes and 8 beside a second for the pass.
+    byte_s = 1e-4
+    dense_s = MARGIN * (1.0 + 26 * byte_s) - 4004 * byte_s
+    c = prices(dense_s, 0.0, select_s=1.0, gather_s=1.0 / numel, byte_s=byte_s)
+    plan = choose(c, numel, 2, candidates=["topk", "randomk"])
+    assert (plan.scheme, plan.density) == ("randomk", 0.001)
+
+
+def test_no_scheme_allowed():
+    plan = choose(costs(mbit=100), 25_557_032, 4, candidates=[])
+    assert plan.scheme == "dense" and "no scheme" in plan.reason
+
+
+def test_a_slow_network_is_compressed_and_a_fast_one_is_not():
+    slow = choose(costs(mbit=100), 25_557_032, 4)
+    assert slow.scheme in ("gtopk", "topk") and slow.bucket_mb in BUCKET_MB
+    assert "times less than dense" in slow.reason
+    fast = choose(costs(mbit=1_000_000, alpha=1e-6, select_s=2e-9), 25_557_032, 4)
+    assert fast.scheme == "dense" and fast.reason.startswith("do not compress")
+    assert choose(costs(mbit=100), 25_557_032, 1).scheme == "dense"
+    assert choose(costs(mbit=10_000), 100, 4).scheme == "dense"
+
+
+def test_many_ranks_take_gtopk():
+    assert choose(costs(mbit=100), 25_557_032, 64, densities=[0.001]).scheme == "gtopk"
+
+
+def test_the_rule_for_buckets():
+    """Bucket by bucket: dense where its own price is lower, a pass through the memory included."""
+    plan = choose(costs(mbit=100), 25_557_032, 8)
+    assert not plan(6_000_000, 6_000, 8)
+    assert plan(100, 1, 8) and plan(100, 1, 1)
+    dense = choose(costs(mbit=1_000_000, alpha=1e-6, select_s=2e-9), 25_557_032, 4)
+    assert dense.scheme == "dense" and dense(6_000_000, 6_000, 4)
+
+
+def test_the_rule_for_buckets_turns_where_the_costs_meet():
+    """2 ranks, top-k of 1 pair: 24 bytes against 4 (n + 1), and 0.5 ms more for the sparse bucket."""
+    plan = choose(prices(0.5e-3, 1e-3, byte_s=1e-6), 10**6, 2, candidates=["topk"], densities=[0.001])
+    assert plan.scheme == "topk"
+    assert plan(129, 1, 2) and not plan(131, 1, 2)  # 4 (n + 1) = 524 bytes at n = 130
+    dearer = replace(plan, costs=replace(plan.costs, gather_s=1e-6))
+    assert dearer(103, 1, 2) and not dearer(105, 1, 2)  # 5 n + 4 = 524 at n = 104
+
+
+def test_predictions_are_sorted_and_cover_the_candidates():
+    plan = choose(costs(mbit=100), 1_000_000, 8)
+    times = [p.step_s for p in plan.predictions]
+    assert times == sorted(times)
+    assert {p.scheme for p in plan.predictions} == {"dense", *CANDIDATES}
+
+
+def test_plans_read_alike_on_all_ranks():
+    """They are part of the settings that ranks compare."""
+    one, other = (choose(costs(mbit=100), 1_000_000, 8) for _ in range(2))
+    assert repr(one) == repr(other) and "0x" not in repr(one)
+
+
+def test_selector_and_aggregator_of_a_plan():
+    plan = choose(costs(mbit=100), 1_000_000, 8)
+    for scheme, kinds in (
+        ("topk", (TopK, AllGather)),
+        ("gtopk", (TopK, GTopK)),
+        ("randomk", (RandomK, SharedIndices)),
+    ):
+        selector, aggregator = configured(replace(plan, scheme=scheme), "distributed")
+        assert (type(selector), type(aggregator)) == kinds
