@@ -1,38 +1,37 @@
-"""Measures what the cost model needs: the network between the ranks and the device's speed, in about a second."""
+"""Measures what the cost model needs: the network between the ranks and the device's speed, in about a second.
+
+All ranks take part in the same collectives: what decides on one more is the slowest rank's time, the same on all.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from statistics import median
-
 import torch
-from torch import Tensor
 
-from ..native import ops
-from ..native.fused import Fused
+from ..aggregators.base import HEADER_WORDS
 from ..transports import Transport
-from .cost_model import Costs, core_rounds
+from .cost_model import DOUBLING_BYTES, Costs
+from .device import SMALL_K, SMALL_NUMEL, kernel_costs, least_s, small_bucket_s
 
 _TAG = 32000
 _WHAT = "probing for the plan"
 _LATENCY_BYTES = 64
-_REPEATS = 5
-_LARGEST_BYTES = 1 << 22
+_RING_NUMEL = DOUBLING_BYTES // 4 + 1  # the smallest all-reduce that is a ring everywhere
+_REPEATS = 6  # the first one opens connections and touches memory
+_FEW = 3  # where one takes long
+_LARGEST_BYTES = 25 << 20  # DDP's bucket
 _LONG_S = 0.05  # a transfer this long tells the bandwidth
-_NUMEL = 1 << 21
-_DENSITY = 0.001
+_GROWTH = 4
 
 
-def probe(transport: Transport, numel: int = _NUMEL, device: torch.device | str = "cpu") -> Costs:
+def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str = "cpu") -> Costs:
     """Costs of this job, the same on all ranks (each the slowest rank's). A collective call.
 
     All ranks measure at the same time, so cores and links that they share count as shared: use the result with
-    ``crowding=1``.
+    ``crowding=1``. Of repeated measurements the least counts, so a machine that others use looks idle.
 
     Args:
         transport: open, over the ranks in question.
-        numel: elements of a typical bucket; the device is measured on at most 2**23.
+        numel: parameters of the model; the device is measured on at most 75 MB of them.
         device: where gradients live.
 
     Raises:
@@ -42,14 +41,14 @@ def probe(transport: Transport, numel: int = _NUMEL, device: torch.device | str 
     if numel < 1:
         raise ValueError(f"numel must be positive, got {numel}")
     device = torch.device(device)
-    elements = min(max(numel, 1 << 16), 1 << 23)
-    select_s, gather_s, write_s, merge_s = _device_costs(transport, elements, device)
     message_s = byte_s = ring_step_s = reduce_s = 0.0
     if transport.world_size > 1:
         message_s, byte_s = _link(transport)
-        ring_step_s, reduce_s = _all_reduce(transport, byte_s)
-    mine = [message_s, byte_s, ring_step_s, reduce_s, merge_s, select_s, gather_s, write_s, _bucket_s()]
-    return Costs(*slowest(transport, mine))
+        ring_step_s, reduce_s, byte_s = _all_reduce(transport, byte_s)
+    select_s, gather_s, write_s, merge_s = kernel_costs(numel, device, transport.rank)
+    bucket_s, dense_bucket_s = _constants(transport, device)
+    mine = [message_s, byte_s, ring_step_s, reduce_s, merge_s, select_s, gather_s, write_s]
+    return Costs(*slowest(transport, [*mine, bucket_s, dense_bucket_s]))
 
 
 def slowest(transport: Transport, mine: list[float]) -> list[float]:
@@ -60,17 +59,29 @@ def slowest(transport: Transport, mine: list[float]) -> list[float]:
     return [float(x) for x in rows.max(0).values.cpu()]
 
 
+def _constants(transport: Transport, device: torch.device) -> tuple[float, float]:
+    """Seconds of a sparse and of a dense bucket beyond passes and exchange: small ones, less their exchange alone."""
+    pairs = torch.zeros(HEADER_WORDS + 2 * SMALL_K, dtype=torch.int32, device=transport.device_type)
+    rows = pairs.new_empty((transport.world_size, pairs.numel()))
+    gather_s = least_s(lambda: transport.all_gather(pairs, rows, tag=_TAG, what=_WHAT), 2 * _REPEATS)
+    reduce_s = _all_reduce_s(transport, SMALL_NUMEL + 1, 2 * _REPEATS)
+    through = [small_bucket_s(transport, device, dense) for dense in (False, True)]
+    sparse_s, dense_s, gather_s, reduce_s = slowest(transport, [*through, gather_s, reduce_s])
+    return max(0.0, sparse_s - gather_s), max(0.0, dense_s - reduce_s)
+
+
 def _link(transport: Transport) -> tuple[float, float]:
     """``(seconds per message, seconds per byte)``: every rank sends right and receives from the left at once."""
-    message_s = slowest(transport, [_shift_s(transport, _LATENCY_BYTES, 4 * _REPEATS)])[0]
-    size, last_size, last_s = 1 << 16, _LATENCY_BYTES, message_s
+    empty_s = slowest(transport, [_shift_s(transport, _LATENCY_BYTES, 4 * _REPEATS)])[0]
+    size, last_size, last_s = 1 << 16, _LATENCY_BYTES, empty_s
     while True:
-        # The slowest rank's time decides, so that all ranks stop at the same size.
-        seconds = slowest(transport, [_shift_s(transport, size, _REPEATS)])[0]
-        if seconds > _LONG_S or size >= _LARGEST_BYTES:
-            # The difference of two sizes: what a token bucket gives away at first is in both.
-            return message_s, max(0.0, (seconds - last_s) / (size - last_size))
-        size, last_size, last_s = 4 * size, size, seconds
+        seconds = slowest(transport, [_shift_s(transport, size, _repeats(last_s))])[0]
+        if seconds > _LONG_S or _GROWTH * size > _LARGEST_BYTES:
+            break
+        size, last_size, last_s = _GROWTH * size, size, seconds
+    # The difference of two sizes: what a token bucket gives away at first is in both.
+    byte_s = max(0.0, (seconds - last_s) / (size - last_size))
+    return max(0.0, empty_s - _LATENCY_BYTES * byte_s), byte_s
 
 
 def _shift_s(transport: Transport, size: int, repeats: int) -> float:
@@ -82,63 +93,34 @@ def _shift_s(transport: Transport, size: int, repeats: int) -> float:
     def shift() -> None:
         transport.exchange([(right, send)], [(left, receive)], tag=_TAG, what=_WHAT)
 
-    return _median_s(shift, repeats)
+    return least_s(shift, repeats)
 
 
-def _all_reduce(transport: Transport, byte_s: float) -> tuple[float, float]:
-    """``(seconds per step of a collective, seconds per element added)``."""
-    size = transport.world_size
-    small = torch.zeros(1, device=transport.device_type)
-    large = torch.zeros(1 << 18, device=transport.device_type)
-    small_s = _median_s(lambda: transport.all_reduce(small, tag=_TAG, what=_WHAT), 2 * _REPEATS)
-    small_s = slowest(transport, [small_s])[0]
-    large_s = slowest(transport, [_median_s(lambda: transport.all_reduce(large, tag=_TAG, what=_WHAT), 3)])[0]
-    share = (size - 1) / size * large.numel()
-    return small_s / (2 * (size - 1)), max(0.0, (large_s - small_s - 2 * share * 4 * byte_s) / share)
+def _all_reduce(transport: Transport, byte_s: float) -> tuple[float, float, float]:
+    """``(seconds per step of a collective, seconds per element added, seconds per byte)``.
+
+    The last is ``byte_s``, or less where the all-reduce itself was faster than that: then the link is.
+    """
+    world_size = transport.world_size
+    share = (world_size - 1) / world_size
+    small_s = slowest(transport, [_all_reduce_s(transport, _RING_NUMEL, _REPEATS)])[0]
+    numel, seconds = _LARGEST_BYTES // 4 // _GROWTH**4, small_s
+    while True:
+        seconds = slowest(transport, [_all_reduce_s(transport, numel, _repeats(seconds))])[0]
+        if seconds > _LONG_S or _GROWTH * 4 * numel > _LARGEST_BYTES:
+            break
+        numel *= _GROWTH
+    element_s = max(0.0, (seconds - small_s) / (numel - _RING_NUMEL)) / share  # both ways, and the addition
+    byte_s = min(byte_s, element_s / 8)
+    alone_s = max(0.0, small_s - share * _RING_NUMEL * element_s)  # of 2 (P - 1) steps
+    return alone_s / (2 * (world_size - 1)), element_s - 8 * byte_s, byte_s
 
 
-def _device_costs(
-    transport: Transport, numel: int, device: torch.device
-) -> tuple[float, float, float, float]:
-    """Seconds per element of top-k selection, random-k's update and write-back, and per pair of a merge."""
-    k = max(64, int(_DENSITY * numel))
-    generator = torch.Generator().manual_seed(transport.rank)
-    grad = torch.randn(numel, generator=generator).to(device)
-    fused = Fused(grad, torch.zeros(numel, device=device))
-    pairs = ops.select_topk(fused, k)
-    other = ops.random_indices(0, transport.rank, 0, numel, k, device)
-    values = torch.randn(k, generator=generator).to(device)
-    out = torch.empty_like(grad)
-    select = _median_s(lambda: ops.select_topk(fused, k), _REPEATS, device)
-    gather = _median_s(lambda: ops.select_indices(fused, other), _REPEATS, device)
-    write = _median_s(lambda: ops.write_back(out, values, other), _REPEATS, device)
-    merge = _median_s(lambda: _merge(pairs.values, pairs.indices, values, other, k), _REPEATS, device)
-    return select / numel, gather / numel, write / numel, merge / (2 * k)
+def _all_reduce_s(transport: Transport, numel: int, repeats: int) -> float:
+    buffer = torch.zeros(numel, device=transport.device_type)
+    return least_s(lambda: transport.all_reduce(buffer, tag=_TAG, what=_WHAT), repeats)
 
 
-def _merge(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> None:
-    merged = ops.merge_topk(values_a, indices_a, values_b, indices_b, k)
-    ops.contains(indices_a, merged.indices)  # the bookkeeping of survivors
-
-
-def _bucket_s() -> float:
-    """A sparse bucket's constant part: about 25 small torch calls and two changes of thread."""
-    tiny = torch.zeros(8)
-    return 25 * _median_s(lambda: tiny.clone(), 20) + 1e-4
-
-
-def _median_s(work: Callable[[], object], repeats: int, device: torch.device | None = None) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        work()
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return median(times[1:])
-
-
-def rounds_text(world_size: int) -> str:
-    """How many rounds gTop-k takes, in words for a plan."""
-    rounds, folds = core_rounds(world_size)
-    return f"{rounds + 2 * folds} rounds"
+def _repeats(last_s: float) -> int:
+    """How often to measure a transfer, by what one a quarter as large took."""
+    return _REPEATS if _GROWTH * last_s < _LONG_S else _FEW

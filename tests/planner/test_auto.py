@@ -9,20 +9,10 @@ from launch import run, spawn_gloo, torchrun
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import NonFiniteGradientError, SparseState, register
-from commhooks.planner import Costs, Plan, choose, probe
+from commhooks.planner import Costs, Plan, choose
 from commhooks.planner.auto import sizes_of
 from commhooks.reducer import Reducer
 from commhooks.transports import in_process
-
-
-def test_probe_gives_all_ranks_the_same():
-    found = in_process.run(3, lambda t: probe(t, 1000))
-    assert found[0] == found[1] == found[2]
-    assert isinstance(found[0], Costs) and found[0].select_s > 0 and found[0].message_s > 0
-    alone = probe(in_process.group(1)[0], 1000)
-    assert alone.message_s == alone.byte_s == 0
-    with pytest.raises(ValueError, match="numel"):
-        probe(in_process.group(1)[0], 0)
 
 
 def test_sizes():
