@@ -122,16 +122,16 @@ class SparseState:
         return cls(None, Dense(transport), **options)
 
     @classmethod
-    def auto(cls, model: Any, transport: str = "distributed", **options: Any) -> Any:
+    def auto(cls, model: Any, transport: str | Transport = "distributed", **options: Any) -> Any:
         """Probes network and device and takes what the cost model says; a collective call.
 
         All ranks decide alike and rank 0 logs the plan. Buckets for which sparse exchange would be slower go dense.
 
         Args:
-            model: the module (wrapped or not), or its number of parameters.
-            transport: ``"distributed"`` or ``"mpi"``.
-            options: ``densities`` (allowed ones), ``backward_s`` (one backward, which hides communication) and
-                ``device`` for the plan; the rest is this class's.
+            model: the module (a wrapped one's bucket cap is kept), or its number of parameters.
+            transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
+            options: ``densities``, ``backward_s``, ``device`` and ``probe_timeout_s`` for the plan
+                (:mod:`commhooks.planner.auto`); the rest is this class's. Of a ``memory`` a dense plan keeps momentum and clipping.
 
         Returns:
             A state whose attribute ``plan`` tells what was chosen and why, with the ``bucket_cap_mb`` to give DDP.

@@ -1,16 +1,17 @@
-"""Probing, `SparseState.auto` and the `plan` command, between real ranks where it matters."""
+"""`SparseState.auto`, between real ranks where it matters."""
 
 import logging
 
 import pytest
 import torch
 import torch.distributed as dist
-from launch import run, spawn_gloo, torchrun
+from launch import mpiexec, spawn_gloo, why_no_mpi
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import NonFiniteGradientError, SparseState, register
+from commhooks import ErrorFeedback, NonFiniteGradientError, SparseState, register
 from commhooks.planner import Costs, Plan, choose
-from commhooks.planner.auto import sizes_of
+from commhooks.planner.auto import PROBE_TIMEOUT_S, dense_memory, make_plan, sizes_of
+from commhooks.planner.choice import DEFAULT_BUCKET_MB
 from commhooks.reducer import Reducer
 from commhooks.transports import in_process
 
@@ -29,8 +30,6 @@ def test_sizes():
 
 def _train(rank, size):
     """Steps with `auto`, with a forced plan of either kind, and plain DDP: what the hook leaves in .grad."""
-    slow = Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
-    fast = Costs(1e-4, 1e-13, 1e-7, 0.0, 1e-6, 1e-7, 1e-7, 1e-7, 1e-2)
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -39,7 +38,7 @@ def _train(rank, size):
     import commhooks.planner.auto as module
 
     results = {}
-    for name, costs in (("probed", None), ("slow", slow), ("fast", fast)):
+    for name, costs in (("probed", None), ("slow", SLOW), ("fast", FAST)):
         torch.manual_seed(0)
         model = DistributedDataParallel(
             torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 4))
@@ -84,6 +83,127 @@ def test_auto_decides_alike_logs_once_and_trains():
             assert torch.allclose(grads[0], average[0], atol=1e-6)
     assert outcomes[0][0]["slow"][0] != "dense" and outcomes[0][0]["fast"][0] == "dense"
     assert [o[1] for o in outcomes] == [3, 0, 0]
+
+
+SLOW = Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
+FAST = Costs(1e-4, 1e-13, 1e-7, 0.0, 1e-6, 1e-7, 1e-7, 1e-7, 1e-2)
+
+
+def _with_memory(transport, memory):
+    """Two steps of gradients of rank + 1: the averages, the memory, and whether the plan is dense."""
+    state = SparseState.auto(10**6, transport, memory=memory())
+    averages, parameters = [], (torch.empty(16),)
+    for _ in range(2):
+        buffer = torch.full((16,), transport.rank + 1.0)
+        averages.append(state.submit(buffer, 0, parameters, True).wait()[0].item())
+    state.close()
+    return (*averages, state.reducer.memory.describe(), state.plan.scheme == "dense")
+
+
+def test_a_memory_is_for_either_kind_of_plan(monkeypatch):
+    """Momentum is the only one there is, and clipping was asked for: a dense plan keeps both, and drops what has no use."""
+    import commhooks.planner.auto as module
+
+    memories = {
+        "none": lambda: None,
+        "plain": ErrorFeedback,
+        "momentum": lambda: ErrorFeedback(momentum=0.5),
+        "clip": lambda: ErrorFeedback(clip_norm=1.0),
+    }
+    found = {}
+    for is_dense, costs in ((True, FAST), (False, SLOW)):
+        monkeypatch.setattr(module, "probe", lambda transport, numel, device, costs=costs: costs)
+        for name, memory in memories.items():
+            one, other = in_process.run(2, lambda t, memory=memory: _with_memory(t, memory))
+            assert one == other and one[3] == is_dense
+            found[is_dense, name] = one[:3]
+    assert found[True, "none"] == found[True, "plain"] == (1.5, 1.5, "NoMemory()")
+    assert found[True, "momentum"][:2] == (1.5, 2.25) and "momentum=0.5" in found[True, "momentum"][2]
+    assert found[True, "clip"][:2] == (0.25, 0.25)  # 16 elements of norm 1
+    assert found[False, "none"][2] == "NoMemory()" and "ErrorFeedback" in found[False, "plain"][2]
+    assert "momentum=0.5" in found[False, "momentum"][2] and "clip_norm=1.0" in found[False, "clip"][2]
+
+
+def test_a_memory_of_ones_own_is_kept():
+    class Own(ErrorFeedback):
+        pass
+
+    own = Own()
+    assert dense_memory(own) is own and dense_memory(ErrorFeedback()) is None
+    masking = ErrorFeedback(0.9, factor_masking=True)
+    assert dense_memory(masking) is masking
+
+
+def _wrapped(rank, size):
+    """A model of a small and a large bucket under a plan in which a sparse bucket costs 10 ms and a byte 1 us."""
+    import commhooks.planner.auto as module
+
+    timeouts = []
+
+    def probe(transport, numel, device):
+        timeouts.append(transport.timeout_s)
+        return Costs(0.0, 1e-6, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e-2)
+
+    module.probe = probe
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 256, bias=False), torch.nn.Linear(256, 4, bias=False))
+    model = DistributedDataParallel(layers, bucket_cap_mb=0.003)
+    state = SparseState.auto(model)
+    register(model, state)
+    for step in range(2):  # buckets are laid anew after the first
+        model.zero_grad()
+        torch.manual_seed(10 * step + rank)
+        model(torch.randn(8, 64)).square().mean().backward()
+    large, small = (int((layer.weight.grad != 0).sum()) for layer in layers)
+    default = SparseState.auto(layers).plan.bucket_mb
+    state.close()
+    return state.plan, small, large, state.reducer.timeout_s, timeouts[0], default
+
+
+def test_a_wrapped_models_plan_is_for_its_own_buckets_and_sends_small_ones_densely():
+    for plan, small, large, timeout_s, probe_timeout_s, default in spawn_gloo(_wrapped, 2):
+        assert plan.scheme != "dense" and plan.density == 0.01
+        assert small == 1024 and 0 < large <= 2 * 164
+        assert plan.bucket_mb == pytest.approx(0.003, rel=1e-3) and default == DEFAULT_BUCKET_MB
+        assert timeout_s == 300.0 and probe_timeout_s == PROBE_TIMEOUT_S == 60.0
+
+
+def test_the_slowest_backward_counts(monkeypatch):
+    import commhooks.planner.auto as module
+
+    seen = []
+    monkeypatch.setattr(module, "probe", lambda transport, numel, device: SLOW)
+    monkeypatch.setattr(
+        module, "choose", lambda *a, backward_s, **o: seen.append(backward_s) or choose(*a, **o)
+    )
+    in_process.run(3, lambda t: make_plan(t, 10**6, backward_s=0.01 * t.rank))
+    assert seen == [0.02] * 3
+
+
+@pytest.mark.parametrize(
+    "bad", ({"backward_s": float("nan")}, {"backward_s": -1.0}, {"densities": []}, {"densities": [2.0]})
+)
+def test_a_bad_request_is_refused_before_anything_is_opened(bad):
+    with pytest.raises(ValueError, match="densities|backward_s"):
+        SparseState.auto(10**6, **bad)
+
+
+_OVER_MPI = """
+from commhooks import SparseState
+import torch
+state = SparseState.auto(100_000, transport="mpi")
+buffer = torch.full((100,), float(state.plan.world_size))
+state.submit(buffer, 0, (torch.empty(100),), True).wait()
+print(f"{state.plan.world_size}-{state.reducer.aggregator.transport.name}")
+state.close()
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
+def test_auto_over_mpi():
+    done = mpiexec(_OVER_MPI, 2)
+    assert done.stdout.count("2-mpi") == 2
 
 
 def _plain(policy):
@@ -137,20 +257,3 @@ def test_the_plan_is_a_rule_that_can_be_pickled():
     plan = choose(Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4), 10**6, 4)
     copy = pickle.loads(pickle.dumps(plan))
     assert isinstance(copy, Plan) and copy == plan
-
-
-def test_plan_command_alone_and_with_bad_arguments():
-    import sys
-
-    alone = run([sys.executable, "-m", "commhooks", "plan", "--numel", "1e5"], timeout=60)
-    assert "do not compress" in alone.stdout and "100,000 parameters, 1 ranks" in alone.stdout
-    bad = run(
-        [sys.executable, "-m", "commhooks", "plan", "--model", "torch.nn:ReLU"], timeout=60, check=False
-    )
-    assert bad.returncode == 2 and "no parameters" in bad.stderr
-
-
-def test_plan_command_under_torchrun():
-    script = "import sys\nfrom commhooks.cli import main\nsys.exit(main(['plan', '--numel', '2e6']))\n"
-    done = torchrun(script, 2, timeout=90)
-    assert done.stdout.count("added to a step") == 1 and "2,000,000 parameters, 2 ranks" in done.stdout
