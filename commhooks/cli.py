@@ -24,7 +24,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     """Prints the plan on the first rank."""
     try:
         text = command.run(arguments)
-    except (ValueError, ImportError, AttributeError) as error:
+    except (ValueError, ImportError) as error:
         print(f"python -m commhooks plan: {error}", file=sys.stderr)
         return 2
     if text:

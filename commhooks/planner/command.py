@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from ..transports import Transport, in_process, make
 from .auto import sizes_of
-from .choice import DENSITIES, Plan, choose
+from .choice import DENSITIES, Plan, check_request, choose
 from .cost_model import Costs
 from .probe import probe, slowest
 
+MAX_NUMEL = 10**13
 _MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
@@ -40,15 +41,16 @@ def run(arguments: argparse.Namespace) -> str:
     """Probes and decides; the text to print, empty on all ranks but the first.
 
     Raises:
-        ValueError: an argument out of range.
-        ImportError, AttributeError: ``--model`` names nothing.
+        ValueError: an argument out of range, or one that names nothing.
+        ImportError: ``--transport mpi`` without mpi4py.
     """
-    numel, largest = sizes_of(_model(arguments.model) if arguments.model else round(arguments.numel))
-    with _transport(arguments.transport, arguments.device) as transport:
-        device = torch.device(arguments.device)
+    numel, largest = sizes_of(_model(arguments.model)) if arguments.model else (_numel(arguments.numel), 0)
+    device = _device(arguments.device)
+    check_request(numel, arguments.densities, arguments.backward_ms)
+    with _transport(arguments.transport, device) as transport:
         costs = probe(transport, numel, device)
         backward_s = slowest(transport, [arguments.backward_ms * 1e-3])[0]
-        rank, world_size = transport.rank, transport.world_size
+        rank, world_size, name = transport.rank, transport.world_size, transport.name
     plan = choose(
         costs,
         numel,
@@ -57,13 +59,14 @@ def run(arguments: argparse.Namespace) -> str:
         densities=arguments.densities,
         largest_numel=largest,
     )
-    return "" if rank else text(plan, numel)
+    return "" if rank else text(plan, numel, name)
 
 
-def text(plan: Plan, numel: int) -> str:
-    """The plan for a terminal."""
+def text(plan: Plan, numel: int, transport: str) -> str:
+    """The plan for a terminal, probed over the transport of that name."""
+    over = f" over {transport}" if plan.world_size > 1 else ""
     lines = [
-        f"{numel:,} parameters, {plan.world_size} ranks",
+        f"{numel:,} parameters, {plan.world_size} ranks{over}",
         _costs_text(plan.costs),
         "",
         f"{'scheme':<10}{'density':>9}{'bucket MB':>11}{'added to a step':>17}",
@@ -71,7 +74,7 @@ def text(plan: Plan, numel: int) -> str:
     lines += [
         f"{p.scheme:<10}{p.density:>9g}{p.bucket_mb:>11g}{p.step_s * 1e3:>14.3g} ms" for p in plan.predictions
     ]
-    return "\n".join([*lines, "", f"use {plan.summary()}: {plan.reason}", *_example(plan)])
+    return "\n".join([*lines, "", f"use {plan.summary()}: {plan.reason}", *_example(plan, transport)])
 
 
 def _costs_text(costs: Costs) -> str:
@@ -82,28 +85,50 @@ def _costs_text(costs: Costs) -> str:
     )
 
 
-def _example(plan: Plan) -> list[str]:
+def _example(plan: Plan, transport: str) -> list[str]:
     if plan.scheme == "dense":
         return []
-    call = f"SparseState.{plan.scheme}({plan.density:g})"
+    call = f'SparseState.{plan.scheme}({plan.density:g}, transport="{transport}")'
     return [
         f"  model = DistributedDataParallel(model, bucket_cap_mb={plan.bucket_mb:g})",
         f"  register(model, {call})",
     ]
 
 
+def _numel(number: float) -> int:
+    if not 1 <= number <= MAX_NUMEL:  # NaN is not either
+        raise ValueError(f"--numel must be from 1 to {MAX_NUMEL:g}, got {number:g}")
+    return round(number)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
 def _model(name: str) -> torch.nn.Module:
     module, _, attribute = name.partition(":")
-    if not attribute:
+    if not module or not attribute:
         raise ValueError(f"--model must look like MODULE:CALL, got {name!r}")
-    made = getattr(import_module(module), attribute)()
+    try:
+        made = getattr(import_module(module), attribute)()
+    except Exception as error:  # what the user's own code raises
+        reason = str(error).splitlines() or [""]
+        raise ValueError(f"--model {name} failed: {type(error).__name__}: {reason[0]}") from error
     if not isinstance(made, torch.nn.Module):
         raise ValueError(f"--model {name} gave {type(made).__name__}, expected a torch Module")
     return made
 
 
 @contextmanager
-def _transport(name: str | None, device: str) -> Iterator[Transport]:
+def _transport(name: str | None, device: torch.device) -> Iterator[Transport]:
     """A transport over the ranks that mpiexec or torchrun started; one rank where neither did."""
     if name is None:
         mpi = any(variable in os.environ for variable in _MPI_RANKS)
@@ -113,8 +138,8 @@ def _transport(name: str | None, device: str) -> Iterator[Transport]:
         return
     started: Any = name == "distributed" and not dist.is_initialized()
     if started:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    transport = make(name, device_type=torch.device(device).type)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    transport = make(name, device_type=device.type)
     try:
         yield transport
     finally:
