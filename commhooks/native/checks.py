@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -38,20 +40,28 @@ def fused_operands(fused: Fused) -> None:
         raise TypeError(f"residual must be a torch.Tensor, got {type(residual).__name__}")
     device = residual.device
     numel = residual.numel()
-    array("residual", residual, F32, device)
+    # The gradient first: a residual that was made in its shape must not be blamed for that shape.
     array("grad", fused.grad, GRAD_DTYPES, device, numel)
-    written = [("residual", residual)]
+    array("residual", residual, F32, device)
+    read = [("grad", fused.grad)]
     if fused.velocity is not None:
         array("velocity", fused.velocity, F32, device, numel)
-        written.append(("velocity", fused.velocity))
     elif fused.momentum != 0.0:
         raise ValueError(f"momentum must be 0 without velocity, got {fused.momentum}")
     if fused.scale_tensor is not None:
         factor = fused.scale_tensor
         array("scale_tensor", factor.reshape(-1) if isinstance(factor, Tensor) else factor, F32, device, 1)
+        read.append(("scale_tensor", factor))
     if fused.segments is not None:
         segment_offsets(fused.segments, device)
-    no_overlap(fused.grad, written)
+        read.append(("segments", fused.segments))
+    no_overlap(overwritten(fused), read)
+
+
+def overwritten(fused: Fused) -> list[tuple[str, Tensor]]:
+    """What the pass writes, by name."""
+    velocity = [] if fused.velocity is None else [("velocity", fused.velocity)]
+    return [("residual", fused.residual), *velocity]
 
 
 def segment_offsets(segments: Tensor, device: torch.device) -> None:
@@ -70,26 +80,48 @@ def segment_order(fused: Fused) -> None:
         raise ValueError(f"segments must ascend from 0 to {numel}, got {segments.tolist()}")
 
 
-def no_overlap(grad: Tensor, written: list[tuple[str, Tensor]]) -> None:
-    spans = [("grad", grad), *written]
-    for i, (name_a, a) in enumerate(spans):
-        for name_b, b in spans[i + 1 :]:
-            start_a, start_b = a.data_ptr(), b.data_ptr()
-            end_a, end_b = start_a + a.numel() * a.element_size(), start_b + b.numel() * b.element_size()
-            if start_a < end_b and start_b < end_a:
-                raise ValueError(f"{name_a} and {name_b} must not share memory")
+def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]) -> None:
+    """Raises when an output shares memory with an input or with another output."""
+    for number, (name, out) in enumerate(written):
+        start, end = _span(out)
+        for other_name, other in (*read, *written[number + 1 :]):
+            other_start, other_end = _span(other)
+            if max(start, other_start) < min(end, other_end):
+                raise ValueError(f"{other_name} and {name} must not share memory")
 
 
-def places(k: int, numel: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 0 <= k <= numel:
-        raise ValueError(f"k must be in [0, {numel}], got {k}")
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address of a contiguous tensor, and the one behind its last."""
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
 
 
-def thread_count(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+def integer(name: str, value: object) -> int:
+    """``value`` as an int: whatever Python itself takes for one, so numpy's too, but no bool and no float."""
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def places(k: object, numel: int) -> int:
+    """``k`` as an int in [0, numel]."""
+    number = integer("k", k)
+    if not 0 <= number <= numel:
+        raise ValueError(f"k must be in [0, {numel}], got {number}")
+    return number
+
+
+def thread_count(threads: object) -> int | None:
+    """``threads`` as an int of at least 1, or None."""
+    if threads is None:
+        return None
+    number = integer("threads", threads)
+    if number < 1:
+        raise ValueError(f"threads must be at least 1, got {number}")
+    return number
 
 
 def pairs(suffix: str, values: Tensor, indices: Tensor, device: torch.device) -> None:
@@ -127,4 +159,5 @@ def rows(values: Tensor, indices: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = values[None], indices[None]
     if out.dtype != torch.float32 and values.shape[0] > 1:
         raise ValueError(f"values must be one row for {out.dtype}, got {values.shape[0]} rows")
+    no_overlap([("out", out)], [("values", values), ("indices", indices)])
     return values, indices

@@ -2,8 +2,8 @@
 
 All tensors are 1-D (``write_back`` also takes rows), contiguous, without gradient and on one device. Indices are
 int32, ascending and unique, with :data:`PAD` at unused places at the end. A bad argument raises ``TypeError``
-(dtype) or ``ValueError`` (everything else) before anything is read or written. What a kernel does per element
-stands in :class:`Fused`; implementations give the same bits (see :mod:`commhooks.native.reference`).
+(dtype, or a number that is no integer) or ``ValueError`` (everything else; also an output that shares memory with an
+input) before anything is read or written. What a kernel does per element stands in :class:`Fused`; implementations give the same bits (see :mod:`commhooks.native.reference`).
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def select_topk(fused: Fused, k: int, *, seed: int = 0, threads: int | None = No
         ValueError: sizes, devices, layout or ``k``.
     """
     checks.fused_operands(fused)
-    checks.places(k, fused.residual.numel())
-    checks.thread_count(threads)
+    k = checks.places(k, fused.residual.numel())
+    threads = checks.thread_count(threads)
     implementation = _implementation(fused.residual.device)
     if implementation is reference:
         checks.segment_order(fused)
-    result: Selected = implementation.select_topk(fused, k, seed, threads)
+    result: Selected = implementation.select_topk(fused, k, checks.integer("seed", seed), threads)
     return result
 
 
@@ -93,10 +93,11 @@ def select_threshold(
     """
     checks.fused_operands(fused)
     numel = fused.residual.numel()
-    checks.places(k, numel)
-    checks.thread_count(threads)
+    k = checks.places(k, numel)
+    threads = checks.thread_count(threads)
     if not threshold >= 0.0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
+    start = checks.integer("start", start)
     if not 0 <= start < max(numel, 1):
         raise ValueError(f"start must be in [0, {max(numel, 1)}), got {start}")
     implementation = _implementation(fused.residual.device)
@@ -116,9 +117,9 @@ def sample_threshold(fused: Fused, k: int, *, seed: int = 0) -> float:
         ValueError: sizes, devices, layout or ``k``.
     """
     checks.fused_operands(fused)
-    checks.places(k, fused.residual.numel())
+    k = checks.places(k, fused.residual.numel())
     implementation = _implementation(fused.residual.device)
-    result: float = implementation.sample_threshold(fused, k, seed)
+    result: float = implementation.sample_threshold(fused, k, checks.integer("seed", seed))
     return result
 
 
@@ -140,7 +141,8 @@ def select_indices(fused: Fused, indices: Tensor, *, threads: int | None = None)
     """
     checks.fused_operands(fused)
     checks.array("indices", indices, checks.I32, fused.residual.device)
-    checks.thread_count(threads)
+    checks.no_overlap(checks.overwritten(fused), [("indices", indices)])
+    threads = checks.thread_count(threads)
     implementation = _implementation(fused.residual.device)
     if implementation is reference:
         checks.segment_order(fused)
@@ -161,13 +163,16 @@ def random_indices(
         shape ``(k,)``, int32, ascending, on ``device``.
 
     Raises:
+        TypeError: a number that is no integer.
         ValueError: ``k`` or ``numel`` out of range.
     """
-    if isinstance(numel, bool) or not isinstance(numel, int):
-        raise TypeError(f"numel must be an int, got {type(numel).__name__}")
+    seed, step, stream = (
+        checks.integer(name, value) for name, value in (("seed", seed), ("step", step), ("stream", stream))
+    )
+    numel = checks.integer("numel", numel)
     if not 0 <= numel < PAD:
         raise ValueError(f"numel must be in [0, 2**31 - 1), got {numel}")
-    checks.places(k, numel)
+    k = checks.places(k, numel)
     device = torch.device(device)
     result: Tensor = _implementation(device).random_indices(seed, step, stream, numel, k, device)
     return result
@@ -200,8 +205,8 @@ def merge_topk(
     device = values_a.device if isinstance(values_a, Tensor) else torch.device("cpu")
     checks.pairs("_a", values_a, indices_a, device)
     checks.pairs("_b", values_b, indices_b, device)
-    checks.places(k, PAD - 1)
-    checks.thread_count(threads)
+    k = checks.places(k, PAD - 1)
+    threads = checks.thread_count(threads)
     implementation = _implementation(device)
     if implementation is reference:
         checks.index_order("indices_a", indices_a, None)
@@ -252,6 +257,7 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
     device = dense.device if isinstance(dense, Tensor) else torch.device("cpu")
     checks.array("dense", dense, checks.F32, device)
     checks.pairs("", values, indices, device)
+    checks.no_overlap([("dense", dense)], [("values", values), ("indices", indices)])
     implementation = _implementation(device)
     if implementation is reference:
         checks.index_order("indices", indices, dense.numel())
@@ -278,7 +284,7 @@ def write_back(
     device = out.device if isinstance(out, Tensor) else torch.device("cpu")
     checks.array("out", out, checks.GRAD_DTYPES, device)
     values, indices = checks.rows(values, indices, out)
-    checks.thread_count(threads)
+    threads = checks.thread_count(threads)
     implementation = _implementation(device)
     if implementation is reference:
         for row in indices:
