@@ -113,10 +113,9 @@ class SlotTable:
                     raise ValueError(
                         f"loaded {kind} of {name} has {loaded.numel()} elements, expected {view.numel()}"
                     )
-                view.copy_(loaded.reshape(-1))
+                _take_over(view, loaded)
             elif old is not None:
-                source = getattr(old[0], kind)
-                view.copy_(old[0].view(source, old[1]))
+                _take_over(view, old[0].view(getattr(old[0], kind), old[1]))
         if name is not None and name in self._loaded_lr:
             self.last_lr[key] = self._loaded_lr.pop(name)
         self._place[key] = (slot, position)
@@ -168,6 +167,15 @@ class SlotTable:
             logger.warning("the loaded velocities are dropped: this memory has no momentum")
             self._loaded["velocity"].clear()
         self._loaded_lr = dict(state.get("last_lr", {}))
+
+
+def _take_over(view: Tensor, source: Tensor) -> None:
+    """Copies ``source`` into ``view`` (n,); ``source`` may be freed right afterwards."""
+    view.copy_(source.reshape(-1))
+    if source.is_cuda:
+        # Loaded state was made on the main stream, an old slot perhaps on the stream of an earlier worker. The allocator
+        # must not hand its memory out again there while the copy on this stream is still on its way.
+        source.record_stream(torch.cuda.current_stream(source.device))
 
 
 def _same_keys(a: tuple[Hashable, ...], b: tuple[Hashable, ...]) -> bool:

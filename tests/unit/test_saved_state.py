@@ -191,3 +191,34 @@ def test_loading_forgets_a_step_that_was_broken_off():
 
     for output, residual in in_process.run(2, work):
         assert output.tolist() == [0.0, 0.0, 4.0, 4.0] and residual.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+class OnGpu(torch.Tensor):
+    """Takes itself for a tensor on a GPU and notes which streams it is told to outlive."""
+
+    told = []
+
+    @property
+    def is_cuda(self):
+        return True
+
+    def record_stream(self, stream):
+        self.told.append((self.numel(), stream))
+
+
+def test_memory_on_a_gpu_outlives_the_copy_on_the_workers_stream(monkeypatch):
+    """What was loaded is freed right after its copy is queued: the allocator is told of that stream first."""
+    monkeypatch.setattr(OnGpu, "told", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the worker's")
+    table = ErrorFeedback(0.9).table
+    loaded = {name: torch.full((n,), 2.0).as_subclass(OnGpu) for name, n in (("p", 3), ("q", 4))}
+    table.load({"residual": loaded, "velocity": {name: t.clone() for name, t in loaded.items()}})
+    slot, _ = table.slot(Bucket(0, torch.zeros(7), ("p", "q"), (3, 4)))
+    assert OnGpu.told == [(n, "the worker's") for n in (3, 3, 4, 4)]
+    assert slot.residual.tolist() == slot.velocity.tolist() == [2.0] * 7
+
+    OnGpu.told.clear()
+    slot.residual, slot.velocity = slot.residual.as_subclass(OnGpu), slot.velocity.as_subclass(OnGpu)
+    moved, is_new = table.slot(Bucket(0, torch.zeros(7), ("q", "p"), (4, 3)))  # DDP lays its buckets anew
+    assert is_new and moved.residual.tolist() == [2.0] * 7
+    assert OnGpu.told == [(n, "the worker's") for n in (4, 4, 3, 3)]
