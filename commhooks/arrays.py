@@ -2,21 +2,17 @@
 
 An array may be a torch tensor, a numpy array, or anything that exports DLPack or ``__cuda_array_interface__`` (CuPy, JAX
 for reading, Numba). Results are arrays of the library of the first argument (torch tensors when it cannot take them
-back). CuPy arrays are worked on in CuPy's current stream.
+back). CuPy arrays are worked on in CuPy's current stream, all others on a GPU in torch's current stream, which waits for
+the stream that ``__cuda_array_interface__`` names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
+from .foreign import like, stream_of, to_tensor
 from .native import ops
 from .native.fused import Fused
 
@@ -66,22 +62,23 @@ def topk(
 
     Raises:
         TypeError: not an array, or a wrong dtype.
-        ValueError: sizes, devices, layout, ``k``, or a read-only residual or velocity.
+        ValueError: sizes, devices, layout, ``k``, or a residual or velocity that is read-only, as far as that can be
+            known: by numpy's and DLPack's flags, the CUDA array interface's, and for all arrays of JAX and TensorFlow.
 
     Example:
-        >>> residual = numpy.zeros_like(grad)
+        >>> residual = numpy.zeroslike(grad)
         >>> values, indices = commhooks.topk(grad, 100, residual=residual)
     """
-    with _stream_of(grad):
-        gradient = _tensor("grad", grad)
+    with stream_of(grad):
+        gradient = to_tensor("grad", grad)
         if residual is None:
             memory = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
         else:
-            memory = _tensor("residual", residual, written=True)
-        speed = None if velocity is None else _tensor("velocity", velocity, written=True)
+            memory = to_tensor("residual", residual, written=True)
+        speed = None if velocity is None else to_tensor("velocity", velocity, written=True)
         fused = Fused(gradient.detach(), memory, speed, momentum, scale)
         selected = ops.select_topk(fused, k, threads=threads)
-        return Pairs(_like(grad, selected.values), _like(grad, selected.indices))
+        return Pairs(like(grad, selected.values), like(grad, selected.indices))
 
 
 def merge(values_a: Any, indices_a: Any, values_b: Any, indices_b: Any, k: int) -> MergedArrays:
@@ -98,68 +95,12 @@ def merge(values_a: Any, indices_a: Any, values_b: Any, indices_b: Any, k: int) 
         TypeError: not an array, or a wrong dtype.
         ValueError: sizes, devices, layout, ``k``, or (CPU) indices out of order.
     """
-    with _stream_of(values_a):
+    with stream_of(values_a):
         merged = ops.merge_topk(
-            _tensor("values_a", values_a),
-            _tensor("indices_a", indices_a),
-            _tensor("values_b", values_b),
-            _tensor("indices_b", indices_b),
+            to_tensor("values_a", values_a),
+            to_tensor("indices_a", indices_a),
+            to_tensor("values_b", values_b),
+            to_tensor("indices_b", indices_b),
             k,
         )
-        return MergedArrays(*(_like(values_a, part) for part in merged))
-
-
-def _module(array: Any) -> str:
-    return type(array).__module__.split(".")[0]
-
-
-@contextlib.contextmanager
-def _stream_of(array: Any) -> Iterator[None]:
-    """Makes CuPy's current stream torch's for as long as the context lasts; nothing for other arrays."""
-    if _module(array) != "cupy":
-        yield
-        return
-    cupy = sys.modules["cupy"]
-    pointer = cupy.cuda.get_current_stream().ptr
-    device = torch.device("cuda", array.device.id)
-    stream: torch.cuda.Stream = torch.cuda.default_stream(device)
-    if pointer:
-        stream = torch.cuda.ExternalStream(pointer, device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        yield
-
-
-def _tensor(name: str, array: Any, *, written: bool = False) -> Tensor:
-    """A tensor over the memory of ``array``."""
-    if isinstance(array, Tensor):
-        return array
-    if _module(array) == "numpy" and hasattr(array, "flags"):
-        if written and not array.flags.writeable:
-            raise ValueError(f"{name} must be writeable, got a read-only array")
-        if any(stride < 0 for stride in array.strides):
-            raise ValueError(f"{name} must be contiguous, got strides {array.strides}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about read-only arrays: those are only read here
-            return torch.from_numpy(array)
-    if hasattr(array, "__dlpack__"):
-        tensor: Tensor = from_dlpack(array)
-        return tensor
-    if hasattr(array, "__cuda_array_interface__"):
-        return torch.as_tensor(array, device="cuda")
-    raise TypeError(f"{name} must export DLPack or __cuda_array_interface__, got {type(array).__name__}")
-
-
-def _like(array: Any, tensor: Tensor) -> Any:
-    """``tensor`` as an array of the library of ``array``, over the same memory."""
-    if isinstance(array, Tensor):
-        return tensor
-    module = _module(array)
-    if module == "numpy":
-        return tensor.numpy()
-    namespace = sys.modules.get(module)
-    if not hasattr(namespace, "from_dlpack"):
-        return tensor
-    if tensor.dtype == torch.bool:
-        # Not every library takes booleans through DLPack.
-        return namespace.from_dlpack(tensor.view(torch.uint8)).astype("bool")  # type: ignore[union-attr]
-    return namespace.from_dlpack(tensor)  # type: ignore[union-attr]
+        return MergedArrays(*(like(values_a, part) for part in merged))

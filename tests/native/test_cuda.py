@@ -9,7 +9,7 @@ import cuda_runs as runs
 import pytest
 import torch
 
-from commhooks import arrays
+from commhooks import arrays, foreign
 from commhooks.native import cuda, library, ops, reference
 from commhooks.native.fused import Fused
 
@@ -151,16 +151,86 @@ def test_dispatch_and_errors() -> None:
     assert library.cuda_module() is cuda
 
 
-def test_cupy() -> None:
-    """CuPy arrays on CuPy's stream: the same memory, and ordered without waiting."""
+@pytest.mark.parametrize("which", ["null", "non-blocking", "per thread"])
+def test_cupy(which: str) -> None:
+    """CuPy arrays on CuPy's stream: the same memory in and out, and ordered without waiting."""
     cupy = pytest.importorskip("cupy")
-    with cupy.cuda.Stream(non_blocking=True) as stream:
+    streams = {"null": cupy.cuda.Stream.null, "per thread": cupy.cuda.Stream.ptds}
+    stream = streams.get(which) or cupy.cuda.Stream(non_blocking=True)
+    with stream:
         residual = cupy.zeros(200_003, dtype=cupy.float32)
         grad = cupy.arange(200_003, dtype=cupy.float32) - 100_000
-        with arrays._stream_of(grad):
-            assert torch.cuda.current_stream().cuda_stream == stream.ptr
-        assert arrays._tensor("residual", residual).data_ptr() == residual.data.ptr
+        with foreign.stream_of(grad):
+            # The default streams are in order with torch's own.
+            assert torch.cuda.current_stream().cuda_stream == (stream.ptr if which == "non-blocking" else 0)
+        assert foreign.to_tensor("residual", residual, written=True).data_ptr() == residual.data.ptr
         values, indices = arrays.topk(grad, 3, residual=residual)
         assert isinstance(values, cupy.ndarray) and isinstance(indices, cupy.ndarray)
         assert values.tolist() == [-100_000.0, 100_001.0, 100_002.0]  # of the tie the lower index
         assert float(residual[0]) == 0.0 and float(residual[200_000]) == 100_000.0
+
+        merged = arrays.merge(values, indices, values[:1], indices[:1], 2)
+        assert all(isinstance(part, cupy.ndarray) for part in merged)
+        assert merged.values.tolist() == [-200_000.0, 100_002.0]
+        assert merged.survives_a.dtype == cupy.bool_ and merged.survives_b.dtype == cupy.bool_
+        assert merged.survives_a.tolist() == [True, False, True] and merged.survives_b.tolist() == [True]
+
+        halves = cupy.array([0.5, -2.0, 1.0], dtype=cupy.float16)  # CuPy has no bfloat16
+        memory = cupy.zeros(3, dtype=cupy.float32)
+        assert arrays.topk(halves, 1, residual=memory).values.tolist() == [-2.0]
+        assert memory.tolist() == [0.5, 0.0, 1.0]
+
+
+def test_cupy_keeps_up_with_its_stream() -> None:
+    """What CuPy has queued before is seen, what it queues afterwards sees the result."""
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Stream(non_blocking=True):
+        grad, residual = cupy.zeros(1 << 24, dtype=cupy.float32), cupy.zeros(1 << 24, dtype=cupy.float32)
+        for turn in range(20):
+            grad += cupy.sqrt(grad) * 0  # work ahead
+            grad[turn] = 100.0
+            values, indices = arrays.topk(grad, 1, residual=residual)
+            grad[turn] = 0.0
+            residual += 0
+            assert (int(indices[0]), float(values[0])) == (turn, 100.0)
+
+
+class Plain:
+    """GPU memory by ``__cuda_array_interface__`` alone."""
+
+    def __init__(self, tensor: torch.Tensor, stream: int | None) -> None:
+        self.tensor, self.stream = tensor, stream
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        return {**self.tensor.__cuda_array_interface__, "version": 3, "stream": self.stream}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cuda_array_interface(dtype: torch.dtype) -> None:
+    """The memory itself is updated, after what its stream still has to do."""
+    side = torch.cuda.Stream()  # does not wait for the default stream, nor that for it
+    grad, residual = torch.zeros(1000, dtype=dtype, device="cuda"), torch.zeros(1000, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        grad[7], residual[9] = 3.0, -5.0
+    selected = arrays.topk(Plain(grad, side.cuda_stream), 1, residual=Plain(residual, side.cuda_stream))
+    assert isinstance(selected.values, torch.Tensor)  # there is no library to give the result back to
+    assert (selected.indices.tolist(), selected.values.tolist()) == ([9], [-5.0])
+    assert float(residual[7]) == 3.0 and float(residual[9]) == 0.0
+    for stream in (None, 1, 2):
+        assert arrays.topk(Plain(grad, stream), 1).indices.tolist() == [7]
+    with pytest.raises(ValueError, match="stream 0"):
+        arrays.topk(Plain(grad, 0), 1)
+
+
+def test_another_gpu_is_told_apart() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    there = torch.zeros(3, device="cuda:1")
+    with pytest.raises(ValueError, match="residual is not on the current GPU, cuda:0"):
+        arrays.topk(torch.ones(3, device="cuda:0"), 1, residual=Plain(there, None))
+    with torch.cuda.device(1):
+        arrays.topk(torch.ones(3, device="cuda:1"), 1, residual=Plain(there, None))
+    assert there.tolist() == [0.0, 1.0, 1.0]

@@ -98,3 +98,8 @@ def test_what_is_no_library_is_not_used(
     with caplog.at_level(logging.WARNING):
         assert library.cpu.__wrapped__() is None
     assert "could not be loaded" in caplog.text
+
+
+def test_describe_names_the_implementation() -> None:
+    text = library.describe()
+    assert text["cpu kernels"].startswith("native (" if library.cpu() is not None else "torch operators")

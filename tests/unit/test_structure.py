@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors", "schedules"},
     {"native"},
-    {"sparse", "bucket"},
+    {"sparse", "bucket", "foreign"},
     {"selectors", "slots", "transports"},
     {"agreement", "memory", "staging", "write_back", "redistribute"},
     {"aggregators"},
