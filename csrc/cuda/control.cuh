@@ -30,6 +30,7 @@ struct Schedule {
 
 struct Control {
   unsigned long long nonfinite;
+  unsigned long long active_numel;  // elements in active segments, once the flag phase is over
   uint32_t listed;      // candidates found, also those that did not fit the list
   uint32_t floor;       // keys at least this are candidates
   uint32_t before;      // select_threshold: candidates of start's chunk below start

@@ -20,6 +20,7 @@ commhooks_status fail(commhooks_status status, const char *what, cudaError_t err
     snprintf(last_error, sizeof(last_error), "%s", what);
   } else {
     snprintf(last_error, sizeof(last_error), "%s: %s", what, cudaGetErrorString(error));
+    (void)cudaGetLastError();  // told now: the next launch must not find it and fail for it once more
   }
   return status;
 }

@@ -204,6 +204,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Finish args) {
 __global__ void __launch_bounds__(kThreads) gather_kernel(Operands op, const Control *control, const int32_t *indices,
                                                           int64_t k, float *values, commhooks_report *report) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  forget_if_all_active(&op, control);
   ActiveCursor cursor;
   for (int64_t i = first; i < k; i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int32_t index = indices[i];

@@ -21,6 +21,14 @@ constexpr int kPiece = 8;
 commhooks_status run_sample(const Operands &op, int32_t dtype, const Sample &sample, const Scratch &scratch,
                             void *stream);
 
+// Forgets the segments when every element lies in an active one. That is the usual case, and then no element has to
+// look for its segment. Only after the flag phase.
+__device__ inline void forget_if_all_active(Operands *op, const Control *control) {
+  if (op->active != nullptr && __ldcg(&control->active_numel) == static_cast<unsigned long long>(op->numel)) {
+    op->active = nullptr;
+  }
+}
+
 // What the pass finds and where it puts it.
 struct Target {
   Control *control;

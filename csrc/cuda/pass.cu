@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kVelocity)
   __shared__ Candidate stages[kWarps][kStage];
   Candidate *const stage = stages[warp_id()];
   const float factor = gradient_factor(op);
+  forget_if_all_active(&op, target.control);
   const uint32_t floor = target.floor != 0 ? target.floor : target.control->floor;
   const int64_t tiles = (op.numel + kTile - 1) / kTile;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;

@@ -33,7 +33,9 @@ __device__ bool is_nonzero<F16>(const void *grad, int64_t index) {
 
 // One warp, elements [begin, end) of one segment: whether another warp has found it active, or this one does.
 template <typename G>
-__device__ void flag_part(const Operands &op, int64_t begin, int64_t end, uint32_t *flag) {
+__device__ void flag_part(const Operands &op, Control *control, uint32_t *active, int32_t segment, int64_t begin,
+                          int64_t end) {
+  uint32_t *const flag = active + segment;
   for (int64_t at = begin; at < end; at += 32 * kEach) {
     uint32_t known = 0;
     if (lane_id() == 0) known = load_now(flag);
@@ -45,14 +47,17 @@ __device__ void flag_part(const Operands &op, int64_t begin, int64_t end, uint32
       if (index < end) nonzero |= is_nonzero<G>(op.grad, index);
     }
     if (__ballot_sync(kFullWarp, nonzero) != 0) {
-      if (lane_id() == 0) atomicOr(flag, 1u);
+      // Whoever is first counts the segment's elements: when they are all there, nobody needs the flags.
+      if (lane_id() == 0 && atomicOr(flag, 1u) == 0) {
+        atomicAdd(&control->active_numel, static_cast<unsigned long long>(op.offsets[segment + 1] - op.offsets[segment]));
+      }
       return;
     }
   }
 }
 
 template <typename G>
-__device__ void flag_item(const Operands &op, uint32_t *active, int64_t item, int64_t item_size) {
+__device__ void flag_item(const Operands &op, Control *control, uint32_t *active, int64_t item, int64_t item_size) {
   const int64_t part = item_size / kWarps;
   const int64_t begin = item * item_size + part * warp_id();
   const int64_t end = begin + part < op.numel ? begin + part : op.numel;
@@ -63,7 +68,7 @@ __device__ void flag_item(const Operands &op, uint32_t *active, int64_t item, in
     const int64_t boundary = op.offsets[segment + 1];
     const int64_t stop = boundary < end ? boundary : end;
     if (stop <= at) continue;
-    flag_part<G>(op, at, stop, active + segment);
+    flag_part<G>(op, control, active, segment, at, stop);
     at = stop;
   }
 }
@@ -123,10 +128,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Operands op, Sample sa
     const Item item = next_item(&control->first, plan, shared);
     if (item.phase == plan.num_phases) return;
     if (item.phase == 0) {
-      flag_item<G>(op, active, item.index, flag_item_size);
+      flag_item<G>(op, control, active, item.index, flag_item_size);
       finish_item(&control->first, item, shared);
       continue;
     }
+    forget_if_all_active(&op, control);
     sample_item<G>(op, sample, item.index, factor, histogram);
     flush_histogram(histogram, control->sample, kSampleBins);
     if (finish_item(&control->first, item, shared) + 1 == plan.items[1]) guess(sample, control, shared);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,6 +72,22 @@ def select_others(device: str, sizes: tuple[int, ...], *, every: int = 1) -> Non
                     cases.check_select_indices(device, fused, padded, what)
 
 
+def segments(device: str) -> None:
+    """All segments active (then no element looks for its own), one of a single element inactive, all inactive."""
+    offsets = torch.tensor([0, 0, 30_000, 30_001, 60_000, 90_001])
+    for turn, dead in enumerate(((), (2,), range(5))):
+        for dtype in cases.DTYPES[: 2 if turn == 0 else 1]:
+            fused = cases.make_fused("gaussian", 90_001, dtype, turn, options=1)
+            for number in dead:
+                fused.grad[offsets[number] : offsets[number + 1]] = 0.0
+            fused = replace(fused, segments=offsets)
+            what = f"{dtype}, inactive segments {list(dead)}"
+            cases.check_select_topk(device, fused, 900, what)
+            cases.check_select_threshold(device, fused, 2.0, 500, 40_000, what)
+            every = torch.arange(0, 90_001, 10_000, dtype=torch.int32)
+            cases.check_select_indices(device, fused, every, what)
+
+
 def random_and_merge(device: str, *, large: bool = False) -> None:
     for numel, k in ((1, 1), (2, 1), (2, 2), (5, 0), (1000, 1000), (70001, 700), (200_000, 3)):
         cases.check_random_indices(device, numel, k)
@@ -123,6 +140,8 @@ def few(device: str) -> int:
     for kind, options, k in (("gaussian", 3, 200), ("ties", 0, 5000), ("equal", 2, 70)):
         fused = cases.make_fused(kind, 20_011, torch.float32, 1, options=options)
         misses += cases.check_select_topk(device, fused, k, f"{kind} options {options} k {k}")
+    fused = replace(fused, segments=torch.tensor([0, 9000, 9001, 20_011]))
+    misses += cases.check_select_topk(device, fused, 70, "all segments active")
     cases.check_select_threshold(device, fused, 1.0, 1000, 11_000, "few")
     cases.check_select_indices(device, fused, torch.arange(0, 20_011, 7, dtype=torch.int32), "few")
     cases.check_random_indices(device, 70_001, 700)

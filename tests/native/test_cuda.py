@@ -37,6 +37,7 @@ def test_every_half_is_read_right() -> None:
 
 def test_select_others() -> None:
     runs.select_others("cuda", (0, 1, 700, 40_001, 300_007), every=3)
+    runs.segments("cuda")
     for numel, k in ((100, 10), (200_000, 2000), (3_000_000, 3000)):
         cases.check_sample_threshold("cuda", numel, k)
 

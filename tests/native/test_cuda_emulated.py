@@ -60,6 +60,20 @@ def test_select_others(misses_wanted: bool) -> None:
             cases.check_sample_threshold("cpu", numel, k)
 
 
+def test_segments(misses_wanted: bool) -> None:
+    runs.segments("cpu")
+
+
+def test_a_failure_is_told_once(misses_wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime keeps the error of a failed call; the next call must not fail for it."""
+    fused = cases.make_fused("gaussian", 1000, torch.float32, 1)
+    monkeypatch.setenv("COMMHOOKS_EMULATE_BAD_MEMSET", "1")
+    with pytest.raises(RuntimeError, match="memset: emulated error"):
+        cuda.select_topk(cases.on_device(fused, "cpu"), 10)
+    monkeypatch.delenv("COMMHOOKS_EMULATE_BAD_MEMSET")
+    cases.check_select_topk("cpu", fused, 10, "after a failure")
+
+
 def test_lists(misses_wanted: bool) -> None:
     if misses_wanted:
         pytest.skip("these kernels do not guess")

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <functional>
@@ -24,7 +25,15 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 
 inline const char *cudaGetErrorString(cudaError_t) { return "emulated error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+namespace simt {
+inline thread_local cudaError_t last_error = cudaSuccess;
+}
+// Like the runtime's: a failing call leaves its error until somebody asks.
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = simt::last_error;
+  simt::last_error = cudaSuccess;
+  return error;
+}
 inline cudaError_t cudaGetDevice(int *device) {
   *device = 0;
   return cudaSuccess;
@@ -34,6 +43,7 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t) {
+  if (getenv("COMMHOOKS_EMULATE_BAD_MEMSET") != nullptr) return simt::last_error = cudaErrorInvalidValue;
   memset(memory, value, bytes);
   return cudaSuccess;
 }
