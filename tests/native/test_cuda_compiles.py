@@ -22,7 +22,11 @@ def test_builds_through_cmake(tmp_path: Path) -> None:
     if shutil.which("nvcc") is None or shutil.which("cmake") is None:
         pytest.skip("no nvcc or no cmake")
     configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DCOMMHOOKS_CUDA=ON"]
-    configure += [f"-DCOMMHOOKS_CUDA_ARCHITECTURES={TARGETS}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [
+        f"-DCOMMHOOKS_CUDA_ARCHITECTURES={TARGETS}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DCOMMHOOKS_WERROR=ON",
+    ]
     build = ["cmake", "--build", str(tmp_path), "--target", "commhooks_cuda", "-j2"]
     for command in (configure, build):
         done = subprocess.run(command, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -54,6 +55,21 @@ def build_wheel(checkout: Path, environment: dict[str, str], *options: str) -> t
     assert done.returncode == 0, done.stdout[-4000:]
     (wheel,) = target.glob("*.whl")
     return zipfile.ZipFile(wheel), done.stdout
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_warnings_are_errors_only_where_asked(tmp_path: Path, asked: bool) -> None:
+    """A newer compiler's new warning must not cost a user the library; ours are seen by CI."""
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler")
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    command += ["-DCOMMHOOKS_WERROR=ON"] if asked else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    compiled = json.loads((tmp_path / "compile_commands.json").read_text())
+    assert ".cpp" in {Path(entry["file"]).suffix for entry in compiled}  # and .cu where there is a compiler
+    for entry in compiled:
+        assert ("-Werror" in entry["command"]) == asked, entry["command"]
 
 
 @pytest.mark.slow
