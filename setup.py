@@ -26,9 +26,27 @@ COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def warn(message: str) -> None:
-    """Says it where pip -v and a terminal show it, in a frame that is hard to miss."""
+    """Says it on stderr, in a frame that is hard to miss, and on the terminal: pip shows stderr only with -v."""
     line = "*" * 100
     print(f"\n{line}\ncommhooks: WARNING: {message}\n{line}\n", file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        say_on_terminal(f"\r\ncommhooks: WARNING: {message}\r\n")
+
+
+def say_on_terminal(text: str) -> None:
+    """Writes to the controlling terminal when this build has one and runs in its foreground; never fails."""
+    try:
+        terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY)
+    except (OSError, AttributeError):  # none here, or not POSIX
+        return
+    try:
+        # From the background a terminal with `stty tostop` would stop the build instead of showing anything.
+        if os.tcgetpgrp(terminal) == os.getpgrp():
+            os.write(terminal, text.encode())
+    except OSError:
+        pass
+    finally:
+        os.close(terminal)
 
 
 class BuildLibraries(build_ext):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -95,12 +97,56 @@ def test_wheel_builds_in_isolation(checkout: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == "[410, 469, 699, 872, 915]", done.stderr
 
 
+NO_KERNELS = "WITHOUT the native kernels"
+
+
+def build_without_kernels(checkout: Path, tmp_path: Path) -> list[str]:
+    """The command by which pip has the libraries built, told to leave them out."""
+    pytest.importorskip("setuptools", minversion="77")
+    return [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")]
+
+
+def test_warning_reaches_the_terminal_that_pip_hides(checkout: Path, tmp_path: Path) -> None:
+    """pip keeps a build's stderr to itself without -v: the warning also goes to the controlling terminal."""
+    command = build_without_kernels(checkout, tmp_path)
+    said = tmp_path / "stderr"
+    child, terminal = pty.fork()  # the child leads a session whose controlling terminal is the pty
+    if child == 0:
+        try:
+            with said.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os.chdir(checkout)
+            os.execve(command[0], command, {**os.environ, "COMMHOOKS_BUILD_NATIVE": "0"})
+        finally:
+            os._exit(127)
+    shown = b""
+    with contextlib.suppress(OSError):  # a pty says so when the other end is closed
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, said.read_text()
+    assert "commhooks: WARNING: COMMHOOKS_BUILD_NATIVE=0" in shown.decode() and NO_KERNELS in shown.decode()
+    assert NO_KERNELS in said.read_text()
+
+
+def test_warning_without_a_terminal(checkout: Path, tmp_path: Path) -> None:
+    """In a session of its own there is no terminal: stderr has it, and the build goes on."""
+    done = subprocess.run(
+        build_without_kernels(checkout, tmp_path), cwd=checkout, text=True, timeout=120, start_new_session=True,
+        env={**os.environ, "COMMHOOKS_BUILD_NATIVE": "0"}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(NO_KERNELS) == 1
+
+
 @pytest.mark.slow
 def test_wheel_without_a_compiler(checkout: Path) -> None:
     """What an empty PATH leaves: the Python package, and a warning that says so."""
     pytest.importorskip("setuptools", minversion="77")
     wheel, output = build_wheel(checkout, {"PATH": "/nonexistent"}, "--no-build-isolation")
-    assert "WARNING" in output and "WITHOUT the native kernels" in output
+    assert "WARNING" in output and NO_KERNELS in output  # pip -v: without it only a terminal shows it
     names = wheel.namelist()
     assert "commhooks/native/reference.py" in names
     assert not [name for name in names if name.endswith(".so")]
