@@ -1,7 +1,8 @@
-"""`scripts/bench kernels`: the CPU kernels beside `r += g`, torch, numpy and memcpy.
+"""`scripts/bench kernels`: the kernels beside `r += g`, torch, numpy and memcpy; here those of the CPU.
 
     scripts/bench kernels --quick               # 1M and 6.55M elements, 5 repetitions: under a minute
     scripts/bench kernels --json FILE           # everything: some minutes, 3 GB of memory
+    scripts/bench kernels --device cuda         # those of the GPU: kernels_cuda.py
 
 Every kernel's result is compared with its reference before it is timed. A kernel and its baseline run in turn, and the
 medians of all repetitions are compared, so that a ratio belongs to one run on one machine in one state.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import statistics
 import time
@@ -22,18 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.kernels_data import DATA, Gradients, RealRun, train
+from benchmarks.kernels_records import Record, Records
 from torch import Tensor
 
 from commhooks.native import library, ops, reference
 from commhooks.native.fused import Fused, Selected
 
-Record = dict[str, Any]
 Call = Callable[[], object]
 _SIZES = (1_000_000, 6_550_000, 25_000_000, 100_000_000)
 _DENSITIES = (0.001, 0.01)
 _MERGED = (25_000, 250_000)
-#: Bytes that a kernel's model counts per element of the dense gradient.
-_BYTES = {"select_topk": 12, "select_threshold": 12, "select_indices": 12, "write_back": 4}
 #: Beyond this the torch pipeline takes seconds, and is repeated three times only.
 _SLOW_TORCH = 10_000_000
 
@@ -41,8 +39,12 @@ _SLOW_TORCH = 10_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `scripts/bench kernels`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    parser.add_argument("--quick", action="store_true", help="1M and 6.55M elements, 5 repetitions")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(_SIZES), help="elements")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels")
+    parser.add_argument("--cub", type=Path, metavar="FILE", help="cuda: cub_rival.cu as a shared library")
+    parser.add_argument(
+        "--quick", action="store_true", help="1M and 6.55M elements; on the CPU 5 repetitions"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="elements")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -55,19 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Bench:
-    """Times pairs and collects records.
+class Bench(Records):
+    """Times pairs and collects records."""
 
-    Attributes:
-        records: what was measured, in the form that `--json` writes.
-    """
-
-    def __init__(self, repeats: int, threads: int, cpu_time: bool = False) -> None:
+    def __init__(self, repeats: int, threads: int, cpu_time: bool = False, file: Path | None = None) -> None:
+        super().__init__("cpu", threads, file)
         self.repeats = repeats
-        self.threads = threads
         self._clock = time.thread_time if cpu_time else time.perf_counter
         self._metric = "cpu_time" if cpu_time else "time"
-        self.records: list[Record] = []
 
     def compare(
         self, labels: Record, kernel: Call, baselines: dict[str, Call], *, between: Call = lambda: None
@@ -86,29 +83,8 @@ class Bench:
                 start = self._clock()
                 call()
                 times[name].append(self._clock() - start)
-        value = statistics.median(times[""]) * 1e3
-        for name in baselines:
-            other = statistics.median(times[name]) * 1e3
-            self.add({**labels, "metric": self._metric, "unit": "ms"}, value, name, value / other)
-
-    def add(
-        self, labels: Record, value: float, baseline: str | None = None, ratio: float | None = None
-    ) -> None:
-        """Keeps a record and prints its line."""
-        record = {"bench": "kernels", **labels, "device": "cpu", "threads": self.threads}
-        record |= {"value": value, "baseline": baseline, "ratio": ratio}
-        keys = ("bench", "kernel", "data", "numel", "density", "device", "threads", "metric", "unit")
-        self.records.append({key: record[key] for key in (*keys, "value", "baseline", "ratio")})
-        rate = ""
-        if record["metric"] != "hit_rate" and record["kernel"] in _BYTES:
-            per_element = _BYTES[record["kernel"]]
-            rate = f"{per_element * record['numel'] / value / 1e6:6.1f} GB/s ({per_element} n)"
-        against = "" if baseline is None else f"{ratio:8.3f} x {baseline}"
-        print(
-            f"{record['kernel']:<16} {record['data']:<10} {record['numel']:>11,} {record['density']:<7g} "
-            f"{record['metric']:<8} {value:10.3f} {record['unit']:<3} {against:<18} {rate}",
-            flush=True,
-        )
+        medians = {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
+        self.time(labels, medians.pop(""), medians, metric=self._metric)
 
 
 def torch_pipeline(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +115,8 @@ def bench_selections(bench: Bench, data: str, numel: int, density: float, run: R
     gradients = Gradients(data, numel, run)
     grad, k = gradients.buffer, max(1, int(numel * density))
     residual, plain, other = torch.zeros(numel), torch.zeros(numel), torch.zeros(numel)
-    fused, labels = Fused(grad, residual), {"data": data, "numel": numel, "density": density}
+    name = data if run is None else run.name
+    fused, labels = Fused(grad, residual), {"data": name, "numel": numel, "density": density}
     misses: list[int] = []
 
     def topk() -> None:
@@ -278,18 +255,22 @@ def bench_merge(bench: Bench, k: int, density: float) -> None:
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """Sizes and densities."""
-    for numel in _SIZES[:2] if options.quick else options.sizes:
+    for numel in options.sizes or (_SIZES[:2] if options.quick else _SIZES):
         for density in _DENSITIES:
             yield numel, density
 
 
 def run(options: argparse.Namespace) -> int:
     """Measures everything; returns the exit status."""
+    if options.device == "cuda":
+        from benchmarks import kernels_cuda  # noqa: PLC0415
+
+        return kernels_cuda.run(options)
     threads = 1 if options.cpu_time else options.threads
     torch.set_num_threads(threads)
     if options.isa:
         library.use_isa(options.isa)
-    bench = Bench(5 if options.quick else options.repeats, threads, options.cpu_time)
+    bench = Bench(5 if options.quick else options.repeats, threads, options.cpu_time, options.json)
     for name, text in library.describe().items():
         print(f"# {name}: {text}")
     print(f"# load {os.getloadavg()[0]:.1f}, {bench.repeats} repetitions, medians; ratio = kernel / baseline")
@@ -297,7 +278,7 @@ def run(options: argparse.Namespace) -> int:
     for density, trained in runs.items():
         labels = {
             "kernel": "select_topk",
-            "data": "real",
+            "data": trained.name,
             "numel": trained.gradients[0].numel(),
             "density": density,
         }
@@ -310,7 +291,5 @@ def run(options: argparse.Namespace) -> int:
             bench_selections(bench, data, numel, density, runs[density] if data == "real" else None)
         bench_misses(bench, numel, density)
         bench_sparse(bench, numel, density)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(bench.records, indent=1) + "\n")
+        bench.save()
     return 0

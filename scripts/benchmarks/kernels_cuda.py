@@ -1,279 +1,328 @@
-"""Benchmark of the CUDA kernels: seconds on the device, medians of 20, against copies, torch and CUB.
+"""`scripts/bench kernels --device cuda`: milliseconds on the device against copies, `r += g`, torch and CUB.
 
-    python scripts/benchmarks/kernels_cuda.py [--json FILE] [--quick] [--cub FILE.so] [--real GRADIENTS.pt]
+Medians of 20 by CUDA events, behind a kernel that keeps the device busy while Python enqueues, so that only work of
+the device counts. Operands rotate, so that a bucket is not found in the device's cache. Every kernel, and CUB, is
+checked before it is timed. What the project's aims ask for comes first, and records are saved after each case, so
+that a run that is cut short has it.
 
-Times are taken with CUDA events behind a kernel that keeps the device busy while Python enqueues, so that only work of
-the device counts. Inputs rotate, so that a bucket is not found in the cache of the device. Each selection is checked
-against torch before it is timed. Records follow one shape: bench, kernel, data, numel, density, device, threads,
-metric, unit, value, baseline, ratio (value / that of the baseline).
+Metrics: `time` (against `torch`: add_, abs, topk, gather, scatter), `time_against_topk` (the same time against
+torch.topk of the corrected gradient alone), `bandwidth` (bytes of the kernel's model over its time, against the 8 n of
+a measured copy), `misses` (calls whose guess failed, the untimed ones included) and `hit_rate`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from benchmarks import kernels_cuda_checks as check
+from benchmarks.kernels_cuda_tools import (
+    MOMENTUM,
+    Cub,
+    Operands,
+    Timer,
+    device_ms,
+    nothing,
+    segments_of,
+)
+from benchmarks.kernels_data import RealRun, train
+from benchmarks.kernels_records import BY_BITMAP, HALF_GRADIENT, WITH_VELOCITY, Model, Record, Records
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+from commhooks.native import cuda, library, reference
+from commhooks.native.fused import Fused
 
-from commhooks.native import cuda  # noqa: E402
-from commhooks.native.fused import Fused  # noqa: E402
-
-SIZES = (1_000_000, 6_553_600, 25_000_000, 100_000_000)
+#: In this order: the bucket of 25 MB and the largest size are what the aims are about.
+SIZES = (6_553_600, 100_000_000, 25_000_000, 1_000_000)
 DENSITIES = (0.001, 0.01)
-REPEATS = 20
-ROTATE_BYTES = 256 * 2**20  # well beyond the cache of any device
-Record = dict[str, Any]
+MERGED = (25_000, 250_000)
+_FEW = 5  # repetitions of what is slow and only a rival
 
 
-def seconds_of(call: Callable[[int], object], repeats: int = REPEATS) -> float:
-    """Median seconds on the device of ``call(turn)``."""
-    for turn in range(3):
-        call(turn)
-    times = []
-    for turn in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # about a millisecond, while Python enqueues
-        begin.record()
-        call(turn)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+class Bench:
+    """Times cases into a table. ``timer`` and ``device`` are others where there is no GPU, in tests."""
 
+    def __init__(
+        self,
+        table: Records,
+        *,
+        cub: Cub | None = None,
+        repeats: int = 20,
+        timer: Timer = device_ms,
+        device: str = "cuda",
+    ) -> None:
+        self.table, self.cub, self.repeats, self.device = table, cub, repeats, device
+        self.timer = timer
 
-def data_of(kind: str, numel: int, count: int, real: Tensor | None) -> list[Tensor]:
-    """``count`` gradients on the device."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    gradients = []
-    for turn in range(count):
-        noise = torch.randn(numel, device="cuda", generator=generator)
-        if kind == "heavy":
-            noise /= torch.rand(numel, device="cuda", generator=generator).clamp_min_(1e-4)
-        elif kind == "real" and real is not None:
-            flat = real.reshape(-1).float().roll(turn * 977)
-            noise = flat.repeat(-(-numel // flat.numel()))[:numel].cuda()
-        gradients.append(noise)
-    return gradients
+    def dense(self, operands: Operands) -> dict[str, float]:
+        """Milliseconds of a copy of a residual (8 n bytes) and of ``r += g``."""
+        grads, residuals, count = operands.gradients, operands.residuals, operands.count
+        return {
+            "memcpy": self.timer(
+                lambda turn: residuals[turn % count].copy_(residuals[(turn + 1) % count]),
+                nothing,
+                self.repeats,
+            ),
+            "r+=g": self.timer(
+                lambda turn: residuals[turn % count].add_(grads[turn % count]), nothing, self.repeats
+            ),
+        }
 
+    def topk(
+        self, labels: Record, operands: Operands, k: int, model: Model | None = None
+    ) -> dict[str, float]:
+        """select_topk in the steady state of error feedback; returns the milliseconds of its dense baselines."""
+        labels = {"kernel": "select_topk", **labels}
+        first = operands.fused(0)
+        few = check.small(k, first)
+        check.selection(
+            lambda f: cuda.select_topk(f, few), lambda f: reference.select_topk(f, few), first, "select_topk"
+        )
+        dense = self.dense(operands)
+        operands.clear()
+        reports: list[Tensor] = []
 
-def check(gradient: Tensor, k: int) -> None:
-    """Raises unless select_topk takes out what torch.topk takes out."""
-    residual = 0.1 * gradient.roll(1)
-    corrected = residual + gradient
-    got = cuda.select_topk(Fused(gradient, residual), k)
-    expected = torch.topk(corrected.abs(), k, sorted=False).values
-    same = torch.equal(got.values.abs().sort().values, expected.sort().values)
-    indices = got.indices.long()
-    if not (same and torch.equal(corrected[indices], got.values) and bool((indices.diff() > 0).all())):
-        raise AssertionError(f"select_topk differs from torch.topk at numel {gradient.numel()}, k {k}")
+        def step(turn: int) -> None:
+            reports.append(cuda.select_topk(operands.fused(turn), k, seed=len(reports)).report)
+
+        for turn in range(4 * operands.count):
+            step(turn)
+        ms = self.timer(step, nothing, self.repeats)
+        self.table.time(labels, ms, dense, model=model)
+        self.table.bandwidth(labels, ms, dense["memcpy"], model)
+        misses = sum(int(report[2]) > 0 for report in reports)
+        self.table.add({**labels, "metric": "misses", "unit": "1"}, misses)
+        self.table.add({**labels, "metric": "hit_rate", "unit": "1"}, 1 - misses / len(reports))
+        if labels["data"] == "gaussian":
+            self.rivals(labels, operands, k, ms)
+        return dense
+
+    def rivals(self, labels: Record, operands: Operands, k: int, ms: float) -> None:
+        """torch.topk alone, torch's pipeline, and CUB with its passes."""
+        grads, residuals, count = operands.gradients, operands.residuals, operands.count
+        alone = [residual.abs() for residual in residuals[:2]]
+        topk = self.timer(lambda turn: torch.topk(alone[turn % 2], k, sorted=False), nothing, _FEW)
+        self.table.time(labels, ms, {"torch": topk}, metric="time_against_topk")
+        pipeline = self.timer(
+            lambda turn: torch_pipeline(residuals[turn % count], grads[turn % count], k), nothing, _FEW
+        )
+        self.table.time(labels, ms, {"torch": pipeline})
+        if self.cub is None or grads[0].numel() % 4:  # the rival adds four at a time
+            return
+        rival = self.cub
+        check.cub(rival, grads[0], k)
+        taken = self.timer(
+            lambda turn: rival.run(grads[turn % count], residuals[turn % count], k), nothing, self.repeats
+        )
+        self.table.time(labels, ms, {"cub": taken})
+
+    def as_hooks_call_it(self, numel: int, density: float) -> None:
+        """Segments (the hooks always pass them), with velocity, with bfloat16 gradients, and with a segment inactive."""
+        k = max(1, round(density * numel))
+        plain = replace(
+            Operands.make("gaussian", numel, self.device), segments=segments_of(numel, self.device)
+        )
+        halves = replace(plain, gradients=[gradient.bfloat16() for gradient in plain.gradients])
+        velocities = [torch.zeros(numel, device=self.device) for _ in plain.gradients]
+        cases: Iterable[tuple[str, Operands, Model | None]] = (
+            ("gaussian, segments", plain, None),
+            ("gaussian, segments, velocity", replace(plain, velocities=velocities), WITH_VELOCITY),
+            ("gaussian, segments, bfloat16", halves, HALF_GRADIENT),
+            ("gaussian, segment inactive", plain, None),
+        )
+        for data, operands, model in cases:
+            if data.endswith("inactive") and operands.segments is not None:
+                for gradient in operands.gradients:
+                    gradient[int(operands.segments[-2]) :] = 0.0
+            self.topk({"data": data, "numel": numel, "density": density}, operands, k, model)
+
+    def misses(self, numel: int, density: float, dense: dict[str, float]) -> None:
+        """A gradient on which no guess can hold: all magnitudes but k / 2 equal. The residual is zeroed untimed."""
+        k = max(1, round(density * numel))
+        gradient = torch.full((numel,), 1e-3, device=self.device)
+        gradient[:: max(1, 2 * numel // k)] = 1.0
+        residual = torch.zeros(numel, device=self.device)
+        labels = {"kernel": "select_topk", "data": "missed", "numel": numel, "density": density}
+        reports: list[Tensor] = []
+
+        def step(turn: int) -> None:
+            reports.append(cuda.select_topk(Fused(gradient, residual), k, seed=turn).report)
+
+        ms = self.timer(step, lambda turn: residual.zero_(), self.repeats)
+        check.require(
+            all(int(report[2]) > 0 for report in reports), "a guess held where it was meant to fail"
+        )
+        self.table.time(labels, ms, dense)
+        self.table.add({**labels, "metric": "misses", "unit": "1"}, len(reports))
+
+    def others(self, labels: Record, operands: Operands, k: int, dense: dict[str, float]) -> None:
+        """select_threshold and select_indices."""
+        numel, count = labels["numel"], operands.count
+        operands.clear()
+        threshold = cuda.sample_threshold(operands.fused(0), k)
+        few = check.small(k, operands.fused(0))
+        check.selection(
+            lambda f: cuda.select_threshold(f, threshold, few),
+            lambda f: reference.select_threshold(f, threshold, few),
+            operands.fused(0),
+            "select_threshold",
+        )
+        # The sign changes from round to round: residuals that grew would bring more and more above the threshold.
+        opposite = [-gradient for gradient in operands.gradients]
+
+        def by_threshold(turn: int) -> None:
+            fused = operands.fused(turn)
+            if turn // count % 2:
+                fused = replace(fused, grad=opposite[turn % count])
+            cuda.select_threshold(fused, threshold, k)
+
+        self.pass_time("select_threshold", labels, self.timer(by_threshold, nothing, self.repeats), dense)
+        indices = cuda.random_indices(0, 0, 0, numel, k, torch.device(self.device))
+        low = indices[indices < min(numel, 1_000_000)]
+        check.selection(
+            lambda f: cuda.select_indices(f, low),
+            lambda f: reference.select_indices(f, low.cpu()),
+            operands.fused(0),
+            "select_indices",
+        )
+        ms = self.timer(
+            lambda turn: cuda.select_indices(operands.fused(turn), indices), nothing, self.repeats
+        )
+        self.pass_time("select_indices", labels, ms, dense)
+
+    def pass_time(self, kernel: str, labels: Record, ms: float, dense: dict[str, float]) -> None:
+        self.table.time({"kernel": kernel, **labels}, ms, dense)
+        self.table.bandwidth({"kernel": kernel, **labels}, ms, dense["memcpy"])
+
+    def sparse(self, labels: Record, operands: Operands, k: int, dense: dict[str, float]) -> None:
+        """write_back (a line of its own), scatter_add and random_indices; the residuals serve as room."""
+        numel, room, count, device = (
+            labels["numel"],
+            operands.residuals,
+            operands.count,
+            torch.device(self.device),
+        )
+        check.random_indices(numel, k, self.device)
+        indices = cuda.random_indices(1, 2, 3, numel, k, device)
+        values, long = torch.randn(k, device=device), indices.long()
+        check.writes(room[0], values, indices)
+        ms = self.timer(
+            lambda turn: cuda.write_back(room[turn % count], values[None], indices[None], 0.25),
+            nothing,
+            self.repeats,
+        )
+        torch_ms = self.timer(
+            lambda turn: room[turn % count].zero_().index_add_(0, long, values, alpha=0.25),
+            nothing,
+            self.repeats,
+        )
+        self.pass_time("write_back", labels, ms, {**dense, "torch": torch_ms})
+        ms = self.timer(
+            lambda turn: cuda.scatter_add(room[turn % count], values, indices), nothing, self.repeats
+        )
+        torch_ms = self.timer(
+            lambda turn: room[turn % count].index_add_(0, long, values), nothing, self.repeats
+        )
+        self.table.time({"kernel": "scatter_add", **labels}, ms, {"torch": torch_ms})
+        ms = self.timer(lambda turn: cuda.random_indices(0, turn, 0, numel, k, device), nothing, self.repeats)
+        torch_ms = self.timer(
+            lambda turn: torch.randperm(numel, device=device, dtype=torch.int32)[:k].sort(), nothing, _FEW
+        )
+        self.table.time({"kernel": "random_indices", **labels}, ms, {"torch": torch_ms}, model=BY_BITMAP)
+
+    def merge(self, k: int, density: float) -> None:
+        """gTop-k's inner step on two selections of k pairs."""
+        numel, device = int(k / density), torch.device(self.device)
+        parts = [
+            (torch.randn(k, device=device), cuda.random_indices(7, s, 0, numel, k, device)) for s in range(2)
+        ]
+        lists = (*parts[0], *parts[1])
+        check.merge(lists, k)
+        room = [torch.empty_like(part) for part in lists]
+
+        def memcpy(turn: int) -> None:
+            for to, part in zip(room, lists, strict=True):
+                to.copy_(part)
+
+        baselines = {
+            "memcpy": self.timer(memcpy, nothing, self.repeats),
+            "torch": self.timer(lambda turn: torch_merge(*lists, k), nothing, _FEW),
+        }
+        ms = self.timer(lambda turn: cuda.merge_topk(*lists, k), nothing, self.repeats)
+        labels = {"kernel": "merge_topk", "data": "gaussian", "numel": numel, "density": density}
+        self.table.time(labels, ms, baselines)
+
+    def selections(self, kind: str, numel: int, density: float, run: RealRun | None = None) -> None:
+        """One kind of gradient at one size and density: all kernels on gaussian ones, select_topk on the others."""
+        k = max(1, round(density * numel))
+        operands = Operands.make(kind, numel, self.device, run)
+        labels = {"data": kind if run is None else run.name, "numel": numel, "density": density}
+        check.topk_at_full_size(operands.gradients[0], k)
+        dense = self.topk(labels, operands, k)
+        if kind == "gaussian":
+            self.others(labels, operands, k, dense)
+            self.sparse(labels, operands, k, dense)
+            del operands
+            self.misses(numel, density, dense)
+            self.as_hooks_call_it(numel, density)
+        self.table.save()
 
 
 def torch_pipeline(residual: Tensor, gradient: Tensor, k: int) -> None:
+    """What select_topk replaces."""
     corrected = residual.add_(gradient)
     indices = torch.topk(corrected.abs(), k, sorted=False).indices
     corrected.gather(0, indices)
     corrected.scatter_(0, indices, 0.0)
 
 
-class Cub:
-    """The rival of ``cub_rival.cu``."""
-
-    def __init__(self, path: Path) -> None:
-        self.call = ctypes.CDLL(str(path)).cub_rival
-        pointer = ctypes.c_void_p
-        self.call.argtypes = [pointer, pointer, ctypes.c_int64, ctypes.c_int64, *[pointer] * 6]
-
-    def run(self, gradient: Tensor, residual: Tensor, k: int, kept: dict[int, Tensor]) -> None:
-        size = ctypes.c_size_t(0 if k not in kept else kept[k].numel())
-        out = torch.empty(3, k, dtype=torch.int32, device="cuda")
-        stream = torch.cuda.current_stream().cuda_stream
-        arguments = [
-            gradient.data_ptr(),
-            residual.data_ptr(),
-            gradient.numel(),
-            k,
-            *(row.data_ptr() for row in out),
-        ]
-        if k not in kept:
-            self._checked(*arguments, None, ctypes.addressof(size), stream)
-            kept[k] = torch.empty(size.value, dtype=torch.uint8, device="cuda")
-        self._checked(*arguments, kept[k].data_ptr(), ctypes.addressof(size), stream)
-
-    def _checked(self, *arguments: object) -> None:
-        status = self.call(*arguments)
-        if status != 0:
-            raise RuntimeError(f"cub_rival: CUDA error {status}")
+def torch_merge(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> Tensor:
+    """What merge_topk replaces, without the survivors; it waits for the device."""
+    union, places = torch.cat((indices_a, indices_b)).unique(return_inverse=True)
+    total = torch.zeros(union.numel(), device=values_a.device)
+    total.index_add_(0, places, torch.cat((values_a, values_b)))
+    return union[torch.topk(total.abs(), k, sorted=False).indices.sort().values]
 
 
-class Table:
-    """Collects records, one per baseline."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def add(
-        self,
-        kernel: str,
-        data: str,
-        numel: int,
-        density: float,
-        value: float,
-        baselines: dict[str, float],
-        **more: int,
-    ) -> None:
-        for baseline, other in baselines.items():
-            self.records.append(
-                {
-                    "bench": "kernels",
-                    "kernel": kernel,
-                    "data": data,
-                    "numel": numel,
-                    "density": density,
-                    "device": "cuda",
-                    "threads": 0,
-                    "metric": "time",
-                    "unit": "s",
-                    "value": value,
-                    "baseline": baseline,
-                    "ratio": value / other,
-                    **more,
-                }
-            )
-            line = f"{kernel:>18} {data:>9} {numel:>11} {density:>6.3g} {value * 1e6:>10.1f} us"
-            print(f"{line} {value / other:>7.2f} x {baseline}", flush=True)
-
-
-def settle(gradients: list[Tensor], residuals: list[Tensor], k: int) -> int:
-    """Steps with error feedback until the residuals are in their stride; the number of misses among them."""
-    misses = torch.zeros((), dtype=torch.int64, device="cuda")
-    for residual in residuals:
-        residual.zero_()
-    for turn in range(4 * len(gradients)):
-        fused = Fused(gradients[turn % len(gradients)], residuals[turn % len(gradients)])
-        misses += cuda.select_topk(fused, k, seed=turn).report[2]
-    return int(misses)
-
-
-def selections(
-    table: Table, kind: str, numel: int, densities: Sequence[float], cub: Cub | None, real: Any
-) -> None:
-    """select_topk and its rivals on one size."""
-    count = max(2, min(16, -(-ROTATE_BYTES // (8 * numel))))
-    gradients = data_of(kind, numel, count, real)
-    residuals = [torch.zeros(numel, device="cuda") for _ in range(count)]
-    # 12 bytes an element (read r and g, write r) at the speed of a copy, which moves 8.
-    copy = seconds_of(lambda turn: residuals[turn % count].copy_(gradients[turn % count])) * 12 / 8
-    add = seconds_of(lambda turn: residuals[turn % count].add_(gradients[turn % count]))
+def measure(bench: Bench, sizes: Iterable[int], densities: Iterable[float] = DENSITIES) -> None:
+    """All cases; gaussian data first, then merges, real gradients and heavy-tailed ones."""
+    sizes, densities = list(sizes), list(densities)
+    for numel in sizes:
+        for density in densities:
+            bench.selections("gaussian", numel, density)
+    for k in MERGED:
+        for density in densities:
+            bench.merge(k, density)
     for density in densities:
-        k = max(1, round(density * numel))
-        check(gradients[0], k)
-        missed = settle(gradients, residuals, k)
-        baselines = {"memcpy": copy, "r+=g": add}
-        time = seconds_of(
-            lambda turn, k=k: cuda.select_topk(
-                Fused(gradients[turn % count], residuals[turn % count]), k, seed=turn
-            )
-        )
-        baselines.update(rivals(gradients, residuals, k, cub))
-        table.add("select_topk", kind, numel, density, time, baselines, misses=missed)
-        same = torch.ones_like(gradients[0])
-        time = seconds_of(
-            lambda turn, k=k, same=same: cuda.select_topk(Fused(same, residuals[0].zero_()), k), 5
-        )
-        table.add("select_topk", "all equal", numel, density, time, {"r+=g": add}, misses=1)
-        writes(table, kind, numel, density, k, copy)
+        trained = train(density, bench.device)
+        labels = {"kernel": "select_topk", "data": trained.name, "numel": trained.gradients[0].numel()}
+        hits = {**labels, "density": density, "metric": "hit_rate", "unit": "1"}
+        bench.table.add(hits, trained.hits / trained.steps)
+        for numel in sizes:
+            bench.selections("real", numel, density, trained)
+    for numel in sizes:
+        for density in densities:
+            bench.selections("heavy", numel, density)
+    bench.table.save()
 
 
-def rivals(gradients: list[Tensor], residuals: list[Tensor], k: int, cub: Cub | None) -> dict[str, float]:
-    """Seconds of torch.topk alone, of torch's pipeline, and of CUB with its passes."""
-    count = len(gradients)
-    alone = [residual.abs() for residual in residuals[:2]]
-    found = {
-        "torch.topk": seconds_of(lambda turn: torch.topk(alone[turn % 2], k, sorted=False), 5),
-        "torch": seconds_of(
-            lambda turn: torch_pipeline(residuals[turn % count], gradients[turn % count], k), 5
-        ),
-    }
-    if cub is not None:
-        kept: dict[int, Tensor] = {}
-        found["cub"] = seconds_of(
-            lambda turn: cub.run(gradients[turn % count], residuals[turn % count], k, kept)
-        )
-    return found
-
-
-def writes(table: Table, kind: str, numel: int, density: float, k: int, copy: float) -> None:
-    """The write-back, a line of its own, and random_indices."""
-    out = torch.empty(numel, device="cuda")
-    indices = cuda.random_indices(0, 0, 0, numel, k, out.device)
-    pairs = (torch.randn(1, k, device="cuda"), indices[None])
-    time = seconds_of(lambda turn: cuda.write_back(out, *pairs))
-    table.add("write_back", kind, numel, density, time, {"memcpy": copy * 4 / 12})
-    time = seconds_of(lambda turn: cuda.random_indices(0, turn, 0, numel, k, out.device))
-    table.add("random_indices", kind, numel, density, time, {"memcpy": copy})
-
-
-def merges(table: Table) -> None:
-    for k in (25_000, 250_000):
-        merge(table, 25_000_000, k)
-
-
-def merge(table: Table, numel: int, k: int) -> None:
-    indices = [cuda.random_indices(seed, 0, 0, numel, k, torch.device("cuda")) for seed in range(2)]
-    values = [torch.randn(k, device="cuda") for _ in range(2)]
-    both = torch.cat(values), torch.cat(indices)
-    into = [torch.empty_like(tensor) for tensor in both]
-
-    def operators(turn: int) -> None:
-        unique, where = torch.unique(both[1], return_inverse=True)
-        total = torch.zeros(unique.numel(), device="cuda").index_add_(0, where, both[0])
-        unique[torch.topk(total.abs(), k, sorted=False).indices.sort().values]
-
-    copy = seconds_of(lambda turn: [a.copy_(b) for a, b in zip(into, both, strict=True)])
-    baselines = {"memcpy": copy, "torch": seconds_of(operators, 5)}
-    time = seconds_of(lambda turn: cuda.merge_topk(values[0], indices[0], values[1], indices[1], k))
-    table.add("merge_topk", "gaussian", numel, k / numel, time, baselines)
-
-
-def run(*, quick: bool = False, cub: Path | None = None, real: Path | None = None) -> list[Record]:
-    """All figures; needs a GPU and the CUDA library."""
-    table = Table()
-    rival = Cub(cub) if cub is not None else None
-    saved = torch.load(real, weights_only=True) if real is not None else None
-    kinds = ["gaussian", "heavy"] + (["real"] if saved is not None else [])
-    for numel in SIZES[:2] if quick else SIZES:
-        for kind in kinds:
-            selections(table, kind, numel, DENSITIES, rival, saved)
-            torch.cuda.empty_cache()
-    merges(table)
-    return table.records
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmark of the CUDA kernels.")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="the two smaller sizes only")
-    parser.add_argument("--cub", type=Path, help="cub_rival.cu as a shared library")
-    parser.add_argument("--real", type=Path, help="a tensor of gradients saved with torch.save")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device here: nothing was measured", file=sys.stderr)
-        raise SystemExit(3)
-    records = run(quick=options.quick, cub=options.cub, real=options.real)
-    if options.json is not None:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> int:
+    """Measures everything; exit status 3 where there is no GPU or no library for it."""
+    if not torch.cuda.is_available() or library.cuda() is None:
+        print("no CUDA device here, or no CUDA library: nothing was measured", file=sys.stderr)
+        return 3
+    for name, text in library.describe().items():
+        print(f"# {name}: {text}")
+    print(
+        f"# {torch.cuda.get_device_name()}; medians; ratio = kernel / baseline; momentum {MOMENTUM} with velocity"
+    )
+    bench = Bench(
+        Records("cuda", 0, options.json),
+        cub=Cub(options.cub) if options.cub is not None else None,
+        repeats=options.repeats,
+    )
+    measure(bench, options.sizes or ((SIZES[0], SIZES[3]) if options.quick else SIZES))
+    return 0

@@ -1,0 +1,114 @@
+"""Before the CUDA benchmark times a kernel, or CUB, it checks what they give; a difference stops the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from benchmarks.kernels_cuda_tools import Cub
+from torch import Tensor
+
+from commhooks.native import cuda, reference
+from commhooks.native.fused import Fused, Selected
+
+_CHECKED = 1_000_000  # elements, of which the reference on the CPU makes little work
+_PLACES = 100_000
+
+
+def require(same: bool, what: str) -> None:
+    """AssertionError unless ``same``; also under ``python -O``."""
+    if not same:
+        raise AssertionError(what)
+
+
+def _part(fused: Fused, device: torch.device | str) -> Fused:
+    """A copy of the first elements, on ``device``; the residual is made up so that there is something to add."""
+    numel = min(fused.grad.numel(), _CHECKED)
+    part = replace(
+        fused,
+        grad=fused.grad[:numel].to(device, copy=True),
+        residual=fused.grad[:numel].float().roll(1).mul_(0.5).to(device),
+    )
+    if fused.velocity is not None:
+        part = replace(part, velocity=fused.grad[:numel].float().roll(2).to(device))
+    if fused.segments is not None:
+        part = replace(part, segments=fused.segments.clamp(max=numel).to(device))
+    return part
+
+
+def selection(
+    ours: Callable[[Fused], Selected], theirs: Callable[[Fused], Selected], fused: Fused, what: str
+) -> None:
+    """Compares all bits of a selection and of what it leaves with the reference on the CPU, for the first elements."""
+    device, host = _part(fused, fused.grad.device), _part(fused, "cpu")
+    got, want = ours(device), theirs(host)
+    same = torch.equal(got.indices.cpu(), want.indices) and torch.equal(got.values.cpu(), want.values)
+    same = same and torch.equal(device.residual.cpu(), host.residual)
+    if device.velocity is not None and host.velocity is not None:
+        same = same and torch.equal(device.velocity.cpu(), host.velocity)
+    require(same, f"{what} differs from the reference at {host.grad.numel()} elements")
+
+
+def small(k: int, fused: Fused) -> int:
+    """``k`` scaled down to the elements that :func:`selection` looks at."""
+    numel = fused.grad.numel()
+    return max(1, k * min(numel, _CHECKED) // numel)
+
+
+def _taken_as_by_torch(values: Tensor, indices: Tensor, residual: Tensor, corrected: Tensor, k: int) -> bool:
+    """Whether ``k`` largest magnitudes were taken out of ``corrected``, which left ``residual``. Ties in any order."""
+    largest = torch.topk(corrected.abs(), k, sorted=False).values.sort().values
+    where = indices.long()
+    rest = corrected.index_fill(0, where, 0.0)
+    return (
+        torch.equal(values.abs().sort().values, largest)
+        and torch.equal(corrected[where], values)
+        and torch.equal(residual, rest)
+    )
+
+
+def topk_at_full_size(gradient: Tensor, k: int) -> None:
+    """select_topk beside torch.topk on all elements, where indices are largest."""
+    residual = 0.1 * gradient.roll(1)
+    corrected = residual + gradient
+    got = cuda.select_topk(Fused(gradient, residual), k)
+    same = _taken_as_by_torch(got.values, got.indices, residual, corrected, k)
+    require(same and bool((got.indices.diff() > 0).all()), f"select_topk differs from torch.topk, k {k}")
+
+
+def cub(rival: Cub, gradient: Tensor, k: int) -> None:
+    """CUB's result, in the same way: a rival that does something else is none."""
+    residual = 0.1 * gradient.roll(1)
+    corrected = residual + gradient
+    values, indices = rival.run(gradient, residual, k)
+    same = _taken_as_by_torch(values, indices, residual, corrected, k)
+    require(same, f"CUB differs from torch.topk at {gradient.numel()} elements, k {k}")
+
+
+def random_indices(numel: int, k: int, device: str) -> None:
+    """The bits of the reference, for up to 100,000 places."""
+    k = min(k, _PLACES)
+    got = cuda.random_indices(1, 2, 3, numel, k, torch.device(device))
+    want = reference.random_indices(1, 2, 3, numel, k, torch.device("cpu"))
+    require(
+        torch.equal(got.cpu(), want), f"random_indices differs from the reference at {numel} elements, k {k}"
+    )
+
+
+def writes(out: Tensor, values: Tensor, indices: Tensor) -> None:
+    """scatter_add and write_back beside index_add; ``out`` is overwritten."""
+    start = torch.ones_like(out)
+    want = start.index_add(0, indices.long(), values * 0.25)
+    cuda.scatter_add(start, values, indices, 0.25)
+    require(torch.equal(start, want), f"scatter_add differs from index_add at {out.numel()} elements")
+    want = torch.zeros_like(out).index_add_(0, indices.long(), values * 0.25)
+    cuda.write_back(out, values[None], indices[None], 0.25)
+    require(torch.equal(out, want), f"write_back differs from index_add at {out.numel()} elements")
+
+
+def merge(lists: tuple[Tensor, Tensor, Tensor, Tensor], k: int) -> None:
+    """merge_topk beside the reference on the CPU."""
+    want = reference.merge_topk(*(part.cpu() for part in lists), k)
+    for got, wanted, name in zip(cuda.merge_topk(*lists, k), want, want._fields, strict=True):
+        require(torch.equal(got.cpu(), wanted), f"merge_topk differs from the reference in {name}, k {k}")

@@ -1,0 +1,184 @@
+"""`scripts/bench kernels`: its records, and the CUDA cases run through without a GPU: emulated kernels, made-up times."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Iterator
+
+import cuda_runs as runs
+import pytest
+import torch
+from benchmarks import kernels, kernels_cuda, kernels_cuda_checks, kernels_cuda_tools, kernels_data
+from benchmarks.kernels_data import RealRun
+from benchmarks.kernels_records import BASELINES, KEYS, Records
+from emulator import build as emulator
+from gpu.targets import targets
+from torch import Tensor
+
+from commhooks.native import cuda
+
+ISSUE_KEYS = "bench kernel data numel density device threads metric unit value baseline ratio".split()
+LABELS = {"kernel": "select_topk", "data": "gaussian", "numel": 1000, "density": 0.01}
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_records_from_made_up_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = Records("cuda", 0, tmp_path / "new" / "file.json")
+    table.time(LABELS, 2.0, {"memcpy": 1.0, "r+=g": 4.0})
+    table.bandwidth(LABELS, 2.0, 1.0)
+    table.add({**LABELS, "metric": "misses", "unit": "1"}, 3)
+    table.save()
+    records = json.loads((tmp_path / "new" / "file.json").read_text())
+    assert [list(record) for record in records] == [ISSUE_KEYS] * 4 and tuple(ISSUE_KEYS) == KEYS
+    assert [(r["metric"], r["unit"], r["value"], r["baseline"], r["ratio"]) for r in records] == [
+        ("time", "ms", 2.0, "memcpy", 2.0),
+        ("time", "ms", 2.0, "r+=g", 0.5),
+        ("bandwidth", "GB/s", 12 * 1000 / 2e6, "memcpy", 0.75),  # 12 n in 2 ms beside 8 n in 1 ms
+        ("misses", "1", 3, None, None),
+    ]
+    assert "(12 n bytes)" in capsys.readouterr().out
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "file.json"]
+
+
+@pytest.mark.parametrize("wrong", [{"baseline": "torch.topk", "ratio": 1.0}, {"metric": None}])
+def test_no_other_keys_or_baselines(wrong: dict[str, Any]) -> None:
+    labels = {**LABELS, "metric": "time", "unit": "ms"}
+    with pytest.raises(ValueError, match="not a record"):
+        if "metric" in wrong:
+            Records("cpu", 1).add({**labels, "misses": 1}, 1.0)
+        else:
+            Records("cpu", 1).add(labels, 1.0, **wrong)
+
+
+def test_cpu_and_cuda_are_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = options("--device", "cuda", "--sizes", "1000")
+    assert options().device == "cpu" and given.sizes == [1000]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.run(given) == 3
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_real_gradients_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("no sklearn")
+
+    monkeypatch.setattr(kernels_data, "digits", missing)
+    monkeypatch.setattr(kernels_data, "_STEPS", 3)
+    trained = kernels_data.train(0.001)
+    assert trained.name == "real text" and trained.steps == len(trained.gradients) == 3
+    gradient = trained.gradients[-1]
+    assert gradient.isfinite().all() and gradient.numel() > 10**6 and 0.1 < (gradient != 0).float().mean() < 1
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("emulated")
+    reason = emulator.why_not(folder)
+    if reason is not None:
+        pytest.skip(reason)
+    before = cuda._loaded, cuda._guard, cuda._stream
+    runs.emulate(emulator.build(folder))
+    yield
+    cuda._loaded, cuda._guard, cuda._stream = before
+
+
+class TorchAsCub:
+    """A rival of the same interface; ``error`` is added to what it takes."""
+
+    def __init__(self, error: float = 0.0) -> None:
+        self.error = error
+
+    def run(self, gradient: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        indices = residual.add_(gradient).abs().topk(k).indices
+        values = residual[indices] + self.error
+        residual[indices] = 0.0
+        return values, indices.int()
+
+
+def two_calls(call: kernels_cuda_tools.Turn, between: kernels_cuda_tools.Turn, repeats: int) -> float:
+    """In place of the device's clock."""
+    for turn in range(2):
+        between(turn)
+        call(turn)
+    return 0.5
+
+
+def test_every_cuda_case(emulated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_cuda_tools, "ROTATE_BYTES", 1)
+    monkeypatch.setattr(kernels_cuda_tools, "_PARAMETERS", (30_000, 256))
+    monkeypatch.setattr(kernels_cuda, "MERGED", (250,))
+    gradients = [torch.randn(3000) for _ in range(3)]
+    monkeypatch.setattr(
+        kernels_cuda, "train", lambda density, device: RealRun(gradients, 119, 120, "real text")
+    )
+    table = Records("cuda", 0, tmp_path / "kernels.json")
+    bench = kernels_cuda.Bench(table, cub=TorchAsCub(), timer=two_calls, device="cpu", repeats=2)  # type: ignore[arg-type]
+    kernels_cuda.measure(bench, [80_000], [0.001])
+    records = json.loads((tmp_path / "kernels.json").read_text())
+    assert records == table.records
+    assert all(list(record) == ISSUE_KEYS for record in records)
+    assert {record["device"] for record in records} == {"cuda"}
+    seen = {(r["kernel"], r["data"], r["metric"], r["baseline"]) for r in records}
+    assert len(seen) == len(records) - 1  # the hit rate of the training run and of its gradients tiled
+    assert {name for *_, name in seen} == {None, *BASELINES} - {"numpy"}
+    for kernel in ("select_topk", "select_threshold", "select_indices", "write_back"):
+        for metric, baseline in (("time", "r+=g"), ("time", "memcpy"), ("bandwidth", "memcpy")):
+            assert (kernel, "gaussian", metric, baseline) in seen
+    for kernel in ("scatter_add", "random_indices", "merge_topk"):
+        assert (kernel, "gaussian", "time", "torch") in seen
+    for metric, baseline in (("time", "torch"), ("time_against_topk", "torch"), ("time", "cub")):
+        assert ("select_topk", "gaussian", metric, baseline) in seen
+    hooks = ("segments", "segments, velocity", "segments, bfloat16", "segment inactive")
+    for data in ("heavy", "real text", "missed", *(f"gaussian, {name}" for name in hooks)):
+        assert ("select_topk", data, "time", "r+=g") in seen
+        assert ("select_topk", data, "misses", None) in seen
+    value = {
+        (r["data"], r["metric"], r["numel"]): r["value"] for r in records if r["kernel"] == "select_topk"
+    }
+    assert value["missed", "misses", 80_000] == 2 and value["gaussian", "misses", 80_000] == 0
+    assert value["real text", "hit_rate", 3000] == 119 / 120
+
+
+def test_a_wrong_rival_or_kernel_stops_the_benchmark(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient = torch.randn(4000)
+    kernels_cuda_checks.cub(TorchAsCub(), gradient, 40)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="CUB differs"):
+        kernels_cuda_checks.cub(TorchAsCub(1e-6), gradient, 40)  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda, "scatter_add", lambda *arguments: None)
+    with pytest.raises(AssertionError, match="scatter_add differs"):
+        kernels_cuda_checks.writes(
+            torch.zeros(100), torch.ones(3), torch.tensor([1, 5, 7], dtype=torch.int32)
+        )
+
+
+def test_segments_fill_the_bucket() -> None:
+    for numel in (1, 589_824, 589_825, 6_553_600):
+        offsets = kernels_cuda_tools.segments_of(numel, "cpu")
+        assert offsets[0] == 0 and offsets[-1] == numel and bool((offsets.diff() > 0).all())
+
+
+def test_targets_from_made_up_records() -> None:
+    table = Records("cuda", 0)
+    large = {"kernel": "select_topk", "data": "gaussian", "numel": 100_000_000, "density": 0.001}
+    table.bandwidth(large, 0.5, 0.3)
+    table.time(large, 0.5, {"torch": 1.5}, metric="time_against_topk")
+    table.time({**large, "data": "gaussian, segments", "numel": 6_553_600}, 0.07, {"memcpy": 0.05})
+    table.add({**large, "data": "real text", "metric": "hit_rate", "unit": "1"}, 0.995)
+    measured = {name.split(",")[0]: told["measured"] for name, told in targets(table.records).items()}
+    assert measured == {
+        "fraction of a copy's bandwidth": 0.9,
+        "times faster than torch.topk alone": 3.0,
+        "times faster than CUB and its passes": None,
+        "microseconds for a bucket of 25 MB as hooks pass it (segments)": 70.0,
+        "microseconds for a bucket of 25 MB without segments": None,
+        "lowest hit rate of the guess on real gradients": 0.995,
+    }
