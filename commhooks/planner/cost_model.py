@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk")
 DOUBLING_BYTES = 32768
-"""Up to here the all-reduce of a power of two of ranks counts as doubling (gloo: transports/doubling.py), beyond as a ring."""
+"""Up to here collectives of a power of two of ranks count as doubling (gloo: transports/doubling.py), beyond as a ring."""
 _HEADER_BYTES = 16
 _PAIR_BYTES = 8
 _VALUE_BYTES = 4
@@ -99,6 +99,8 @@ def exchange_terms(
         }
     message = _PAIR_BYTES * k + _HEADER_BYTES
     if scheme == "topk":
+        if not folds and message <= DOUBLING_BYTES:
+            return {"message_s": float(rounds), "byte_s": float((world_size - 1) * message)}
         return {"ring_step_s": float(world_size - 1), "byte_s": float((world_size - 1) * message)}
     bits = (k + 7) // 8
     down = rounds if scheme == "gtopk-tree" else 0  # messages that bring the result back

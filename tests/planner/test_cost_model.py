@@ -67,7 +67,7 @@ BY_HAND = {
     ("dense", 6): {"ring_step_s": 10, "byte_s": 10 * 40_000 / 6, "reduce_s": 5 * 10_000 / 6},
     ("randomk", 4): {"message_s": 2, "byte_s": 808, "reduce_s": 202},
     ("randomk", 6): {"ring_step_s": 10, "byte_s": 10 * 404 / 6, "reduce_s": 5 * 101 / 6},
-    ("topk", 4): {"ring_step_s": 3, "byte_s": 2448},
+    ("topk", 4): {"message_s": 2, "byte_s": 2448},
     ("topk", 6): {"ring_step_s": 5, "byte_s": 4080},
     # 6 ranks: fold in, two rounds of doubling (or up the tree), fold out.
     ("gtopk", 4): {"message_s": 2, "byte_s": 1632, "merge_s": 400},
@@ -91,6 +91,13 @@ def test_terms_counted_by_hand(scheme, world_size):
     assert step_terms(scheme, 9999, 100, world_size) == pytest.approx(step)
     crowded = {name: 3 * factor if name in ON_CORES else factor for name, factor in step.items()}
     assert step_terms(scheme, 9999, 100, world_size, crowding=3.0) == pytest.approx(crowded)
+
+
+def test_small_all_gathers_of_a_power_of_two_go_by_doubling():
+    k = (DOUBLING_BYTES - 16) // 8
+    assert exchange_terms("topk", 10**6, k, 8) == {"message_s": 3, "byte_s": 7 * 32768}
+    assert exchange_terms("topk", 10**6, k + 1, 8) == {"ring_step_s": 7, "byte_s": 7 * 32776}
+    assert exchange_terms("topk", 10**6, k, 6) == {"ring_step_s": 5, "byte_s": 5 * 32768}
 
 
 def test_small_all_reduces_of_a_power_of_two_go_by_doubling():
