@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ SMALL_K = 64
 _BUCKET_NUMEL = 6_553_600  # 25 MB, DDP's default
 _LEAST_NUMEL = 1 << 16
 _BUCKETS = 3  # gradients and residuals of so many are more than caches hold, as in a step
-_REPEATS = 4
+_REPEATS = 5
 _SMALL_REPEATS = 10
 _DENSITY = 0.001
 
@@ -47,13 +48,13 @@ def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, fl
     buckets = [Fused(gradient.clone(), torch.zeros_like(gradient)) for _ in range(count)]
 
     def turns(work: Callable[[Fused], object]) -> float:
-        """Least seconds of ``work`` on all buckets, per element."""
+        """Median seconds of ``work`` on all buckets, per element: whoever uses the machine delays a step's passes too."""
         times = []
         for _ in range(_REPEATS):
             for bucket in buckets:
                 bucket.grad.copy_(gradient)  # as backward does: it also takes the caches
             times.append(least_s(lambda: [work(b) for b in buckets], 1, device))
-        return min(times) / (count * size)
+        return median(times) / (count * size)
 
     select = turns(lambda b: ops.select_topk(b, k))
     gather = turns(lambda b: ops.select_indices(b, indices))
@@ -97,7 +98,7 @@ def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> f
 
 
 def least_s(work: Callable[[], object], repeats: int, device: torch.device | None = None) -> float:
-    """Least seconds of ``repeats`` calls: what others do on the machine only ever adds."""
+    """Least seconds of ``repeats`` calls, for what is so short that a single delay by others would be most of it."""
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()

@@ -27,7 +27,8 @@ def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str
     """Costs of this job, the same on all ranks (each the slowest rank's). A collective call.
 
     All ranks measure at the same time, so cores and links that they share count as shared: use the result with
-    ``crowding=1``. Of repeated measurements the least counts, so a machine that others use looks idle.
+    ``crowding=1``. Of the network's measurements the least counts, of the passes over memory the median: on a busy machine
+    compression is rather promised too little than too much.
 
     Args:
         transport: open, over the ranks in question.
