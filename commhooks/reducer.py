@@ -22,7 +22,7 @@ from .scheme import check_scheme
 from .selectors import Selector
 from .slots import Slot
 from .sparse import SparseGrad
-from .staging import to_transport
+from .staging import pairs_to_device, to_device, to_transport
 from .telemetry import DeltaMeter, StepFigures
 from .transports import DEFAULT_TIMEOUT_S
 from .write_back import write_dense, write_sparse
@@ -246,7 +246,7 @@ class Reducer:
             return
         with figures.phase("write_back"):
             if out.refused is not None:
-                memory.restore(slot, out.refused.to(bucket.buffer.device))
+                memory.restore(slot, pairs_to_device(out.refused, bucket.buffer.device))
             if self._measures_delta:
                 self._delta.add(transport, slot.residual, out, k, context.tag)
             factor = self._factor(scale)
@@ -257,7 +257,7 @@ class Reducer:
     def _keep_until_known(
         self, slot: Slot, out: Aggregated, rounding: SparseGrad | None, masks: bool
     ) -> None:
-        memory, contributed = self.memory, out.contributed.to(slot.residual.device)
+        memory, contributed = self.memory, pairs_to_device(out.contributed, slot.residual.device)
 
         def commit() -> None:
             if masks:
@@ -275,7 +275,7 @@ class Reducer:
             active = slot.active(bucket.buffer)
             sent = slot.residual if active is None else slot.residual * active
         with figures.phase("exchange"), figures.traffic(transport.counters):
-            total, thrown_away = summed(transport, sent.to(transport.device_type), bad > 0, context)
+            total, thrown_away = summed(transport, sent, bad > 0, context)
         if thrown_away:
             memory.undo(slot, bucket.buffer, scale=inverse)
             self._throw_away(bucket, bad)
@@ -283,7 +283,7 @@ class Reducer:
         with figures.phase("write_back"):
             factor = self._factor(scale)
             share = factor * transport.world_size
-            rounding = write_dense(bucket.buffer, total.to(slot.residual.device), factor, share)
+            rounding = write_dense(bucket.buffer, to_device(total, slot.residual.device), factor, share)
 
         def commit() -> None:  # until then the residual still holds all that was sent
             kept = slot.residual.new_zeros(()) if active is None else slot.residual * ~active

@@ -1,4 +1,9 @@
-"""The device of the gradients beside the device a transport can send from: copies and streams."""
+"""The device of the gradients beside the device a transport can send from: copies both ways, and streams.
+
+Where they differ, what is sent leaves a GPU into page-locked memory and what comes back enters it from there: both copies
+are queued on the current stream, by the GPU's copy engine. The memory is torch's to keep: its caching host allocator holds
+page-locked blocks between steps, by size, and gives none out again before the copies queued on it are done.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +22,62 @@ _of_thread = threading.local()
 
 
 def to_transport(pairs: SparseGrad, transport: Transport) -> SparseGrad:
-    """``pairs`` where ``transport`` can send them; from a GPU through pinned memory, by this stream."""
+    """``pairs`` where ``transport`` can send them; from a GPU complete when this returns."""
     device = pairs.values.device
-    if device.type == transport.device_type:
-        return pairs
-    if device.type != "cuda":
-        return pairs.to(torch.device(transport.device_type))
-    staged = SparseGrad(_pinned(pairs.values), _pinned(pairs.indices), pairs.numel)
-    torch.cuda.current_stream(device).synchronize()
+    if not _crosses(device, transport.device_type):
+        return (
+            pairs if device.type == transport.device_type else pairs.to(torch.device(transport.device_type))
+        )
+    staged = SparseGrad(_to_host(pairs.values), _to_host(pairs.indices), pairs.numel)
+    _wait_for_copies(device)
     return staged
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+def send_buffer(values: Tensor, extra: int, transport: Transport) -> Tensor:
+    """A new tensor ``(n + extra,)`` that ``transport`` can send: ``values`` (n,), then places for the caller to fill."""
+    if _crosses(values.device, transport.device_type):
+        buffer = _to_host(values, extra)
+        _wait_for_copies(values.device)
+        return buffer
+    here = values.device.type == transport.device_type
+    device = values.device if here else torch.device(transport.device_type)
+    buffer = torch.empty(values.numel() + extra, dtype=values.dtype, device=device)
+    buffer[: values.numel()] = values
+    return buffer
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, itself when it is there; on a GPU complete for what this stream does next."""
+    if not _crosses(device, tensor.device.type):
+        return tensor.to(device)
+    if not tensor.is_pinned():  # an aggregator's own result; what send_buffer made goes as it is
+        tensor = _page_locked(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
+
+
+def pairs_to_device(pairs: SparseGrad, device: torch.device) -> SparseGrad:
+    """``pairs`` on ``device``, as by :func:`to_device`."""
+    return SparseGrad(to_device(pairs.values, device), to_device(pairs.indices, device), pairs.numel)
+
+
+def _crosses(device: torch.device, other: str) -> bool:
+    """Whether there is a GPU on one side, ``device``, and the host on the other."""
+    return device.type == "cuda" and other == "cpu"
+
+
+def _to_host(tensor: Tensor, extra: int = 0) -> Tensor:
+    """A flat copy with ``extra`` places behind it; on its way until :func:`_wait_for_copies`."""
+    host = _page_locked(tensor.numel() + extra, tensor.dtype)
+    host[: tensor.numel()].copy_(tensor, non_blocking=True)
+    return host
+
+
+def _page_locked(numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(numel, dtype=dtype, pin_memory=True)
+
+
+def _wait_for_copies(device: torch.device) -> None:
+    torch.cuda.current_stream(device).synchronize()
 
 
 @contextmanager

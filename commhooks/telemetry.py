@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from .aggregators import Aggregated
 from .native import ops
+from .staging import send_buffer
 from .transports import Counters, Transport
 
 PHASES = ("select", "exchange", "write_back")
@@ -70,7 +71,7 @@ class DeltaMeter:
     def add(self, transport: Transport, residual: Tensor, out: Aggregated, k: int, tag: int) -> None:
         """Adds one bucket, after what was refused is back in ``residual`` (n,), which is only read."""
         counters = Counters(**vars(transport.counters))
-        withheld = residual.to(transport.device_type, copy=True)
+        withheld = send_buffer(residual, 0, transport)
         transport.all_reduce(withheld, tag=tag, what="measuring delta")
         transport.counters = counters
         corrected = withheld.clone()

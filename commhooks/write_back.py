@@ -8,6 +8,7 @@ from torch import Tensor
 from .native import ops
 from .native.fused import PAD
 from .sparse import SparseGrad
+from .staging import to_device
 
 
 def write_sparse(
@@ -26,7 +27,7 @@ def write_sparse(
         What half precision kept from the model, in the memory's units, to be restored on every rank; None for
         float32.
     """
-    values, indices = values.to(buffer.device), indices.to(buffer.device)
+    values, indices = to_device(values, buffer.device), to_device(indices, buffer.device)
     if buffer.dtype == torch.float32:
         ops.write_back(buffer, values, indices, factor)
         return None

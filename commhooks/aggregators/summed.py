@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..errors import SettingsMismatchError
+from ..staging import send_buffer
 from ..transports import Transport
 from .base import Context
 
@@ -17,12 +17,13 @@ _STAMPS = 4093  # a prime; sums of up to 4096 such numbers are exact in float32
 def summed(transport: Transport, values: Tensor, nonfinite: bool, context: Context) -> tuple[Tensor, bool]:
     """The sum over ranks of ``values`` (n,) float32, and whether any rank voted non-finite.
 
+    ``values`` may be on another device than the transport; the sum is on the transport's.
+
     Raises:
         SettingsMismatchError: the ranks summed different buckets or steps. Of more than two ranks that differ some may
             not see it; they get an error when the others are gone.
     """
-    buffer = torch.empty(values.numel() + 1, dtype=torch.float32, device=values.device)
-    buffer[:-1] = values
+    buffer = send_buffer(values, 1, transport)
     stamp = (context.step * 31 + context.bucket) % _STAMPS
     buffer[-1] = math.inf if nonfinite else float(stamp)
     transport.all_reduce(buffer, tag=context.tag, what=str(context))
