@@ -6,6 +6,7 @@ Each ``check_*`` takes the device of the tensors and compares ``commhooks.native
 
 from __future__ import annotations
 
+import kernel_cases
 import torch
 from torch import Tensor
 
@@ -159,6 +160,34 @@ def check_select_topk(
     expected = reference.select_topk(theirs, k)
     same_selection(ours, expected, mine, theirs, f"select_topk {what}")
     return int(ours.report[2])
+
+
+def check_select_with_nan(
+    device: str, numel: int, k: int, kind: str, *, velocity: bool, segments: int
+) -> None:
+    """NaN in the memory itself: a GPU gives them another payload, and so may take others of them; see kernel_cases."""
+    fused = kernel_cases.fused(kind, numel, numel + k, velocity=velocity, segments=segments)
+    mine, theirs = on_device(fused, device), on_device(fused, "cpu")
+    ours = Selected(*(part.cpu() for part in cuda.select_topk(mine, k, 1)))
+    kernel_cases.same_but_for_nan(ours, on_device(mine, "cpu"), reference.select_topk(theirs, k), theirs)
+
+
+def check_merge_with_nan(device: str, numel: int, size: int, k: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(size + k)
+    _, indices_a = kernel_cases.sparse(numel, size + 3, size, generator, whole=False)
+    _, indices_b = kernel_cases.sparse(numel, size, size, generator, whole=False)
+    a, b = (kernel_cases.values(kind, indices.numel(), generator) for indices in (indices_a, indices_b))
+    a[size:] = 0
+    inputs = (a, indices_a, b, indices_b)
+    ours = [part.cpu() for part in cuda.merge_topk(*(tensor.to(device) for tensor in inputs), k)]
+    expected = reference.merge_topk(*inputs, k)
+    kernel_cases.same_pairs_but_for_nan(ours[0], ours[1], expected.values, expected.indices)
+    for indices, survives in ((indices_a, ours[2]), (indices_b, ours[3])):
+        same_bits(
+            survives,
+            reference.contains(indices, ours[1]),
+            f"survivors of a merge with NaN, size {size}, k {k}",
+        )
 
 
 def check_select_threshold(

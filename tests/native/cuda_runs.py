@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import cuda_cases as cases  # noqa: E402
+import kernel_cases  # noqa: E402
 
 from commhooks.native import cuda  # noqa: E402
 from commhooks.native.fused import PAD  # noqa: E402
@@ -110,6 +111,18 @@ def random_and_merge(device: str, *, large: bool = False) -> None:
     for numel, sizes, pads, k in merges:
         for ties in (False, True):
             cases.check_merge_topk(device, numel, sizes, pads, k, ties)
+
+
+def nan_memory(device: str, sizes: tuple[int, ...]) -> None:
+    """NaN and infinities in residual, velocity and the values of a merge."""
+    for turn, numel in enumerate(sizes):
+        for kind in kernel_cases.POISONED:
+            for k in ks(numel):
+                velocity, segments = k % 2 == 1, 3 * (turn % 2)
+                cases.check_select_with_nan(device, numel, k, kind, velocity=velocity, segments=segments)
+            size = numel * 2 // 3
+            for k in sorted({1, size // 100, size // 3, 2 * size + 5}):
+                cases.check_merge_with_nan(device, numel, size, k, kind)
 
 
 def write(device: str) -> None:

@@ -22,10 +22,19 @@ KINDS = (
     "steps",
     "bad",
 )
+# Two more are not among KINDS: with NaN in the memory itself their payloads decide which of several NaN is taken, and
+# payloads are not the same everywhere. See same_but_for_nan.
+POISONED = ("poisoned", "mostly poisoned")
+
+_UNDEFINED = torch.tensor(
+    # NaN, quiet and signalling, of both signs, up to the largest magnitude that there is; infinities.
+    [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001, -0x400000, 0x7FFFFFFE, 0x7F800000, -0x800000],
+    dtype=torch.int32,
+)
 
 
 def values(kind: str, numel: int, generator: torch.Generator) -> Tensor:
-    """Float32 ``(numel,)`` of one of ``KINDS``."""
+    """Float32 ``(numel,)`` of one of ``KINDS`` or ``POISONED``."""
     gauss = torch.randn(numel, generator=generator)
     if kind == "heavy":
         return gauss * torch.exp(4 * torch.randn(numel, generator=generator))
@@ -47,6 +56,10 @@ def values(kind: str, numel: int, generator: torch.Generator) -> Tensor:
         return gauss * 1e-41
     if kind == "steps":
         return (gauss * 3).round()
+    if kind in POISONED:
+        where = torch.rand(numel, generator=generator) < (0.01 if kind == "poisoned" else 0.6)
+        which = torch.randint(0, _UNDEFINED.numel(), (numel,), generator=generator)
+        return torch.where(where, _UNDEFINED[which], gauss.view(torch.int32)).view(torch.float32)
     if kind == "bad":
         for place, bad in ((3, float("nan")), (5, float("inf")), (7, float("-inf"))):
             gauss[numel // place :: 997] = bad
@@ -72,19 +85,24 @@ def fused(
     segments: int = 0,
     misaligned: bool = False,
 ) -> Fused:
-    """Operands of the given kind; with ``segments`` some of them have an all-zero gradient."""
+    """Operands of the given kind; with ``segments`` some of them have an all-zero gradient.
+
+    A poisoned kind has NaN and infinities in gradient, residual and velocity.
+    """
     generator = torch.Generator().manual_seed(seed)
     grad = values(kind, numel, generator).to(dtype)
     residual = (
         values("zero" if kind in ("zero", "sparse", "equal", "steps") else "gaussian", numel, generator) * 0.3
     )
+    if kind in POISONED:
+        residual = values(kind, numel, generator)
     offsets = None
     if segments:
         cuts = torch.randint(0, numel + 1, (segments - 1,), generator=generator).sort().values
         offsets = torch.cat((torch.tensor([0]), cuts, torch.tensor([numel])))
         for i in range(0, segments, 3):
             grad[offsets[i] : offsets[i + 1]] = -0.0
-    speed = values("gaussian", numel, generator) if velocity else None
+    speed = values(kind if kind in POISONED else "gaussian", numel, generator) if velocity else None
     if misaligned:
         grad, residual = unaligned(grad), unaligned(residual)
         speed = None if speed is None else unaligned(speed)
@@ -134,6 +152,36 @@ def same_selection(got: Selected, got_fused: Fused, want: Selected, want_fused: 
     same_bits("residual", got_fused.residual, want_fused.residual)
     if got_fused.velocity is not None and want_fused.velocity is not None:
         same_bits("velocity", got_fused.velocity, want_fused.velocity)
+
+
+def same_but_for_nan(got: Selected, got_fused: Fused, want: Selected, want_fused: Fused) -> None:
+    """Asserts what holds whatever the payloads: as many NaN as the reference takes, and else just what it takes."""
+    same_bits("report", got.report[:2], want.report[:2])
+    same_pairs_but_for_nan(got.values, got.indices, want.values, want.indices)
+    nan = got_fused.residual.isnan() | want_fused.residual.isnan()
+    for one, one_fused in ((got, got_fused), (want, want_fused)):
+        taken = one.indices[one.values.isnan()].long()
+        assert not one_fused.residual[taken].any()  # taken out
+        nan[taken] = True
+    same_bits("residual", got_fused.residual[~nan], want_fused.residual[~nan])
+    assert int(got_fused.residual.isnan().sum()) == int(want_fused.residual.isnan().sum())
+    if got_fused.velocity is not None and want_fused.velocity is not None:
+        same_bits("velocity", got_fused.velocity, want_fused.velocity)
+
+
+def same_pairs_but_for_nan(
+    values: Tensor, indices: Tensor, want_values: Tensor, want_indices: Tensor
+) -> None:
+    """Asserts as many pairs, ascending and unique, as many NaN among them, and else the same pairs."""
+    assert indices.shape == want_indices.shape and values.shape == want_values.shape
+    used = indices[indices != PAD]
+    assert used.numel() == int((want_indices != PAD).sum())
+    assert bool((indices[used.numel() :] == PAD).all()) and not values[used.numel() :].any()
+    assert bool((used[1:] > used[:-1]).all()) and (not used.numel() or int(used[0]) >= 0)
+    nan, want_nan = values.isnan(), want_values.isnan()
+    assert int(nan.sum()) == int(want_nan.sum())
+    same_bits("indices", indices[~nan], want_indices[~want_nan])
+    same_bits("values", values[~nan], want_values[~want_nan])
 
 
 def sparse(

@@ -47,6 +47,10 @@ def test_lists() -> None:
     runs.write("cuda")
 
 
+def test_nan_in_the_memory() -> None:
+    runs.nan_memory("cuda", (1, 63, 1009, 20_011, 1_000_003))
+
+
 def test_large_buckets_and_guesses() -> None:
     """The sizes that training uses; the guess holds on data that is not degenerate."""
     misses = 0

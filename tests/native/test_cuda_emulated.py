@@ -81,6 +81,11 @@ def test_lists(misses_wanted: bool) -> None:
     runs.write("cpu")
 
 
+def test_nan_in_the_memory(misses_wanted: bool) -> None:
+    """With the NaN of this machine, whose payloads are not those of a GPU."""
+    runs.nan_memory("cpu", (1, 63, 1009, 20_011))
+
+
 def test_bad_arguments(misses_wanted: bool) -> None:
     """Told before anything is touched, with a text."""
     fused = cases.make_fused("gaussian", 100, torch.float32, 1)

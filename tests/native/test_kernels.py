@@ -198,6 +198,44 @@ def test_merge_topk_on_several_threads_and_when_the_sample_misleads() -> None:
             cases.same_bits(f"misleading {factor} {k}", x, y)
 
 
+@pytest.mark.parametrize("kind", cases.POISONED)
+def test_select_from_a_memory_with_nan(kind: str) -> None:
+    for i, numel in enumerate((1, 63, 1009, 4097, 20_011, 200_003)):
+        for k in ks(numel):
+            fused = cases.fused(kind, numel, numel + k, velocity=k % 2 == 1, segments=3 * (i % 2))
+            got_fused, want_fused = cases.copy(fused), cases.copy(fused)
+            got = ops.select_topk(got_fused, k, threads=2)
+            want = reference.select_topk(want_fused, k)
+            cases.same_but_for_nan(got, got_fused, want, want_fused)
+            assert ops.sample_threshold(fused, k) >= 0.0
+            # No order among magnitudes is asked for here.
+            got_fused, want_fused = cases.copy(fused), cases.copy(fused)
+            got = ops.select_threshold(got_fused, 1.0, k, start=numel // 2, threads=2)
+            want = reference.select_threshold(want_fused, 1.0, k, numel // 2)
+            cases.same_selection(got, got_fused, want, want_fused)
+            got_fused, want_fused = cases.copy(fused), cases.copy(fused)
+            got = ops.select_indices(got_fused, want.indices, threads=2)
+            cases.same_selection(
+                got, got_fused, reference.select_indices(want_fused, want.indices), want_fused
+            )
+
+
+@pytest.mark.parametrize("kind", cases.POISONED)
+def test_merge_values_with_nan(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size, numel in ((1, 5), (100, 150), (5000, 20_003), (60_000, 100_000)):
+        _, indices_a = cases.sparse(numel, size + 3, size, generator, whole=False)
+        _, indices_b = cases.sparse(numel, size, size, generator, whole=False)
+        a, b = cases.values(kind, size + 3, generator), cases.values(kind, size, generator)
+        a[size:] = 0
+        for k in (1, size // 100, size // 3, size, 2 * size + 5):
+            got = ops.merge_topk(a, indices_a, b, indices_b, k, threads=2)
+            want = reference.merge_topk(a, indices_a, b, indices_b, k)
+            cases.same_pairs_but_for_nan(got.values, got.indices, want.values, want.indices)
+            for indices, survives in ((indices_a, got.survives_a), (indices_b, got.survives_b)):
+                assert torch.equal(survives, reference.contains(indices, got.indices))
+
+
 def test_contains() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((0, 0), (0, 5), (1, 1), (100, 90), (257, 1), (5000, 5000), (333, 20_000))
