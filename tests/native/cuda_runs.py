@@ -171,6 +171,7 @@ def everything(device: str) -> int:
     for numel, k in ((100, 10), (200_000, 2000), (3_000_000, 3000)):
         cases.check_sample_threshold(device, numel, k)
     random_and_merge(device, large=True)
+    nan_memory(device, (1, 63, 1009, 20_011, 1_000_003))
     write(device)
     return misses
 
