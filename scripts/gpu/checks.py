@@ -101,7 +101,7 @@ def native_tests(report: Report) -> str:
 
 
 def ddp(report: Report) -> str:
-    return run(report, [sys.executable, "scripts/gpu/ddp_check.py"], 60).strip()
+    return run(report, [sys.executable, "scripts/gpu/ddp_check.py"], 90).strip()
 
 
 def only_ours(report: Report, sanitizer: str) -> list[str]:
