@@ -45,7 +45,9 @@ def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str
     message_s = byte_s = ring_step_s = reduce_s = 0.0
     if transport.world_size > 1:
         message_s, byte_s = _link(transport)
-        ring_step_s, reduce_s, byte_s = _all_reduce(transport, byte_s)
+        # The largest model's size: all ranks must do the same number of all-reduces.
+        largest_bytes = min(_LARGEST_BYTES, 4 * int(slowest(transport, [float(numel)])[0]))
+        ring_step_s, reduce_s, byte_s = _all_reduce(transport, byte_s, largest_bytes)
     select_s, gather_s, write_s, merge_s = kernel_costs(numel, device, transport.rank)
     bucket_s, dense_bucket_s = _constants(transport, device)
     mine = [message_s, byte_s, ring_step_s, reduce_s, merge_s, select_s, gather_s, write_s]
@@ -97,8 +99,10 @@ def _shift_s(transport: Transport, size: int, repeats: int) -> float:
     return least_s(shift, repeats)
 
 
-def _all_reduce(transport: Transport, byte_s: float) -> tuple[float, float, float]:
+def _all_reduce(transport: Transport, byte_s: float, largest_bytes: int) -> tuple[float, float, float]:
     """``(seconds per step of a collective, seconds per element added, seconds per byte)``.
+
+    A small model's all-reduce is not grown further: what fits into caches is faster, byte by byte.
 
     The last is ``byte_s``, or less where the all-reduce itself was faster than that: then the link is.
     """
@@ -108,7 +112,7 @@ def _all_reduce(transport: Transport, byte_s: float) -> tuple[float, float, floa
     numel, seconds = _LARGEST_BYTES // 4 // _GROWTH**4, small_s
     while True:
         seconds = slowest(transport, [_all_reduce_s(transport, numel, _repeats(seconds))])[0]
-        if seconds > _LONG_S or _GROWTH * 4 * numel > _LARGEST_BYTES:
+        if seconds > _LONG_S or _GROWTH * 4 * numel > largest_bytes:
             break
         numel *= _GROWTH
     element_s = max(0.0, (seconds - small_s) / (numel - _RING_NUMEL)) / share  # both ways, and the addition

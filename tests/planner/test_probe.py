@@ -39,13 +39,13 @@ class Clocked(Transport):
         self.largest = max(self.largest, buffer.nbytes)
 
 
-def probed(monkeypatch, transport):
+def probed(monkeypatch, transport, numel=10**7):
     monkeypatch.setattr(device_module, "time", transport)
     monkeypatch.setattr(probe_module, "kernel_costs", lambda *arguments: (0.0, 0.0, 0.0, 0.0))
     monkeypatch.setattr(
         probe_module, "small_bucket_s", lambda transport, device, dense: 0.5 if dense else 2.0
     )
-    return probe(transport)
+    return probe(transport, numel)
 
 
 @pytest.mark.parametrize("world_size", (2, 4, 5))
@@ -72,9 +72,15 @@ def test_an_all_reduce_faster_than_the_link_tells_of_a_faster_link(monkeypatch):
 
 
 def test_the_all_reduce_grows_to_a_bucket_unless_it_takes_long(monkeypatch):
-    for byte_s, largest, seconds in ((1e-10, 25 << 20, 0.5), (8e-9, 7_000_000, 2.0), (8e-8, 500_000, 2.0)):
+    for byte_s, numel, largest, seconds in (
+        (1e-10, 10**7, 25 << 20, 0.5),
+        (8e-9, 10**7, 7_000_000, 2.0),
+        (8e-8, 10**7, 500_000, 2.0),
+        (1e-10, 10**5, 410_000, 0.5),  # or to all of a small model
+        (1e-10, 10, 110_000, 0.5),
+    ):
         transport = Clocked(replace(TRUE, byte_s=byte_s))
-        probed(monkeypatch, transport)
+        probed(monkeypatch, transport, numel)
         assert largest / 5 < transport.largest <= largest
         assert transport.now < seconds
 
