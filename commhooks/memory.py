@@ -198,7 +198,7 @@ class NoMemory(Memory):
     """No error feedback: what is not sent is lost, against the conservation law. For comparisons."""
 
     def __init__(self) -> None:
-        self.table = SlotTable(with_velocity=False)
+        self.table = SlotTable(with_velocity=False, with_residual=False)
 
     def describe(self) -> str:
         return "NoMemory()"

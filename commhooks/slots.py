@@ -49,8 +49,8 @@ class Slot:
 class SlotTable:
     """All slots of a memory, each parameter's place in them, and what was loaded but not yet claimed."""
 
-    def __init__(self, with_velocity: bool) -> None:
-        self.with_velocity = with_velocity
+    def __init__(self, with_velocity: bool, with_residual: bool = True) -> None:
+        self.with_velocity, self.with_residual = with_velocity, with_residual
         self.names: dict[Hashable, str] = {}
         self.last_lr: dict[Hashable, float] = {}
         self._slots: dict[int, Slot] = {}
@@ -163,6 +163,11 @@ class SlotTable:
         self._loaded = {
             kind: {n: t.clone() for n, t in state[kind].items()} for kind in ("residual", "velocity")
         }
+        if not self.with_residual:
+            held = sum(1 for residual in self._loaded["residual"].values() if bool(residual.any()))
+            if held:
+                logger.warning("the loaded residuals of %d parameters are dropped: this state has no memory", held)
+            self._loaded["residual"].clear()
         if self._loaded["velocity"] and not self.with_velocity:
             logger.warning("the loaded velocities are dropped: this memory has no momentum")
             self._loaded["velocity"].clear()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import ALL_SCHEMES, BUCKETS, NAMES, integers, memory_of, reducer, step
 
-from commhooks import Bucket, ErrorFeedback, GTopK, Reducer, TopK
+from commhooks import Bucket, Dense, ErrorFeedback, GTopK, Reducer, TopK
 from commhooks.redistribute import redistributed
 from commhooks.transports import in_process
 
@@ -175,6 +175,22 @@ def test_loaded_velocities_without_momentum_are_dropped_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         assert in_process.run(1, work) == [{}]
     assert "velocities are dropped" in caplog.text
+
+
+def test_loaded_residuals_without_a_memory_are_dropped_with_a_warning(caplog):
+    """As when a job resumes on a faster network and ``auto`` does not compress there."""
+
+    def work(transport, residual):
+        red = Reducer(None, Dense(transport))
+        saved = {"rank": 0, "world_size": 1, "step": 1, "residual": {"p0": residual}, "velocity": {}}
+        red.load_state_dict(saved)
+        return red.state_dict()["residual"]
+
+    with caplog.at_level(logging.WARNING):
+        assert in_process.run(1, lambda t: work(t, torch.zeros(4))) == [{}]
+        assert not caplog.records
+        assert in_process.run(1, lambda t: work(t, torch.ones(4))) == [{}]
+    assert "residuals of 1 parameters are dropped" in caplog.text
 
 
 def test_loading_forgets_a_step_that_was_broken_off():
