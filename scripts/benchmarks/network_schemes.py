@@ -85,7 +85,9 @@ def _state(scheme: str, module: torch.nn.Module, density: float, memory: Any) ->
     if scheme == AUTO:
         return SparseState.auto(module)
     if scheme == PLAIN:
-        return SparseState(None, Dense(), None)
+        state = SparseState(None, Dense(), None)
+        state.plan = PLAIN  # the hook takes DDP's own way only where a planner said so
+        return state
     return make_state(scheme, density, memory)
 
 
