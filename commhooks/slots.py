@@ -166,7 +166,9 @@ class SlotTable:
         if not self.with_residual:
             held = sum(1 for residual in self._loaded["residual"].values() if bool(residual.any()))
             if held:
-                logger.warning("the loaded residuals of %d parameters are dropped: this state has no memory", held)
+                logger.warning(
+                    "the loaded residuals of %d parameters are dropped: this state has no memory", held
+                )
             self._loaded["residual"].clear()
         if self._loaded["velocity"] and not self.with_velocity:
             logger.warning("the loaded velocities are dropped: this memory has no momentum")
