@@ -66,7 +66,7 @@ def topk(
             known: by numpy's and DLPack's flags, the CUDA array interface's, and for all arrays of JAX and TensorFlow.
 
     Example:
-        >>> residual = numpy.zeroslike(grad)
+        >>> residual = numpy.zeros_like(grad)
         >>> values, indices = commhooks.topk(grad, 100, residual=residual)
     """
     with stream_of(grad):

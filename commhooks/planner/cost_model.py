@@ -1,4 +1,4 @@
-"""Alpha-beta-gamma costs of one bucket's exchange, per scheme (formulas: docs/cost-model.md). Pure Python, no torch.
+"""Alpha-beta-gamma costs of one bucket's exchange, per scheme (formulas: docs/cost-model.md), in pure Python.
 
 Every cost is linear in the parameters of :class:`Costs`: the functions named ``*_terms`` give the factors, so that the
 same formulas predict (factors times costs) and are fitted (least squares over measured times).
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from ..transports.doubling import DOUBLING_BYTES
+
 SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk")
-DOUBLING_BYTES = 32768
-"""Up to here collectives of a power of two of ranks count as doubling (gloo: transports/doubling.py), beyond as a ring."""
 _HEADER_BYTES = 16
 _PAIR_BYTES = 8
 _VALUE_BYTES = 4
@@ -80,6 +80,7 @@ def exchange_terms(
         ValueError: an unknown scheme or a number out of range.
     """
     _check(scheme, numel, k, crowding)
+    # Collectives of a power of two of ranks count as doubling up to DOUBLING_BYTES, as over gloo, beyond as a ring.
     rounds, folds = core_rounds(world_size)
     if world_size == 1:
         return {}

@@ -9,7 +9,8 @@ import torch
 
 from ..aggregators.base import HEADER_WORDS
 from ..transports import Transport
-from .cost_model import DOUBLING_BYTES, Costs
+from ..transports.doubling import DOUBLING_BYTES
+from .cost_model import Costs
 from .device import SMALL_K, SMALL_NUMEL, kernel_costs, least_s, small_bucket_s
 
 _TAG = 32000

@@ -18,9 +18,6 @@ from .roll_call import RollCall
 
 _POLL_S = 1e-4
 _ROTATION_RANKS = 3  # with so few gloo's own all-gather takes 1.5 (2 ranks) and 1.2 times as long
-_DOUBLING_BYTES = (
-    32768  # up to here a ring's many rounds weigh more than sending the whole buffer in each of few
-)
 _LONG_WAIT_S = 1.0
 """A rank that waits this long in a collective (or a quarter of the timeout, if that is less) tells the others."""
 
@@ -116,7 +113,7 @@ class DistributedTransport(Transport):
 
     def _doubles(self, buffer: Tensor) -> bool:
         power_of_two = self.world_size & (self.world_size - 1) == 0
-        return self.backend == "gloo" and power_of_two and 0 < nbytes(buffer) <= _DOUBLING_BYTES
+        return self.backend == "gloo" and power_of_two and 0 < nbytes(buffer) <= doubling.DOUBLING_BYTES
 
     def _collective(self, start: Callable[[], Any], what: str, operation: str) -> None:
         """Starts and finishes a collective; an error under gloo names the ranks that did not come to it.

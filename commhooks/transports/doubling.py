@@ -14,6 +14,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .base import Transport
 
+DOUBLING_BYTES = 32768
+"""Up to here a ring's many rounds weigh more than sending the whole buffer in each of few."""
+
 
 def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
     """``receive[r] = send of rank r``; as many bytes as a ring."""

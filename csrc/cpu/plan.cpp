@@ -9,10 +9,6 @@ namespace {
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;
-// A thread's elements are cut into so many shares, of at least so many elements: what a thread whose core is taken by
-// something else does not get to, the others do.
-constexpr int64_t kSharesPerThread = 8;
-constexpr int64_t kElementsPerShare = 1 << 18;
 
 }  // namespace
 
@@ -57,8 +53,7 @@ void Plan::find_active(const commhooks_fused &fused) {
 }
 
 void Plan::share_out() {
-  const int64_t each = std::clamp<int64_t>(numel / threads / kElementsPerShare, 1, kSharesPerThread);
-  const int64_t count = threads == 1 ? 1 : threads * each;
+  const int64_t count = share_count(numel, threads);
   shares.resize(static_cast<size_t>(count));
   size_t range = 0;
   int64_t from = active.empty() ? 0 : active[0].begin;

@@ -34,6 +34,9 @@ class Plan {
   int64_t numel = 0;                        // active elements
   int threads = 1;                          // as many as are worth it
 
+  // Appender::dense for a selection of k.
+  int32_t dense(int64_t k) const { return k > numel / 250 ? 1 : 0; }
+
   // Runs f(share, its number, thread) for all shares; those of one thread ascend.
   template <class F>
   void for_shares(F &&f) const {

@@ -21,6 +21,9 @@ namespace {
 // Long enough to bridge the gap between the phases of one call, short enough not to burn a core between calls.
 constexpr int kSpins = 2000;
 
+constexpr int64_t kSharesPerThread = 8;
+constexpr int64_t kElementsPerShare = 1 << 18;
+
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -166,6 +169,11 @@ Pool *shared_pool() {
 }
 
 }  // namespace
+
+int share_count(int64_t elements, int threads) {
+  if (threads == 1) return 1;
+  return threads * static_cast<int>(std::clamp<int64_t>(elements / threads / kElementsPerShare, 1, kSharesPerThread));
+}
 
 void run_tasks(int threads, int tasks, void (*task)(void *, int, int), void *context) {
   const KeepDenormals mode;

@@ -2,9 +2,15 @@
 #ifndef COMMHOOKS_CPU_POOL_H
 #define COMMHOOKS_CPU_POOL_H
 
+#include <stdint.h>
+
 #include <type_traits>
 
 namespace commhooks {
+
+// Into how many shares to cut `elements` for `threads` threads: more than one each, so that what a thread whose core is
+// taken by something else does not get to, the others do; none too short to be worth handing out.
+int share_count(int64_t elements, int threads);
 
 // Runs task(context, index, thread) for all indices in [0, tasks) and returns when all are done. `thread` is below
 // `threads`, and 0 is the caller; each takes the next index when it is free, so indices ascend for every thread, and one

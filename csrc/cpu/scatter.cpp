@@ -22,8 +22,6 @@ constexpr int64_t kBlockBytes = 16384;
 constexpr int64_t kStreamBytes = 4 << 20;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 18;
-// More parts than threads: a thread that is kept from its core leaves the rest to the others.
-constexpr int64_t kPartsPerThread = 8;
 
 struct Rows {
   const float *values;
@@ -164,11 +162,11 @@ extern "C" int32_t commhooks_cpu_write_back(void *out, int32_t dtype, int64_t nu
   try {
     const Rows sparse{values, indices, rows, k, scale};
     const bool stream = numel * element_bytes(dtype) >= kStreamBytes;
-    const int64_t used = std::clamp<int64_t>(numel / kElementsPerThread, 1, threads);
-    const int64_t tasks = used * std::clamp<int64_t>(numel / used / kElementsPerThread, 1, kPartsPerThread);
+    const int used = static_cast<int>(std::clamp<int64_t>(numel / kElementsPerThread, 1, threads));
+    const int tasks = share_count(numel, used);
     std::vector<BlockWriter> writers(static_cast<size_t>(tasks),
                                      BlockWriter(sparse, dtype, static_cast<char *>(out), stream));
-    parallel(static_cast<int>(used), static_cast<int>(tasks), [&](int t) {
+    parallel(used, tasks, [&](int t) {
       const int64_t begin = (numel * t / tasks) & ~int64_t{63};
       const int64_t end = t + 1 == tasks ? numel : (numel * (t + 1) / tasks) & ~int64_t{63};
       writers[static_cast<size_t>(t)].write(begin, end);

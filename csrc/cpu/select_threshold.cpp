@@ -19,7 +19,7 @@ class AboveThreshold {
     for (Appender &out : found_) {
       out = Appender{};
       out.floor = bits_of(threshold) & kMagnitudeBits;
-      out.dense = k > plan_.numel / 250 ? 1 : 0;
+      out.dense = plan_.dense(k);
     }
   }
 

@@ -87,7 +87,7 @@ class TopK {
     plan_.for_shares([&](const std::vector<Range> &share, size_t number, size_t thread) {
       Appender out = candidates_[thread];
       out.floor = floor;
-      out.dense = k_ > plan_.numel / 250 ? 1 : 0;
+      out.dense = plan_.dense(k_);
       const int64_t before = out.count;
       for (const Range &range : share) pass(range, out);
       lists_[number] = {out.values + before, out.indices + before, out.count - before, nullptr};

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from collectives import message_of_timeout, rows_and_sums
 from ranks import assert_same_bits
 
-from commhooks.errors import PeerTimeoutError
 from commhooks.transports import doubling, in_process
 
 
@@ -13,19 +13,10 @@ from commhooks.transports import doubling, in_process
 def test_rows_and_sums(world_size, numel):
     rows_of = [torch.randn(numel, generator=torch.Generator().manual_seed(r)) for r in range(world_size)]
 
-    def work(transport):
-        mine = rows_of[transport.rank].clone()
-        rows = torch.full((world_size, numel), float("nan"))
-        doubling.all_gather(transport, mine, rows, tag=0, what="gather")
-        doubling.all_reduce(transport, mine, tag=1, what="sum")
-        whole = torch.full((numel,), transport.rank + 1, dtype=torch.int64)
-        doubling.all_reduce(transport, whole, tag=2, what="sum of integers")
-        return rows, mine, whole
-
     sums = rows_of
     while len(sums) > 1:  # neighbours first, then their sums
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-    for rows, total, whole in in_process.run(world_size, work):
+    for rows, total, whole in in_process.run(world_size, lambda t: rows_and_sums(doubling, t, rows_of)):
         assert torch.equal(rows, torch.stack(rows_of))
         assert_same_bits(total, sums[0])
         assert whole.tolist() == [world_size * (world_size + 1) // 2] * numel
@@ -36,10 +27,7 @@ def test_the_missing_rank_and_the_distance_are_named(call):
     def work(transport):
         if transport.rank == 3:
             return None
-        buffers = (torch.ones(5), torch.empty(4, 5)) if call is doubling.all_gather else (torch.ones(5),)
-        with pytest.raises(PeerTimeoutError) as caught:
-            call(transport, *buffers, tag=0, what="bucket 3")
-        return str(caught.value)
+        return message_of_timeout(call, transport)
 
     messages = in_process.run(4, work, timeout_s=0.3)
     for rank, distance in ((2, 1), (1, 2)):  # they wait for rank 3 itself

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from collectives import message_of_timeout, rows_and_sums
 from ranks import assert_same_bits
 
-from commhooks.errors import PeerTimeoutError
 from commhooks.transports import in_process, rotation
 
 
@@ -14,19 +14,10 @@ def test_rows_and_sums(world_size, numel):
     """Fewer elements than ranks, too: then some ranks sum nothing."""
     rows_of = [torch.randn(numel, generator=torch.Generator().manual_seed(r)) for r in range(world_size)]
 
-    def work(transport):
-        mine = rows_of[transport.rank].clone()
-        rows = torch.full((world_size, numel), float("nan"))
-        rotation.all_gather(transport, mine, rows, tag=0, what="gather")
-        rotation.all_reduce(transport, mine, tag=1, what="sum")
-        whole = torch.full((numel,), transport.rank + 1, dtype=torch.int64)
-        rotation.all_reduce(transport, whole, tag=3, what="sum of integers")
-        return rows, mine, whole
-
     expected = rows_of[0].clone()
     for row in rows_of[1:]:  # in rank order
         expected += row
-    for rows, total, whole in in_process.run(world_size, work):
+    for rows, total, whole in in_process.run(world_size, lambda t: rows_and_sums(rotation, t, rows_of)):
         assert torch.equal(rows, torch.stack(rows_of))
         assert_same_bits(total, expected)
         assert whole.tolist() == [world_size * (world_size + 1) // 2] * numel
@@ -37,10 +28,7 @@ def test_the_missing_rank_and_the_turn_are_named(call):
     def work(transport):
         if transport.rank == 2:
             return None
-        buffers = (torch.ones(5), torch.empty(3, 5)) if call is rotation.all_gather else (torch.ones(5),)
-        with pytest.raises(PeerTimeoutError) as caught:
-            call(transport, *buffers, tag=0, what="bucket 3")
-        return str(caught.value)
+        return message_of_timeout(call, transport)
 
     for rank, message in enumerate(in_process.run(3, work, timeout_s=0.3)):
         if rank != 2:
