@@ -1,8 +1,8 @@
 """commhooks: cheap gradient communication for data-parallel training. The public names, nothing else."""
 
-from .aggregators import AllGather, Dense, GTopK, SharedIndices
-from .arrays import merge, topk
-from .bucket import Bucket
+from .ddp.hook import register, sparse_hook
+from .ddp.layout import prime_layout
+from .ddp.state import SparseState
 from .errors import (
     CommHooksError,
     NonFiniteGradientError,
@@ -10,13 +10,14 @@ from .errors import (
     PeerTimeoutError,
     SettingsMismatchError,
 )
-from .hooks import prime_layout, register, sparse_hook
+from .exchange import AllGather, Dense, GTopK, SharedIndices
+from .gradient.bucket import Bucket
+from .gradient.sparse_grad import SparseGrad
+from .interop.arrays import merge, topk
 from .memory import ErrorFeedback
-from .reducer import Reducer
-from .schedules import ConstantDensity, ExponentialWarmup
-from .selectors import RandomK, ThresholdTopK, TopK
-from .sparse import SparseGrad
-from .state import SparseState
+from .reduction.reducer import Reducer
+from .selection.density import ConstantDensity, ExponentialWarmup
+from .selection.selectors import RandomK, ThresholdTopK, TopK
 
 __version__ = "0.1.0"
 

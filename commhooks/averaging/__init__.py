@@ -1,7 +1,7 @@
 """Communicate rarely: local steps, with models (and momenta) averaged now and then or among neighbours."""
 
 from . import topology
-from .base import Averager
+from .averager import Averager
 from .block_momentum import BlockMomentum
 from .checkpoints import average_checkpoints
 from .decentralized import DecentralizedMomentum
@@ -11,7 +11,8 @@ from .local_sgd import LocalSGD
 from .optimizer import AveragedOptimizer
 from .output_average import LastHalf, OutputAverage, Quadratic, Uniform
 from .restarted_momentum import RestartedMomentum
-from .schedules import (
+from .stagewise import Stagewise
+from .sync_sets import (
     AtSteps,
     Every,
     Growing,
@@ -21,7 +22,6 @@ from .schedules import (
     suggest_period,
     suggest_restart_period,
 )
-from .stagewise import Stagewise
 from .topology import Topology
 
 __all__ = [

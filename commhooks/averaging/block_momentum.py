@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import message
-from .base import Averager
+from .averager import Averager
+from .flat import flatten, message_dtype, numel_of, parameters_of, unflatten_
 from .learning_rates import check_fraction
-from .schedules import Every, positive_int
+from .sync_sets import Every, positive_int
 
 
 class BlockMomentum(Averager):
@@ -57,13 +57,13 @@ class BlockMomentum(Averager):
     ) -> None:
         self.mu = check_fraction("mu", mu)
         self.sync = Every(positive_int("period", period))
-        tensors = message.parameters_of(params)
+        tensors = parameters_of(params)
         if not tensors:
             raise ValueError("params must hold at least one parameter that requires a gradient, got none")
         super().__init__(**options)
         self.reset_optimizer, self._members = reset_optimizer, tensors
-        dtype = torch.float32 if self.reducer is not None else message.message_dtype(tensors)
-        self.anchor = message.flatten(tensors, dtype)
+        dtype = torch.float32 if self.reducer is not None else message_dtype(tensors)
+        self.anchor = flatten(tensors, dtype)
         """w~, flat: the model at the start of this block, the same on every rank."""
         self._check_start(self.anchor)
         self.velocity = torch.zeros_like(self.anchor)
@@ -82,25 +82,25 @@ class BlockMomentum(Averager):
 
     def _start_from(self, tensors: Sequence[Tensor]) -> None:
         self._check_numel(tensors)
-        self.anchor = message.flatten(tensors, self.anchor.dtype)
+        self.anchor = flatten(tensors, self.anchor.dtype)
         self._check_start(self.anchor)
 
     def _check_numel(self, tensors: Sequence[Tensor]) -> None:
-        if message.numel_of(tensors) != self.anchor.numel():
+        if numel_of(tensors) != self.anchor.numel():
             raise ValueError(f"params must be the {self.anchor.numel()} elements the averager was made with, "
-                             f"got {message.numel_of(tensors)}")  # fmt: skip
+                             f"got {numel_of(tensors)}")  # fmt: skip
 
     def _synchronise(self, tensors: list[Tensor]) -> None:
         self._check_numel(tensors)
         self._agree(tensors)
-        flat = message.flatten(tensors, self.anchor.dtype)
+        flat = flatten(tensors, self.anchor.dtype)
         if self.reducer is None:
             block = self._mean(flat, self._what()).sub_(self.anchor)
         else:
             block = self._reduce(0, flat.sub_(self.anchor), tensors, "parameter", is_last=True)
         self.velocity.mul_(self.mu).add_(block)
         self.anchor.add_(self.velocity)
-        message.unflatten_(tensors, self.anchor)
+        unflatten_(tensors, self.anchor)
         self._synchronise_buffers()
         if self.reset_optimizer is not None:
             self.reset_optimizer.state.clear()

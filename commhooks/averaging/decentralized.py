@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import message
+from .flat import digest, flatten, layout_of, message_dtype, parameters_of, unflatten_
 from .restarted_momentum import MomentumAverager
-from .schedules import Every, positive_int
+from .sync_sets import Every, positive_int
 from .topology import Topology
 
 _TAG_HEADER, _TAG_DATA = 7010, 7011
@@ -60,17 +60,17 @@ class DecentralizedMomentum(MomentumAverager):
         return step in self.sync
 
     def settings(self) -> str:
-        weights = message.digest(*(m.tolist() for m in self.topology.matrices))
+        weights = digest(*(m.tolist() for m in self.topology.matrices))
         return f"{super().settings()} every {self.sync.period} on {self.topology!r} {weights:x}"
 
     def average_now(self, params: Any) -> None:
         """Makes all ranks' parameters, momentum buffers and floating buffers the plain average."""
-        tensors = message.parameters_of(params)
+        tensors = parameters_of(params)
         with self._reporting():
             self._agree(tensors)
             both = [*tensors, *self._momenta(tensors)]
-            flat = message.flatten(both, message.message_dtype(both))
-            message.unflatten_(both, self._mean(flat, self._what()))
+            flat = flatten(both, message_dtype(both))
+            unflatten_(both, self._mean(flat, self._what()))
             self._synchronise_buffers()
 
     def _synchronise(self, tensors: list[Tensor]) -> None:
@@ -78,7 +78,7 @@ class DecentralizedMomentum(MomentumAverager):
         sources = [(peer, weight) for peer, weight in weights if peer != self.rank]
         everything = [*tensors, *self._momenta(tensors), *self._buffers()]
         self._agree_with(everything, sends, [peer for peer, _ in sources])
-        own = message.flatten(everything, message.message_dtype(everything))
+        own = flatten(everything, message_dtype(everything))
         sent = own.to(self._device)
         received = torch.empty(len(sources), own.numel(), dtype=own.dtype, device=self._device)
         self.transport.exchange(
@@ -90,15 +90,15 @@ class DecentralizedMomentum(MomentumAverager):
         mixed = own.clone()
         for (_, weight), row in zip(sources, received.to(own.device), strict=True):
             mixed.add_(row.sub_(own), alpha=weight)
-        message.unflatten_(everything, mixed)
+        unflatten_(everything, mixed)
 
     def _agree_with(self, tensors: list[Tensor], sends: list[int], sources: list[int]) -> None:
         """Compares settings, shapes and step with these neighbours.
 
         A message of its own, of fixed size: if shapes differ, the data would not fit.
         """
-        layout = message.digest(message.layout_of(tensors))
-        header = torch.tensor([message.digest(self.settings()), layout, self.step], device=self._device)
+        layout = digest(layout_of(tensors))
+        header = torch.tensor([digest(self.settings()), layout, self.step], device=self._device)
         received = torch.empty(len(sources), 3, dtype=torch.int64, device=self._device)
         self.transport.exchange(
             [(peer, header) for peer in sends],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from .schedules import positive_int
+from .sync_sets import positive_int
 
 
 def _positive(name: str, value: float) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import message
-from .base import Averager
-from .schedules import SyncSet, as_sync_set
+from .averager import Averager
+from .flat import flatten, message_dtype, parameters_of, unflatten_
+from .sync_sets import SyncSet, as_sync_set
 
 
 class LocalSGD(Averager):
@@ -60,12 +60,12 @@ class LocalSGD(Averager):
         if self.reducer is not None:
             if params is None:
                 raise ValueError(f"params must be given together with a reducer, got {params!r}")
-            self._anchor, self._members = torch.empty(0), message.parameters_of(params)
+            self._anchor, self._members = torch.empty(0), parameters_of(params)
             self._start_from(self._members)
 
     def _start_from(self, tensors: Sequence[Tensor]) -> None:
         if self._anchor is not None:
-            self._anchor = message.flatten(tensors, torch.float32)
+            self._anchor = flatten(tensors, torch.float32)
             self._check_start(self._anchor)
 
     def is_due(self, step: int) -> bool:
@@ -81,14 +81,14 @@ class LocalSGD(Averager):
         uniform = all(weight == weights[0] for weight in weights)
         scale = None if uniform else weights[self.rank] / sum(weights)
         if self._anchor is None:
-            flat = message.flatten(tensors, message.message_dtype(tensors))
-            message.unflatten_(tensors, self._mean(flat, self._what(), scale))
+            flat = flatten(tensors, message_dtype(tensors))
+            unflatten_(tensors, self._mean(flat, self._what(), scale))
         else:
             if not uniform:
                 raise ValueError(f"weight must be equal on all ranks with a reducer, got {weights}")
-            delta = message.flatten(tensors, torch.float32).sub_(self._anchor)
+            delta = flatten(tensors, torch.float32).sub_(self._anchor)
             self._anchor += self._reduce(0, delta, tensors, "parameter", is_last=True)
-            message.unflatten_(tensors, self._anchor)
+            unflatten_(tensors, self._anchor)
         self._synchronise_buffers(scale)
 
     def _shared_state(self) -> dict[str, Any]:

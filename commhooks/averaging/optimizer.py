@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.optim import PostLocalSGDOptimizer
 
-from .base import Averager
+from .averager import Averager
 
 
 class AveragedOptimizer(PostLocalSGDOptimizer):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..transports.base import Transport
-from . import message
-from .base import reporting
-from .schedules import positive_int
+from .averager import reporting
+from .flat import flatten, numel_of, parameters_of, unflatten_
+from .sync_sets import positive_int
 
 _TAG = 7020
 
@@ -84,11 +84,11 @@ class OutputAverage:
     """
 
     def __init__(self, params: Iterable[Tensor], weights: Weights) -> None:
-        self.tensors = message.parameters_of(params)
+        self.tensors = parameters_of(params)
         self.weights = weights
         self.step = 0
         self.total_weight = 0.0
-        self.mean = torch.zeros(message.numel_of(self.tensors), dtype=torch.float64)
+        self.mean = torch.zeros(numel_of(self.tensors), dtype=torch.float64)
         """``(n,)`` float64 on the CPU: the running weighted mean of this worker's iterates."""
 
     def update(self) -> None:
@@ -104,7 +104,7 @@ class OutputAverage:
         if weight == 0.0:
             return
         self.total_weight += weight
-        iterate = message.flatten(self.tensors, torch.float64).cpu()
+        iterate = flatten(self.tensors, torch.float64).cpu()
         self.mean.add_(iterate.sub_(self.mean), alpha=weight / self.total_weight)
 
     def result(self, transport: Transport | None = None) -> Tensor:
@@ -128,7 +128,7 @@ class OutputAverage:
     def applied(self, transport: Transport | None = None) -> Iterator[None]:
         """Puts the average into the parameters inside the ``with`` block, and the iterate back after it."""
         kept = [t.detach().clone() for t in self.tensors]
-        message.unflatten_(self.tensors, self.result(transport))
+        unflatten_(self.tensors, self.result(transport))
         try:
             yield
         finally:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteGradientError
-from . import message
-from .base import Averager
-from .schedules import Every, SyncSet, as_sync_set
+from .averager import Averager
+from .flat import flatten, message_dtype, numel_of, parameters_of, unflatten_
+from .sync_sets import Every, SyncSet, as_sync_set
 
 
 class MomentumAverager(Averager):
@@ -103,8 +103,8 @@ class RestartedMomentum(MomentumAverager):
         super().__init__(optimizer, **options)
         self._anchors: list[Tensor] | None = None
         if self.reducer is not None:
-            self._members = message.parameters_of(optimizer.param_groups)
-            momenta = message.numel_of(self._with_momentum(self._members))
+            self._members = parameters_of(optimizer.param_groups)
+            momenta = numel_of(self._with_momentum(self._members))
             self._anchors = [torch.empty(0), torch.zeros(momenta)]
             self._start_from(self._members)
 
@@ -121,7 +121,7 @@ class RestartedMomentum(MomentumAverager):
 
     def _start_from(self, tensors: Sequence[Tensor]) -> None:
         if self._anchors is not None:
-            flat = message.flatten(tensors, torch.float32)
+            flat = flatten(tensors, torch.float32)
             self._anchors = [flat, self._anchors[1].to(flat.device)]
             self._check_start(*self._anchors)
 
@@ -130,8 +130,8 @@ class RestartedMomentum(MomentumAverager):
         momenta = self._momenta(tensors)
         if self._anchors is None:
             both = [*tensors, *momenta]
-            flat = message.flatten(both, message.message_dtype(both))
-            message.unflatten_(both, self._mean(flat, self._what()))
+            flat = flatten(both, message_dtype(both))
+            unflatten_(both, self._mean(flat, self._what()))
         else:
             self._reduce_groups([tensors, momenta] if momenta else [tensors], self._anchors)
         self._synchronise_buffers()
@@ -146,17 +146,17 @@ class RestartedMomentum(MomentumAverager):
         updates: list[Tensor] = []
         try:
             for index, (kind, group) in enumerate(zip(("parameter", "momentum"), groups, strict=False)):
-                delta = message.flatten(group, torch.float32).sub_(anchors[index])
+                delta = flatten(group, torch.float32).sub_(anchors[index])
                 updates.append(self._reduce(index, delta, group, kind, is_last=index == len(groups) - 1))
         except NonFiniteGradientError:
             for group, anchor, _ in zip(groups, anchors, updates, strict=False):
-                message.unflatten_(group, anchor)
+                unflatten_(group, anchor)
             raise
         thrown_away = self.reducer.last.nonfinite_buckets if self.reducer.nonfinite != "skip" else []
         for index, (group, anchor, update) in enumerate(zip(groups, anchors, updates, strict=False)):
             if not thrown_away or index in thrown_away:  # a bucket that was thrown away itself is NaN
                 anchor += update
-            message.unflatten_(group, anchor)
+            unflatten_(group, anchor)
 
     def _shared_state(self) -> dict[str, Any]:
         return {} if self._anchors is None else {"anchors": [a.clone() for a in self._anchors]}

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import message
-from .schedules import positive_int
+from .flat import flatten, parameters_of, unflatten_
+from .sync_sets import positive_int
 
 if TYPE_CHECKING:
-    from ..reducer import Reducer
-    from ..state import SparseState
+    from ..ddp.state import SparseState
+    from ..reduction.reducer import Reducer
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +80,13 @@ class Stagewise:
             if group.get("momentum", 0.0) != 0.0:
                 raise ValueError(f"the optimizer's momentum must be 0, got {group['momentum']!r}")
         self.optimizer, self.gamma, self.eta0 = optimizer, float(gamma), float(eta0)
-        self.tensors = message.parameters_of(optimizer.param_groups)
+        self.tensors = parameters_of(optimizer.param_groups)
         self._reducer: Any = getattr(state, "reducer", state)
         self._stage_steps = stage_steps
         self.stage, self.stage_step = 0, 0
         self.withheld: list[float] = []
         self.anchor = [t.detach().clone() for t in self.tensors]
-        self._sum = message.flatten(self.tensors, torch.float64)
+        self._sum = flatten(self.tensors, torch.float64)
         self.apply_rate()
 
     @property
@@ -122,14 +122,14 @@ class Stagewise:
         self.stage_step += 1
         length = self.steps_of(self.stage)
         if self.stage_step < length:
-            self._sum += message.flatten(self.tensors, torch.float64)
+            self._sum += flatten(self.tensors, torch.float64)
             return False
-        message.unflatten_(self.tensors, self._sum / length)
+        unflatten_(self.tensors, self._sum / length)
         self._forget()
         self.stage, self.stage_step = self.stage + 1, 0
         for anchor, tensor in zip(self.anchor, self.tensors, strict=True):
             anchor.copy_(tensor.detach())
-        self._sum = message.flatten(self.tensors, torch.float64)
+        self._sum = flatten(self.tensors, torch.float64)
         self.apply_rate()
         return True
 

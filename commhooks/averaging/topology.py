@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedules import positive_int
+from .sync_sets import positive_int
 
 _TOLERANCE = 1e-8  # of row sums and symmetry
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..aggregators.base import Context, pack, unpack
 from ..errors import SettingsMismatchError
 from ..memory import Memory
-from ..schedules import DensitySchedule
-from ..selectors import RandomK, TopK
+from ..selection.density import DensitySchedule
+from ..selection.selectors import RandomK, TopK
+from ..wire.message import Context, pack, unpack
 from .api import horovod, wait_for
-from .compressor import CompressorCore, Flight
+from .pending import CompressorCore, PendingGradient
 
 _VOTE = 4096.0  # added to the marker by a rank that found NaN or Inf
 
@@ -35,7 +35,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         self._averages: bool | None = None  # which op the optimizer uses, read off the first result
 
     @abstractmethod
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Flight]:
+    def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
         """What Horovod is to all-reduce, and what :meth:`decompress` needs.
 
         Raises:
@@ -43,7 +43,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         """
 
     @abstractmethod
-    def decompress(self, tensor: Tensor, ctx: Flight) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: PendingGradient) -> Tensor:
         """The reduced gradient, in the parameter's shape and dtype.
 
         Raises:
@@ -91,40 +91,40 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
 class RandomKCompressor(SparseCompressor):
     """k values under a mask that all ranks derive from (seed, the parameter's step, its name), all-reduced."""
 
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Flight]:
-        flight = self.core.take_off(tensor)
-        message = torch.empty(flight.pairs.k + 1, dtype=torch.float32, device=tensor.device)
-        message[:-1] = flight.pairs.values
-        message[-1] = self._marker() + (_VOTE if flight.nonfinite else 0.0)
+    def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
+        pending = self.core.begin(tensor)
+        message = torch.empty(pending.pairs.k + 1, dtype=torch.float32, device=tensor.device)
+        message[:-1] = pending.pairs.values
+        message[-1] = self._marker() + (_VOTE if pending.nonfinite else 0.0)
         world_size = self.core.process_set.size()
         self._count(2 * (world_size - 1) * 4 * message.numel() // world_size)
-        return message, flight
+        return message, pending
 
-    def decompress(self, tensor: Tensor, ctx: Flight) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: PendingGradient) -> Tensor:
         core = self.core
         core.check_agreement()
         voted, complete = self._read_marker(float(tensor[-1]))
         # After hvd.join() some ranks send zeros and draw no mask: the count stands still, so that masks stay shared.
         ctx.entry.step += complete
         share = 1.0 if self._averages else float(core.process_set.size())
-        return core.land(ctx, tensor[None, :-1].contiguous(), ctx.pairs.indices[None], 1.0, share, voted)
+        return core.finish(ctx, tensor[None, :-1].contiguous(), ctx.pairs.indices[None], 1.0, share, voted)
 
 
 class TopKCompressor(SparseCompressor):
     """Each rank's own k largest, all-gathered beside Horovod's all-reduce of one element."""
 
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Flight]:
+    def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
         core = self.core
-        flight = core.take_off(tensor)
-        context = Context(flight.entry.index, flight.entry.step)
-        message = pack(flight.pairs, flight.nonfinite > 0, context)
-        flight.handle = horovod().allgather_async(
-            message, name=f"commhooks.topk.{flight.entry.name}", process_set=core.process_set
+        pending = core.begin(tensor)
+        context = Context(pending.entry.index, pending.entry.step)
+        message = pack(pending.pairs, pending.nonfinite > 0, context)
+        pending.handle = horovod().allgather_async(
+            message, name=f"commhooks.topk.{pending.entry.name}", process_set=core.process_set
         )
         self._count((core.process_set.size() - 1) * 4 * message.numel())
-        return torch.tensor([self._marker()], dtype=torch.float32, device=tensor.device), flight
+        return torch.tensor([self._marker()], dtype=torch.float32, device=tensor.device), pending
 
-    def decompress(self, tensor: Tensor, ctx: Flight) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: PendingGradient) -> Tensor:
         core, entry = self.core, ctx.entry
         core.check_agreement()
         self._read_marker(float(tensor))
@@ -144,7 +144,7 @@ class TopKCompressor(SparseCompressor):
         entry.step += 1
         factor, share = (1.0 / world_size, 1.0) if self._averages else (1.0, float(world_size))
         values, indices = torch.stack([r.values for r in rows]), torch.stack([r.indices for r in rows])
-        return core.land(ctx, values, indices, factor, share, any(votes))
+        return core.finish(ctx, values, indices, factor, share, any(votes))
 
 
 class Compression:

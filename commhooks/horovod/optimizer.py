@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import SparseState, warn_of_double_momentum
+from ..ddp.state import SparseState, warn_of_double_momentum
+from ..memory import ErrorFeedback
 from .api import check_process_set, horovod, require_version
 from .buckets import partition
-from .engine import GradientSync
+from .gradient_sync import GradientSync
 from .parameters import check_named
 
 
@@ -159,8 +160,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     memory = state.reducer.memory
     warn_of_double_momentum(memory, optimizer)
     wrapped = _wrap(optimizer)
-    if getattr(memory, "optimizer", None) is optimizer:
-        memory.optimizer = wrapped  # type: ignore[attr-defined]
+    if isinstance(memory, ErrorFeedback) and memory.optimizer is optimizer:
+        memory.optimizer = wrapped
     wrapped._sync = None
     if process_set.included():
         trained = [p for p in names if p.requires_grad]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ..aggregators import Aggregator, AllGather, Dense, GTopK, SharedIndices
+from ..ddp.state import SparseState
+from ..exchange import Aggregator, AllGather, Dense, GTopK, SharedIndices
 from ..memory import ErrorFeedback, Memory, NoMemory
-from ..selectors import RandomK, Selector, TopK
-from ..state import SparseState
+from ..selection.selectors import RandomK, Selector, TopK
 from ..transports import DEFAULT_TIMEOUT_S, Transport
-from .choice import BUCKET_MB, DENSITIES, Plan, check_request, choose
+from .plan import BUCKET_MB, DENSITIES, Plan, check_request, choose
 from .probe import probe, slowest
 
 logger = logging.getLogger(__name__)

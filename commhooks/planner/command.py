@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ..transports import Transport, in_process, make
 from .auto import sizes_of
-from .choice import DENSITIES, Plan, check_request, choose
 from .cost_model import Costs
+from .plan import DENSITIES, Plan, check_request, choose
 from .probe import probe, slowest
 
 MAX_NUMEL = 10**13

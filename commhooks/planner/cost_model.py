@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from ..transports.doubling import DOUBLING_BYTES
+from ..transports.recursive_doubling import DOUBLING_BYTES
 
 SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk")
 _HEADER_BYTES = 16

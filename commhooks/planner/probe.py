@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from ..aggregators.base import HEADER_WORDS
 from ..transports import Transport
-from ..transports.doubling import DOUBLING_BYTES
+from ..transports.recursive_doubling import DOUBLING_BYTES
+from ..wire.message import HEADER_WORDS
 from .cost_model import Costs
-from .device import SMALL_K, SMALL_NUMEL, kernel_costs, least_s, small_bucket_s
+from .kernel_timing import SMALL_K, SMALL_NUMEL, kernel_costs, least_s, small_bucket_s
 
 _TAG = 32000
 _WHAT = "probing for the plan"

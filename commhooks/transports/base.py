@@ -40,7 +40,7 @@ class Transport(ABC):
     """Moves the bytes of contiguous tensors on ``device_type`` between ``world_size`` ranks.
 
     Every call blocks its thread until it is complete, or raises within ``timeout_s``. ``tag`` tells apart
-    messages in flight at the same time (0 to 32767); ``what`` names them in errors ("bucket 3, round 1").
+    messages in pending at the same time (0 to 32767); ``what`` names them in errors ("bucket 3, round 1").
 
     Raises (all calls):
         PeerTimeoutError: a peer did not answer in time; names it where that can be known.

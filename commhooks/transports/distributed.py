@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CommHooksError, PeerLostError, PeerTimeoutError
-from . import doubling, rotation
+from . import pairwise, recursive_doubling
 from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
-from .roll_call import RollCall
+from .stragglers import Stragglers
 
 _POLL_S = 1e-4
 _ROTATION_RANKS = 3  # with so few gloo's own all-gather takes 1.5 (2 ranks) and 1.2 times as long
@@ -61,7 +61,7 @@ class DistributedTransport(Transport):
         )
         self._collectives = 0
         store = _store_of(self._group) if backend == "gloo" else None
-        self._roll_call = RollCall(store, self.rank, self.world_size)
+        self._stragglers = Stragglers(store, self.rank, self.world_size)
 
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
         pending: list[tuple[Any, str]] = []
@@ -87,10 +87,10 @@ class DistributedTransport(Transport):
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
         if self.backend == "gloo" and self.world_size <= _ROTATION_RANKS:
-            rotation.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
+            pairwise.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
             return
         if self._doubles(send):
-            doubling.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
+            recursive_doubling.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
             return
         rows = list(receive.unbind(0))
         self._collective(
@@ -99,7 +99,7 @@ class DistributedTransport(Transport):
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
         if self._doubles(buffer):
-            doubling.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
+            recursive_doubling.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
             return
         self._collective(
             lambda: dist.all_reduce(buffer, group=self._group, async_op=True), what, "all-reduce"
@@ -113,7 +113,11 @@ class DistributedTransport(Transport):
 
     def _doubles(self, buffer: Tensor) -> bool:
         power_of_two = self.world_size & (self.world_size - 1) == 0
-        return self.backend == "gloo" and power_of_two and 0 < nbytes(buffer) <= doubling.DOUBLING_BYTES
+        return (
+            self.backend == "gloo"
+            and power_of_two
+            and 0 < nbytes(buffer) <= recursive_doubling.DOUBLING_BYTES
+        )
 
     def _collective(self, start: Callable[[], Any], what: str, operation: str) -> None:
         """Starts and finishes a collective; an error under gloo names the ranks that did not come to it.
@@ -125,10 +129,10 @@ class DistributedTransport(Transport):
         try:
             work = start()
             if self.backend == "nccl" or not self._ends_soon(work):
-                told = self._roll_call.wait_in(self._collectives)
+                told = self._stragglers.wait_in(self._collectives)
                 self._wait(work, deadline)
         except RuntimeError as error:
-            late = self._roll_call.missing(self._collectives) if told else []
+            late = self._stragglers.missing(self._collectives) if told else []
             names = " and ".join(f"rank {r}" for r in late) or "any rank"
             raise self._typed(error, f"{what}, {operation}", names) from error
         self._wait_for_device(deadline, what)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
-from . import rotation
+from . import pairwise
 from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
 from .cuda_aware import is_cuda_aware
 
@@ -99,7 +99,7 @@ class MpiTransport(Transport):
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
         if self.world_size & (self.world_size - 1) and nbytes(buffer) >= _ROTATION_BYTES:
             # MPICH folds the ranks beyond a power of two in and out again, whole buffers at a time.
-            rotation.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
+            pairwise.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
             return
         self._finish_kernels()
         with self._lock:

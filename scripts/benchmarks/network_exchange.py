@@ -53,8 +53,8 @@ def measure(case: dict[str, Any], rank: int) -> dict[str, Any]:
     from benchmarks.network_launch import check_crossed, interface_bytes
     from benchmarks.network_schemes import make_state
 
-    from commhooks.aggregators import Context
-    from commhooks.sparse import SparseGrad
+    from commhooks.gradient.sparse_grad import SparseGrad
+    from commhooks.wire.message import Context
 
     aggregator = make_state(case["scheme"], 0.001).reducer.aggregator
     transport = aggregator.open(timeout_s=60.0)

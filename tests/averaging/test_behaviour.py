@@ -4,10 +4,7 @@ import pytest
 import torch
 from torch.distributed.optim import PostLocalSGDOptimizer
 
-from commhooks.averaging import (
-    AveragedOptimizer,
-    LocalSGD,
-)
+from commhooks.averaging import AveragedOptimizer, LocalSGD
 
 from . import oracles
 from .workers import NUMEL, Pieces, averagers, in_ranks, run_steps, start

@@ -24,7 +24,7 @@ from commhooks.averaging import (
     suggest_restart_period,
     suggest_shift,
 )
-from commhooks.averaging.schedules import as_sync_set
+from commhooks.averaging.sync_sets import as_sync_set
 from commhooks.transports import in_process
 
 from .workers import Pieces, start

@@ -26,11 +26,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from wrapping import SMALL_MB, dense, ours, scheme
 
-from commhooks import (
-    ErrorFeedback,
-    SparseState,
-    sparse_hook,
-)
+from commhooks import ErrorFeedback, SparseState, sparse_hook
 from commhooks.horovod import DistributedOptimizer
 from commhooks.horovod import transport as transports
 

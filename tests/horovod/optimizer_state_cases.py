@@ -18,13 +18,7 @@ from common import (
 )
 from wrapping import SMALL_MB, ours
 
-from commhooks import (
-    ErrorFeedback,
-    ExponentialWarmup,
-    GTopK,
-    SparseState,
-    TopK,
-)
+from commhooks import ErrorFeedback, ExponentialWarmup, GTopK, SparseState, TopK
 from commhooks.horovod import DistributedOptimizer
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from commhooks import arrays
+from commhooks.interop import arrays
 from commhooks.native import ops
 from commhooks.native.fused import PAD, Fused
 

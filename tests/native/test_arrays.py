@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from commhooks import arrays, foreign
+from commhooks.interop import arrays, dlpack
 
 
 def test_numpy_arrays() -> None:
@@ -82,9 +82,9 @@ def test_what_is_read_only_may_be_read() -> None:
     frozen = np.array([1.0, -2.0, 0.5], dtype=np.float32)
     frozen.flags.writeable = False
     assert arrays.topk(Exporter(frozen), 1).indices.tolist() == [1]
-    assert foreign._says_read_only(Exporter(frozen))
-    assert not foreign._says_read_only(Exporter(np.zeros(3)))
-    assert not foreign._says_read_only(Exporter(torch.zeros(3)))
+    assert dlpack._says_read_only(Exporter(frozen))
+    assert not dlpack._says_read_only(Exporter(np.zeros(3)))
+    assert not dlpack._says_read_only(Exporter(torch.zeros(3)))
 
 
 class OnGpu:
@@ -154,7 +154,7 @@ def test_what_the_cuda_array_interface_must_not_say(
     read_only = OnGpu(residual, data=(residual.data_ptr(), True))
     with pytest.raises(ValueError, match="residual must be writeable"):
         arrays.topk(grad, 1, residual=read_only)
-    assert foreign.to_tensor("grad", read_only) is residual  # to be read
+    assert dlpack.to_tensor("grad", read_only) is residual  # to be read
     with pytest.raises(ValueError, match="residual: stream 0"):
         arrays.topk(grad, 1, residual=OnGpu(residual, stream=0))
     # torch copies what is on another GPU: the copy has another address.

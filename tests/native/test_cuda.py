@@ -9,7 +9,7 @@ import cuda_runs as runs
 import pytest
 import torch
 
-from commhooks import arrays, foreign
+from commhooks.interop import arrays, dlpack
 from commhooks.native import cuda, library, ops, reference
 from commhooks.native.fused import Fused
 
@@ -165,10 +165,10 @@ def test_cupy(which: str) -> None:
     with stream:
         residual = cupy.zeros(200_003, dtype=cupy.float32)
         grad = cupy.arange(200_003, dtype=cupy.float32) - 100_000
-        with foreign.stream_of(grad):
+        with dlpack.stream_of(grad):
             # The default streams are in order with torch's own.
             assert torch.cuda.current_stream().cuda_stream == (stream.ptr if which == "non-blocking" else 0)
-        assert foreign.to_tensor("residual", residual, written=True).data_ptr() == residual.data.ptr
+        assert dlpack.to_tensor("residual", residual, written=True).data_ptr() == residual.data.ptr
         values, indices = arrays.topk(grad, 3, residual=residual)
         assert isinstance(values, cupy.ndarray) and isinstance(indices, cupy.ndarray)
         assert values.tolist() == [-100_000.0, 100_001.0, 100_002.0]  # of the tie the lower index

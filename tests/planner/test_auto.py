@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from commhooks import ErrorFeedback, NonFiniteGradientError, SparseState, register
 from commhooks.planner import Costs, Plan, choose
 from commhooks.planner.auto import PROBE_TIMEOUT_S, dense_memory, make_plan, sizes_of
-from commhooks.planner.choice import DEFAULT_BUCKET_MB
-from commhooks.reducer import Reducer
+from commhooks.planner.plan import DEFAULT_BUCKET_MB
+from commhooks.reduction.reducer import Reducer
 from commhooks.transports import in_process
 
 

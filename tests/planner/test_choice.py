@@ -8,7 +8,7 @@ import pytest
 from commhooks import AllGather, GTopK, RandomK, SharedIndices, TopK
 from commhooks.planner import Costs, choose
 from commhooks.planner.auto import configured
-from commhooks.planner.choice import BUCKET_MB, CANDIDATES, LEAST_SAVING_S, MARGIN, NEAR
+from commhooks.planner.plan import BUCKET_MB, CANDIDATES, LEAST_SAVING_S, MARGIN, NEAR
 
 MB = 1 << 18  # elements
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from commhooks import AllGather, GTopK, SharedIndices, SparseGrad
-from commhooks.aggregators import Context
 from commhooks.planner import Costs, exchange_s, step_s
 from commhooks.planner.cost_model import (
     DOUBLING_BYTES,
@@ -19,6 +18,7 @@ from commhooks.planner.cost_model import (
     step_terms,
 )
 from commhooks.transports import in_process
+from commhooks.wire.message import Context
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 33, 64, 1024)
 

@@ -3,12 +3,12 @@
 from dataclasses import replace
 from importlib import import_module
 
+import commhooks.planner.kernel_timing as device_module
 import pytest
 import torch
 
-import commhooks.planner.device as device_module
 from commhooks.planner import Costs, exchange_s, probe
-from commhooks.planner.device import SMALL_NUMEL, kernel_costs, small_bucket_s
+from commhooks.planner.kernel_timing import SMALL_NUMEL, kernel_costs, small_bucket_s
 from commhooks.transports import Transport, in_process
 
 probe_module = import_module("commhooks.planner.probe")  # the package's attribute is the function

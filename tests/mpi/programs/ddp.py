@@ -17,7 +17,7 @@ import torch.distributed as dist  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
 TESTS = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(TESTS / "distributed"), str(TESTS / "unit")]
+sys.path[:0] = [str(TESTS / "ddp"), str(TESTS)]
 import cases  # noqa: E402
 
 from commhooks import Bucket, ErrorFeedback  # noqa: E402

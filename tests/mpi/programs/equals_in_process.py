@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from mpi4py import MPI
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "unit"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from twins import assert_equals_in_process  # noqa: E402
 
 from commhooks.transports.mpi import MpiTransport  # noqa: E402

@@ -1,0 +1,1 @@
+"""DistributedDataParallel: the state, the hook and the thread that communicates."""

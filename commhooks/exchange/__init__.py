@@ -1,0 +1,10 @@
+"""Aggregators: how selections become one sum."""
+
+from ..wire.message import Context
+from .allgather import AllGather
+from .base import Aggregated, Aggregator
+from .dense import Dense
+from .gtopk import GTopK
+from .shared_indices import SharedIndices
+
+__all__ = ["Aggregated", "Aggregator", "AllGather", "Context", "Dense", "GTopK", "SharedIndices"]

@@ -1,0 +1,23 @@
+"""Dense: everything is sent, by an ordinary all-reduce. The baseline, and the way of buckets too small to
+thin out."""
+
+from __future__ import annotations
+
+from ..gradient.sparse_grad import SparseGrad
+from ..wire.message import Context
+from .base import Aggregated, Aggregator
+
+
+class Dense(Aggregator):
+    """Sums whole corrected gradients; takes no selector. ``4 * (n + 1)`` bytes are all-reduced per bucket."""
+
+    def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
+        raise TypeError("Dense takes no selection: the reducer sums whole buckets instead")
+
+    def wire_bytes(self, k: int, world_size: int) -> int:
+        return dense_wire_bytes(k, world_size)
+
+
+def dense_wire_bytes(numel: int, world_size: int) -> int:
+    """Bytes a rank sends for ``numel`` float32 elements and the vote, by a ring all-reduce."""
+    return 2 * (world_size - 1) * 4 * (numel + 1) // world_size

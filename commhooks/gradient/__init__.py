@@ -1,0 +1,1 @@
+"""What travels through the pipeline: buckets, sparse gradients, copies between devices."""

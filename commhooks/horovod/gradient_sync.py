@@ -1,0 +1,229 @@
+"""``GradientSync``: from autograd's hooks to the worker, bucket by bucket in a fixed order."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..ddp.state import SparseState
+from ..errors import PeerLostError, PeerTimeoutError
+from ..transports.mpi import load_mpi
+from .api import horovod, is_elastic, session
+from .buckets import FusedBucket
+from .transport import open_transport
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_S = 10.0  # how long a rank waits for the others when it leaves
+_all: weakref.WeakSet[GradientSync] = weakref.WeakSet()
+
+
+class GradientSync:
+    """Watches the parameters, submits full buckets in order, hands the averages back.
+
+    Args:
+        state: selector, aggregator, memory and worker.
+        buckets: the partition, in the order of exchange.
+        names: of the parameters.
+        passes: backward passes per step.
+        sums: give the sum instead of the average.
+        process_set: whose ranks take part; this rank is one of them.
+        sparse_as_dense: accept sparse gradients.
+    """
+
+    def __init__(
+        self,
+        state: SparseState,
+        buckets: Sequence[FusedBucket],
+        names: dict[Tensor, str],
+        *,
+        passes: int,
+        sums: bool,
+        process_set: Any,
+        sparse_as_dense: bool,
+    ) -> None:
+        state.attach(self)
+        state.set_names((name, p) for p, name in names.items())
+        self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
+        self.passes, self.sparse_as_dense = passes, sparse_as_dense
+        state.reducer.average = not sums
+        self._requested = state.reducer.aggregator.requested
+        self._session: object = None
+        self._lock = threading.Lock()  # gradients on several devices arrive on several threads
+        self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+        self._remaining = dict.fromkeys(self._bucket_of, passes)
+        self._next = 0
+        self.touched = False
+        for p in self._bucket_of:
+            p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+        if not is_elastic():  # there a new worker must meet the others in hvd.elastic's own sync first
+            self.open()
+        _all.add(self)
+        _close_at_exit(self)
+
+    def open(self) -> None:
+        """Opens the transport, again after an elastic reset. A collective call of the process set."""
+        if self._session is session():
+            return
+        state, aggregator = self.state, self.state.reducer.aggregator
+        if self._session is not None or aggregator.is_open:
+            _close_stale()
+            _quietly(state.close)
+            state.restart(state.state_dict())  # new places for all: a new rank will ask for agreement on each
+        try:
+            transport, state.process_group = open_transport(
+                self._requested, self.process_set, state.reducer.timeout_s
+            )
+        except (PeerLostError, PeerTimeoutError) as error:
+            self._raise(error)
+        aggregator.requested = transport
+        aggregator.open(timeout_s=state.reducer.timeout_s)
+        self._session = session()
+
+    def set_passes(self, passes: int) -> None:
+        """Changes the number of backward passes per step, between steps."""
+        self.passes = passes
+        self._remaining = dict.fromkeys(self._remaining, passes)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        with self._lock:
+            self.touched = True
+            if self._remaining[parameter] == 0:
+                raise RuntimeError(
+                    f"{self.names[parameter]} got more than backward_passes_per_step={self.passes} gradients before "
+                    "step(): raise backward_passes_per_step to accumulate gradients locally"
+                )
+            grad = parameter.grad
+            if grad is not None and grad.is_sparse and not self.sparse_as_dense:
+                raise ValueError(
+                    f"{self.names[parameter]} has a sparse gradient: give sparse_as_dense=True, or use "
+                    "nn.Embedding(sparse=False)"
+                )
+            self._remaining[parameter] -= 1
+            if self._remaining[parameter] == 0:
+                self._bucket_of[parameter].fill(parameter)
+                self._submit_full()
+
+    def _submit_full(self) -> None:
+        """Submits the buckets whose turn it is and whose gradients are all there."""
+        while self._next < len(self.buckets) and not self.buckets[self._next].missing:
+            self.open()
+            bucket = self.buckets[self._next]
+            is_last = self._next == len(self.buckets) - 1
+            bucket.future = self.state.submit(bucket.buffer, self._next, bucket.parameters, is_last)
+            self._next += 1
+
+    def synchronize(self) -> None:
+        """Completes the step's exchange and overwrites all gradients, also those of parameters not used here.
+
+        Raises:
+            CommHooksError: what made the exchange fail.
+        """
+        with self._lock:
+            for bucket in self.buckets:
+                for parameter in sorted(bucket.missing, key=lambda p: self.names[p]):
+                    bucket.fill(parameter)
+            self._submit_full()
+        error: BaseException | None = None
+        for bucket in self.buckets:
+            try:
+                bucket.future.wait()
+            except (
+                Exception
+            ) as problem:  # torch may have changed its type on the way: the state has the original
+                error = error or self.state.error or problem
+            else:
+                self._hand_back(bucket)
+        self.reset()
+        if error is not None:
+            self._raise(error)
+
+    def reset(self) -> None:
+        """Forgets which gradients have arrived, after waiting for what is on its way: it uses the memory."""
+        for bucket in self.buckets:
+            if bucket.future is not None:
+                _quietly(bucket.future.wait)
+            bucket.future = None
+            bucket.missing = set(bucket.parameters)
+        self._remaining = dict.fromkeys(self._remaining, self.passes)
+        self._next, self.touched = 0, False
+
+    def rewind(self, residuals: dict[str, Any]) -> None:
+        """Puts this rank's memory back to a state dict of its own, and forgets a failed step.
+
+        Not collective; what is on its way may take until its timeout.
+        """
+        self.reset()
+        self.state.restart(residuals)
+
+    def _hand_back(self, bucket: FusedBucket) -> None:
+        for parameter, view in bucket.views.items():
+            if parameter.grad is None:  # some other rank used it: all ranks take the same update
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad.is_sparse:
+                parameter.grad = view.clone().to_sparse(parameter.grad.sparse_dim())
+            else:
+                parameter.grad.copy_(view)
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        """Under an elastic launcher a lost peer is Horovod's own error, which it answers by restoring a commit."""
+        if is_elastic() and isinstance(error, (PeerLostError, PeerTimeoutError)):
+            raise horovod().HorovodInternalError(str(error)) from error
+        raise error
+
+    def leave(self) -> None:
+        """Joins the worker and closes the transport, when all ranks have come that far.
+
+        The first rank whose ``hvd.shutdown()`` runs shuts Horovod down on all ranks, and MPI with it where
+        Horovod has started it: nobody may still be exchanging.
+        """
+        state, aggregator = self.state, self.state.reducer.aggregator
+        if state.error is None and aggregator.is_open and self._next == 0:
+            transport, self._session = aggregator.transport, None
+            transport.timeout_s = min(transport.timeout_s, _LEAVE_S)
+            try:
+                transport.all_reduce(torch.zeros(1), tag=0, what="leaving")
+            except Exception as error:  # the others are gone already
+                logger.debug("left alone: %s", error)
+                return
+            _quietly(state.close)
+
+
+def _close_stale() -> None:
+    """Closes what was open before Horovod's reset, of all optimizers: their groups hang on one default group."""
+    for sync in list(_all):
+        if sync._session is not session() and sync.state.reducer.aggregator.is_open:
+            _quietly(sync.state.close)
+
+
+def _quietly(action: Any) -> None:
+    try:
+        action()
+    except Exception as error:  # the old connection may be broken already
+        logger.debug("closing: %s", error)
+
+
+def _close_at_exit(sync: GradientSync) -> None:
+    """Before Horovod's own exit handler, which was registered earlier and therefore runs later."""
+    reference = weakref.ref(sync)
+
+    def close() -> None:
+        alive = reference()
+        if alive is None:
+            return
+        aggregator = alive.state.reducer.aggregator
+        if hasattr(sys, "last_value") and aggregator.is_open and aggregator.transport.name == "mpi":
+            # An exception ends this process, and Horovod would finalize MPI on ranks that still exchange: they hang or crash.
+            sys.stdout.flush()
+            load_mpi().COMM_WORLD.Abort(1)
+        alive.leave()
+
+    atexit.register(close)

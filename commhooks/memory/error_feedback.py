@@ -1,0 +1,145 @@
+"""``ErrorFeedback``: residual and velocity of every parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..gradient.bucket import Bucket
+from ..gradient.sparse_grad import SparseGrad
+from ..native import ops
+from ..native.fused import Fused, Selected
+from ..selection.selectors import Selector
+from .base import Memory
+from .parameter_memory import BucketMemory, ParameterMemory
+
+
+class ErrorFeedback(Memory):
+    """Residual ``u`` and optional velocity ``v``, both float32, per parameter.
+
+    ``v <- momentum * v + g``, ``c <- u + v``, ``u <- c`` where not sent: Algorithm 1 of M-DSGD (Zhao, Gao,
+    Li, arXiv:1905.12960). The memory belongs to parameters, not bucket numbers: DDP may re-lay its buckets at
+    any time.
+
+    Args:
+        momentum: beta in [0, 1). With momentum here the optimizer's own momentum must be 0.
+        factor_masking: zero the velocity where a value contributed (section 3.1; Deep Gradient Compression).
+            Not done at a step that sends everything (density 1, or the dense crossover): there it would turn
+            momentum off.
+        clip_norm: largest L2 norm of this rank's gradient per bucket, before it enters the memory. Clip here
+            and not the sparse average afterwards: what is cut off an average is in nobody's residual.
+        rescale_with_lr: an optimizer; the residual is then kept in parameter units (eq. 3 and 4): in gradient
+            units ``u <- (eta_{t-1} / eta_t) * u`` before it is used, by parameter group. A rate of 0 keeps
+            the last.
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.0,
+        *,
+        factor_masking: bool = False,
+        clip_norm: float | None = None,
+        rescale_with_lr: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
+        if factor_masking and momentum == 0.0:
+            raise ValueError("factor_masking=True masks the velocity and needs momentum > 0")
+        if clip_norm is not None and not clip_norm > 0.0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm!r}")
+        if rescale_with_lr is not None and not hasattr(rescale_with_lr, "param_groups"):
+            raise TypeError(f"rescale_with_lr must be an optimizer, got {type(rescale_with_lr).__name__}")
+        self.momentum, self.factor_masking, self.clip_norm = float(momentum), factor_masking, clip_norm
+        self.optimizer, self.rescales = rescale_with_lr, rescale_with_lr is not None
+        self.table = ParameterMemory(with_velocity=momentum > 0.0)
+
+    def describe(self) -> str:
+        return (
+            f"ErrorFeedback(momentum={self.momentum!r}, factor_masking={self.factor_masking}, "
+            f"clip_norm={self.clip_norm}, rescale_with_lr={self.rescales})"
+        )
+
+    __repr__ = describe
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizer": None}
+
+    def slot(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
+        slot, is_new = self.table.slot(bucket)
+        if self.rescales:
+            self._follow_lr(slot)
+        return slot, is_new
+
+    def select(
+        self,
+        slot: BucketMemory,
+        grad: Tensor,
+        selector: Selector,
+        k: int,
+        *,
+        scale: Tensor | None,
+        step: int,
+        stream: int,
+    ) -> Selected:
+        return selector.select(self._fused(slot, grad, scale), k, step=step, stream=stream)
+
+    def accumulate(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> int:
+        nothing = torch.empty(0, dtype=torch.int32, device=grad.device)
+        return int(ops.select_indices(self._fused(slot, grad, scale), nothing).report[1])
+
+    def mask_velocity(self, slot: BucketMemory, contributed: SparseGrad | None) -> None:
+        if self.factor_masking and slot.velocity is not None and contributed is not None:
+            slot.velocity[contributed.indices[contributed.used].long()] = 0.0
+
+    def undo(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
+        gradient = _scaled(grad, self._scale(slot, grad, scale))
+        gradient[~gradient.isfinite()] = 0.0
+        active = slot.active(grad)
+        if slot.velocity is None:
+            slot.residual.sub_(gradient if active is None else gradient * active)
+            return
+        before = (slot.velocity - gradient) / self.momentum
+        if active is None:
+            slot.residual.sub_(slot.velocity)
+            slot.velocity.copy_(before)
+        else:
+            slot.residual.sub_(slot.velocity * active)
+            slot.velocity.copy_(torch.where(active, before, slot.velocity))
+
+    def _fused(self, slot: BucketMemory, grad: Tensor, scale: Tensor | None) -> Fused:
+        scale = self._scale(slot, grad, scale)
+        return Fused(grad, slot.residual, slot.velocity, self.momentum, 1.0, scale, slot.segments)
+
+    def _scale(self, slot: BucketMemory, grad: Tensor, scale: Tensor | None) -> Tensor | None:
+        """The given scale times what clipping asks for: one element, so that no device is waited for."""
+        if self.clip_norm is None:
+            return scale
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        if scale is not None:
+            norm = norm * scale.reshape(())
+        clip: Tensor = (self.clip_norm / norm).clamp(max=1.0).nan_to_num(1.0).reshape(1)
+        return clip if scale is None else clip * scale
+
+    def _follow_lr(self, slot: BucketMemory) -> None:
+        """Multiplies residuals by (last rate / present rate), parameter by parameter."""
+        if self.optimizer is None:
+            raise ValueError(
+                "rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading"
+            )
+        rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
+        for key, view in zip(slot.keys, slot.residual_views(), strict=True):
+            rate = rates.get(key)
+            if rate is None:
+                raise ValueError(f"rescale_with_lr: {self.table.name_of(key)} is not in the given optimizer")
+            last = self.table.last_lr.get(key)
+            if rate != 0.0:
+                if last is not None and last != rate:
+                    view.mul_(last / rate)
+                self.table.last_lr[key] = rate
+
+
+def _scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
+    gradient = grad.to(torch.float32, copy=True)
+    return gradient if scale is None else gradient * scale

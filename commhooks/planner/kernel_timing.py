@@ -1,0 +1,122 @@
+"""Measures this rank's own speed: kernels on memory that no cache holds, and a small bucket from end to end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from ..exchange import AllGather
+from ..gradient.bucket import Bucket
+from ..gradient.device_copy import stream_after
+from ..memory import ErrorFeedback
+from ..native import ops
+from ..native.fused import Fused
+from ..reduction.reducer import Reducer
+from ..selection.selectors import TopK
+from ..transports import Transport
+
+SMALL_NUMEL = 4096
+SMALL_K = 64
+_BUCKET_NUMEL = 6_553_600  # 25 MB, DDP's default
+_LEAST_NUMEL = 1 << 16
+_BUCKETS = 3  # gradients and residuals of so many are more than caches hold, as in a step
+_REPEATS = 5
+_SMALL_REPEATS = 10
+_DENSITY = 0.001
+
+
+def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, float, float, float]:
+    """Seconds per element of top-k selection, random-k's update and write-back, and per pair of a merge.
+
+    Args:
+        numel: parameters of the model; at most three buckets of 25 MB are worked on, in turns, as in a step.
+        device: where gradients live.
+        seed: of the gradients, another one on every rank.
+    """
+    size = min(max(numel, _LEAST_NUMEL), _BUCKET_NUMEL)
+    count = min(_BUCKETS, -(-max(numel, size) // size))
+    k = max(64, int(_DENSITY * size))
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(size, generator=generator).to(device)
+    values = torch.randn(k, generator=generator).to(device)
+    indices = ops.random_indices(0, seed, 0, size, k, device)
+    buckets = [Fused(gradient.clone(), torch.zeros_like(gradient)) for _ in range(count)]
+
+    def turns(work: Callable[[Fused], object]) -> float:
+        """Median seconds of ``work`` on all buckets, per element: whoever uses the machine delays a step's passes too."""
+        times = []
+        for _ in range(_REPEATS):
+            for bucket in buckets:
+                bucket.grad.copy_(gradient)  # as backward does: it also takes the caches
+            times.append(least_s(lambda: [work(b) for b in buckets], 1, device))
+        return median(times) / (count * size)
+
+    select = turns(lambda b: ops.select_topk(b, k))
+    gather = turns(lambda b: ops.select_indices(b, indices))
+    write = turns(lambda b: ops.write_back(b.grad, values, indices))
+    pairs = ops.select_topk(buckets[0], k)
+    merge = least_s(lambda: _merge(pairs.values, pairs.indices, values, indices, k), _REPEATS + 1, device)
+    return select, gather, write, merge / (2 * k)
+
+
+def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> float:
+    """Least seconds of a bucket of ``SMALL_NUMEL`` elements through a Reducer: mostly a bucket's constant.
+
+    In a thread of its own, as a state's worker is: handing over and waking count. A collective call.
+
+    Args:
+        transport: open; ``SMALL_K`` pairs are all-gathered, or the bucket all-reduced.
+        device: where gradients live.
+        dense: send the bucket densely, its memory along, as a ``dense_crossover`` does.
+    """
+    rule = _dense if dense else _sparse
+    reducer = Reducer(
+        TopK(SMALL_K / SMALL_NUMEL), AllGather(transport), ErrorFeedback(), dense_crossover=rule
+    )
+    gradient = torch.randn(SMALL_NUMEL, generator=torch.Generator().manual_seed(transport.rank)).to(device)
+    bucket = Bucket(0, gradient.clone(), ("probe",), (SMALL_NUMEL,))
+    ready = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def reduce() -> None:
+        with stream_after(ready, device):
+            reducer.reduce(bucket)
+
+    with ThreadPoolExecutor(1, "commhooks-probe") as worker:
+
+        def through() -> None:
+            bucket.buffer.copy_(gradient)
+            if ready is not None:
+                ready.record()
+            worker.submit(reduce).result()
+
+        return least_s(through, _SMALL_REPEATS + 1, device)
+
+
+def least_s(work: Callable[[], object], repeats: int, device: torch.device | None = None) -> float:
+    """Least seconds of ``repeats`` calls, for what is so short that a single delay by others would be most of it."""
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def _merge(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> None:
+    merged = ops.merge_topk(values_a, indices_a, values_b, indices_b, k)
+    ops.contains(indices_a, merged.indices)  # the bookkeeping of survivors
+
+
+def _dense(numel: int, k: int, world_size: int) -> bool:
+    return True
+
+
+def _sparse(numel: int, k: int, world_size: int) -> bool:
+    return False

@@ -1,0 +1,1 @@
+"""The pipeline itself: from a gradient to the average that replaces it."""

@@ -1,0 +1,1 @@
+"""Which places of a gradient are sent."""

@@ -1,0 +1,117 @@
+"""Selectors: which k places of a corrected gradient are sent."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from ..native import ops
+from ..native.fused import Fused, Selected
+from .density import DensitySchedule, as_schedule
+
+
+class Selector(ABC):
+    """Takes k places out of the corrected gradient, in one fused pass with the memory update.
+
+    Attributes:
+        shared_mask: whether every rank selects the same indices, so that they need not travel.
+    """
+
+    shared_mask: ClassVar[bool] = False
+
+    def __init__(self, density: float | DensitySchedule) -> None:
+        self.schedule = as_schedule(density)
+
+    def k(self, numel: int, step: int) -> int:
+        """``max(1, ceil(density * numel))`` at ``step``; 0 for an empty bucket."""
+        wanted = math.ceil(round(self.schedule.density(step) * numel, 6))
+        return min(numel, max(1, wanted))
+
+    @abstractmethod
+    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
+        """Updates the memory in ``fused`` and takes ``k`` pairs out of its residual.
+
+        Args:
+            fused: gradient and memory of one bucket; ``residual`` and ``velocity`` are overwritten.
+            k: pairs wanted.
+            step: exchanges so far, the same on all ranks.
+            stream: what tells buckets apart at one step, the same on all ranks.
+
+        Returns:
+            values ``(k,)`` float32, indices ``(k,)`` int32 ascending, and the report (count, non-finite,
+            misses).
+        """
+
+    def describe(self) -> str:
+        """Settings that all ranks must share, in one line."""
+        return f"{type(self).__name__}(density={self.schedule!r})"
+
+    __repr__ = describe
+
+
+class TopK(Selector):
+    """The k largest magnitudes, exactly; ties go to the lower index.
+
+    Args:
+        density: k/n in (0, 1], or a schedule such as ``ExponentialWarmup``.
+    """
+
+    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
+        return ops.select_topk(fused, k, seed=_sampling_seed(step, stream))
+
+
+class ThresholdTopK(Selector):
+    """About the k largest magnitudes: all that reach a threshold estimated from a sample, at most k of them.
+
+    When more than k reach the threshold (many are equal, say), the ones that are taken start at a place that
+    changes with the step, so that none is passed over for ever; the rest stays in the residual.
+    """
+
+    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
+        seed = _sampling_seed(step, stream)
+        # The estimate is a magnitude of the sample, and what equals it must pass: the largest may be alone.
+        threshold = _next_below(ops.sample_threshold(fused, k, seed=seed))
+        start = (seed * 2_654_435_761) % max(1, fused.grad.numel())
+        return ops.select_threshold(fused, threshold, k, start=start)
+
+
+class RandomK(Selector):
+    """k places at random, the same on every rank, without replacement.
+
+    The mask comes from a private counter-based generator keyed by (seed, step, stream); torch's generators
+    are never touched. M-DSGD's convergence theory covers it as it covers top-k.
+
+    Args:
+        density: k/n in (0, 1], or a schedule.
+        seed: non-negative integer, the same on all ranks.
+    """
+
+    shared_mask = True
+
+    def __init__(self, density: float | DensitySchedule, seed: int = 0) -> None:
+        super().__init__(density)
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
+        self.seed = seed
+
+    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
+        grad = fused.grad
+        indices = ops.random_indices(self.seed, step, stream, grad.numel(), k, grad.device)
+        return ops.select_indices(fused, indices)
+
+    def describe(self) -> str:
+        return f"RandomK(density={self.schedule!r}, seed={self.seed})"
+
+    __repr__ = describe
+
+
+def _next_below(magnitude: float) -> float:
+    """The next smaller float32, at least 0."""
+    return float(torch.nextafter(torch.tensor(magnitude, dtype=torch.float32), torch.zeros(())))
+
+
+def _sampling_seed(step: int, stream: int) -> int:
+    return (step * 1_000_003 + stream) & 0x7FFF_FFFF_FFFF_FFFF

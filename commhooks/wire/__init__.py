@@ -1,0 +1,1 @@
+"""How pairs look on the network."""
