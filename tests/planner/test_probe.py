@@ -3,10 +3,10 @@
 from dataclasses import replace
 from importlib import import_module
 
-import commhooks.planner.kernel_timing as device_module
 import pytest
 import torch
 
+import commhooks.planner.kernel_timing as device_module
 from commhooks.planner import Costs, exchange_s, probe
 from commhooks.planner.kernel_timing import SMALL_NUMEL, kernel_costs, small_bucket_s
 from commhooks.transports import Transport, in_process
