@@ -14,7 +14,7 @@ from .exchange import AllGather, Dense, GTopK, SharedIndices
 from .gradient.bucket import Bucket
 from .gradient.sparse_grad import SparseGrad
 from .interop.arrays import merge, topk
-from .memory import ErrorFeedback
+from .memory import ErrorFeedback, NoMemory
 from .reduction.reducer import Reducer
 from .selection.density import ConstantDensity, ExponentialWarmup
 from .selection.selectors import RandomK, ThresholdTopK, TopK
@@ -30,6 +30,7 @@ __all__ = [
     "ErrorFeedback",
     "ExponentialWarmup",
     "GTopK",
+    "NoMemory",
     "NonFiniteGradientError",
     "PeerLostError",
     "PeerTimeoutError",

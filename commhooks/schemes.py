@@ -1,9 +1,134 @@
-"""Which selectors and aggregators go together."""
+"""The one table of schemes: which selector, exchange and memory a name stands for, and which of them fit together."""
 
 from __future__ import annotations
 
-from .exchange import Aggregator, Dense, SharedIndices
-from .selection.selectors import Selector
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .exchange import Aggregator, AllGather, Dense, GTopK, SharedIndices
+from .memory import ErrorFeedback, Memory, NoMemory
+from .selection.density import DensitySchedule
+from .selection.selectors import RandomK, Selector, ThresholdTopK, TopK
+from .transports import Transport
+
+Parts = tuple[Selector | None, Aggregator, Memory]
+"""What a ``SparseState`` or a ``Reducer`` is made of, in the order of their arguments."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One row of the table.
+
+    Attributes:
+        summary: what the scheme does, in one line.
+        selector: makes the selector from a density and a seed; None: everything is sent.
+        exchange: makes the exchange from a transport.
+        memory: makes the memory that the scheme has unless another is asked for.
+    """
+
+    summary: str
+    selector: Callable[[float | DensitySchedule, int], Selector] | None
+    exchange: Callable[[str | Transport], Aggregator]
+    memory: Callable[[], Memory]
+
+
+SCHEMES: Final[dict[str, Scheme]] = {
+    "dense": Scheme("everything, by all-reduce in float32", None, Dense, NoMemory),
+    "topk": Scheme(
+        "exact top-k of every rank, all-gathered",
+        lambda density, seed: TopK(density),
+        AllGather,
+        ErrorFeedback,
+    ),
+    "gtopk": Scheme(
+        "global top-k by recursive doubling", lambda density, seed: TopK(density), GTopK, ErrorFeedback
+    ),
+    "gtopk-tree": Scheme(
+        "global top-k by reduction to rank 0 and broadcast, the paper's form",
+        lambda density, seed: TopK(density),
+        lambda transport: GTopK(transport, algorithm="tree"),
+        ErrorFeedback,
+    ),
+    "randomk": Scheme(
+        "random-k under a mask all ranks share, all-reduced", RandomK, SharedIndices, ErrorFeedback
+    ),
+    "threshold": Scheme(
+        "top-k above a sampled threshold, all-gathered",
+        lambda density, seed: ThresholdTopK(density),
+        AllGather,
+        ErrorFeedback,
+    ),
+}
+"""Every scheme by name. ``SparseState``'s short forms, the planner and the programs under ``scripts/`` read it."""
+
+
+def make_parts(
+    name: str,
+    density: float | DensitySchedule | None = None,
+    transport: str | Transport = "distributed",
+    *,
+    seed: int = 0,
+    memory: Memory | None = None,
+) -> Parts:
+    """Selector, exchange and memory of the scheme ``name``.
+
+    Args:
+        name: a key of :data:`SCHEMES`.
+        density: k/n in (0, 1], or a schedule. ``"dense"`` has none and ignores it.
+        transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``.
+        seed: of random-k's masks; the other schemes draw none.
+        memory: None: the scheme's own.
+
+    Raises:
+        ValueError: no scheme has that name, or a value is out of range.
+    """
+    if name not in SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
+    scheme = SCHEMES[name]
+    selector = None
+    if scheme.selector is not None:
+        if density is None:
+            raise ValueError(f"density must be given for scheme {name!r}, got None")
+        selector = scheme.selector(density, seed)
+    return selector, scheme.exchange(transport), scheme.memory() if memory is None else memory
+
+
+class _Unset:
+    """The default of arguments called ``memory`` for as long as an explicit None is warned of."""
+
+    def __repr__(self) -> str:
+        return "None"
+
+
+UNSET: Any = _Unset()
+
+
+def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
+    """``memory``; for None or :data:`UNSET` the default: ``ErrorFeedback()`` behind a selector, else ``NoMemory()``.
+
+    Warns:
+        FutureWarning: None is given. ``SparseState`` and ``Reducer`` used to take it for ``NoMemory()``.
+
+    Raises:
+        TypeError: it is no ``Memory``.
+    """
+    if memory is None or memory is UNSET:
+        default: Memory = NoMemory() if selector is None else ErrorFeedback()
+        if memory is None and selector is not None:
+            warnings.warn(
+                "memory=None means the default, ErrorFeedback(), as everywhere in commhooks; it used to mean no memory: "
+                "write memory=NoMemory() to send without error feedback",
+                FutureWarning,
+                stacklevel=3,
+            )
+        return default
+    if not isinstance(memory, Memory):
+        raise TypeError(
+            f"memory must be a Memory such as ErrorFeedback() or NoMemory(), got {type(memory).__name__}"
+        )
+    return memory
 
 
 def check_scheme(selector: Selector | None, aggregator: Aggregator) -> None:

@@ -10,28 +10,26 @@ from torch import Tensor
 from commhooks import (
     AllGather,
     Bucket,
-    Dense,
     ErrorFeedback,
     GTopK,
     RandomK,
     Reducer,
-    SharedIndices,
     ThresholdTopK,
-    TopK,
 )
+from commhooks.schemes import make_parts
 from commhooks.transports import in_process
 
 SCHEMES = {
-    "union": lambda transport, density: (TopK(density), AllGather(transport)),
-    "gtopk": lambda transport, density: (TopK(density), GTopK(transport)),
-    "gtopk-tree": lambda transport, density: (TopK(density), GTopK(transport, algorithm="tree")),
-    "shared": lambda transport, density: (RandomK(density, seed=7), SharedIndices(transport)),
+    "union": lambda transport, density: make_parts("topk", density, transport)[:2],
+    "gtopk": lambda transport, density: make_parts("gtopk", density, transport)[:2],
+    "gtopk-tree": lambda transport, density: make_parts("gtopk-tree", density, transport)[:2],
+    "shared": lambda transport, density: make_parts("randomk", density, transport, seed=7)[:2],
     "union-random": lambda transport, density: (RandomK(density, seed=7), AllGather(transport)),
-    "dense": lambda transport, density: (None, Dense(transport)),
+    "dense": lambda transport, density: make_parts("dense", None, transport)[:2],
 }
 ALL_SCHEMES = {  # an estimated threshold depends on the sample: no oracle predicts it, every law holds all the same
     **SCHEMES,
-    "threshold": lambda transport, density: (ThresholdTopK(density), AllGather(transport)),
+    "threshold": lambda transport, density: make_parts("threshold", density, transport)[:2],
     "gtopk-threshold": lambda transport, density: (ThresholdTopK(density), GTopK(transport)),
 }
 

@@ -15,19 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from ..exchange import Aggregator, AllGather, Dense, GTopK, SharedIndices
+from ..exchange import Aggregator
 from ..gradient.bucket import Bucket
 from ..gradient.device_copy import stream_after
-from ..memory import ErrorFeedback, Memory
+from ..memory import Memory
 from ..reduction.reducer import Reducer
+from ..schemes import UNSET, chosen_memory, make_parts
 from ..selection.density import DensitySchedule
-from ..selection.selectors import RandomK, Selector, TopK
+from ..selection.selectors import Selector
 from ..transports import DEFAULT_TIMEOUT_S, Transport
 from .comm_thread import CommThread
 
 logger = logging.getLogger(__name__)
-
-_DEFAULT_MEMORY: Any = object()
 
 
 class SparseState:
@@ -40,7 +39,7 @@ class SparseState:
     Args:
         selector: which places of a gradient are sent; None with ``Dense``.
         aggregator: how the ranks' selections become one sum, and over which transport.
-        memory: default: ``ErrorFeedback()``. None sends without memory, for comparisons.
+        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds nothing.
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`Reducer`.
         grad_scaler: the job's ``GradScaler``. The memory is then kept in unscaled units and a change of scale
             leaves it right. Without it a change of scale weighs what is in the memory by old over new scale.
@@ -62,7 +61,7 @@ class SparseState:
         self,
         selector: Selector | None,
         aggregator: Aggregator,
-        memory: Memory | None = _DEFAULT_MEMORY,
+        memory: Memory | None = UNSET,
         *,
         nonfinite: str = "propagate",
         grad_scaler: Any = None,
@@ -76,7 +75,7 @@ class SparseState:
         self.reducer = Reducer(
             selector,
             aggregator,
-            ErrorFeedback() if memory is _DEFAULT_MEMORY else memory,
+            chosen_memory(memory, selector),
             nonfinite=nonfinite,
             dense_crossover=dense_crossover,
             delta_every=delta_every,
@@ -95,14 +94,14 @@ class SparseState:
         cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
     ) -> SparseState:
         """Exact top-k of every rank, all-gathered; error feedback on."""
-        return cls(TopK(density), AllGather(transport), **options)
+        return cls._of("topk", density, transport, **options)
 
     @classmethod
     def gtopk(
         cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
     ) -> SparseState:
         """Global top-k by recursive doubling; error feedback on."""
-        return cls(TopK(density), GTopK(transport), **options)
+        return cls._of("gtopk", density, transport, **options)
 
     @classmethod
     def randomk(
@@ -114,12 +113,26 @@ class SparseState:
         **options: Any,
     ) -> SparseState:
         """Random-k under a mask all ranks share, values all-reduced; error feedback on."""
-        return cls(RandomK(density, seed), SharedIndices(transport), **options)
+        return cls._of("randomk", density, transport, seed, **options)
 
     @classmethod
     def dense(cls, transport: str | Transport = "distributed", **options: Any) -> SparseState:
         """Everything, by all-reduce in float32: the baseline on the same transport."""
-        return cls(None, Dense(transport), **options)
+        return cls._of("dense", None, transport, **options)
+
+    @classmethod
+    def _of(
+        cls,
+        scheme: str,
+        density: float | DensitySchedule | None,
+        transport: str | Transport,
+        seed: int = 0,
+        memory: Memory | None = UNSET,
+        **options: Any,
+    ) -> SparseState:
+        """A state of a named scheme."""
+        selector, aggregator, _ = make_parts(scheme, density, transport, seed=seed)
+        return cls(selector, aggregator, memory, **options)
 
     @classmethod
     def auto(cls, model: Any, transport: str | Transport = "distributed", **options: Any) -> Any:

@@ -10,9 +10,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..ddp.state import SparseState
-from ..exchange import Aggregator, AllGather, Dense, GTopK, SharedIndices
+from ..exchange import Dense
 from ..memory import ErrorFeedback, Memory, NoMemory
-from ..selection.selectors import RandomK, Selector, TopK
+from ..schemes import make_parts
 from ..transports import DEFAULT_TIMEOUT_S, Transport
 from .plan import BUCKET_MB, DENSITIES, Plan, check_request, choose
 from .probe import probe, slowest
@@ -73,9 +73,11 @@ def auto(
     )
     shared = {**options, "timeout_s": timeout_s, "process_group": process_group}
     if plan.scheme == "dense":
-        state = cls(None, Dense(transport), **{**shared, "memory": dense_memory(options.get("memory"))})
+        state = cls(
+            None, Dense(transport), **{**shared, "memory": dense_memory(options.get("memory")) or NoMemory()}
+        )
     else:
-        selector, aggregator = configured(plan, transport)
+        selector, aggregator, _ = make_parts(plan.scheme, plan.density, transport)
         state = cls(selector, aggregator, **{"dense_crossover": plan, **shared})
     state.plan = plan
     return state
@@ -117,15 +119,6 @@ def make_plan(
     if rank == 0:
         logger.info("%s ranks, %s parameters: %s; %s", world_size, numel, plan.summary(), plan.reason)
     return plan
-
-
-def configured(plan: Plan, transport: str | Transport) -> tuple[Selector, Aggregator]:
-    """Selector and aggregator of a plan that compresses."""
-    if plan.scheme == "randomk":
-        return RandomK(plan.density), SharedIndices(transport)
-    if plan.scheme == "topk":
-        return TopK(plan.density), AllGather(transport)
-    return TopK(plan.density), GTopK(transport)
 
 
 def dense_memory(memory: Memory | None) -> Memory | None:

@@ -22,7 +22,7 @@ from ..gradient.write_back import write_dense, write_sparse
 from ..memory import Memory, NoMemory
 from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
-from ..schemes import check_scheme
+from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import DEFAULT_TIMEOUT_S
 from ..wire.message import Context
@@ -51,7 +51,7 @@ class Reducer:
     Args:
         selector: what to send; ``None`` only with the ``Dense`` aggregator.
         aggregator: how selections become a sum; it holds the transport.
-        memory: error feedback; ``None`` sends without memory (what is not sent is lost).
+        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds nothing.
         average: divide the sum by the world size.
         nonfinite: what NaN or Inf on any rank does, alike on all ranks. It never enters a memory.
             ``"propagate"``: the bucket becomes NaN everywhere, as under plain DDP, so that a GradScaler
@@ -70,7 +70,7 @@ class Reducer:
         self,
         selector: Selector | None,
         aggregator: Aggregator,
-        memory: Memory | None = None,
+        memory: Memory | None = UNSET,
         *,
         average: bool = True,
         nonfinite: str = "propagate",
@@ -86,7 +86,7 @@ class Reducer:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.selector, self.aggregator = selector, aggregator
-        self.memory = NoMemory() if memory is None else memory
+        self.memory = chosen_memory(memory, selector)
         self.average, self.nonfinite = average, nonfinite
         self.dense_crossover, self.delta_every, self.timeout_s = dense_crossover, delta_every, timeout_s
         self.step = 0

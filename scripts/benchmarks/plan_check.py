@@ -147,7 +147,7 @@ def _step_times(transport: str, case: dict[str, Any], numel: int, buckets: int, 
     from commhooks import SparseState
 
     if case["scheme"] == "dense":
-        state = SparseState.dense(transport, memory=None)
+        state = SparseState.dense(transport)
     else:
         state = SparseState.topk(case["density"], transport)
     gradients = [torch.randn(numel) for _ in range(buckets)]

@@ -9,25 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import (
-    AllGather,
-    Dense,
-    ErrorFeedback,
-    GTopK,
-    RandomK,
-    SharedIndices,
-    SparseState,
-    TopK,
-    register,
-)
+from commhooks import ErrorFeedback, SparseState, register
+from commhooks.schemes import make_parts
 
-SCHEMES = {
-    "topk": lambda density, transport="distributed": (TopK(density), AllGather(transport)),
-    "gtopk": lambda density, transport="distributed": (TopK(density), GTopK(transport)),
-    "gtopk-tree": lambda density, transport="distributed": (TopK(density), GTopK(transport, "tree")),
-    "randomk": lambda density, transport="distributed": (RandomK(density), SharedIndices(transport)),
-    "dense": lambda density, transport="distributed": (None, Dense(transport)),
-}
+SCHEMES = ("topk", "gtopk", "gtopk-tree", "randomk", "dense")
 SMALL_BUCKETS_MB = 0.0002  # about 52 float32 elements: from the second step on the model below has 4 buckets
 
 
@@ -63,7 +48,7 @@ def make_state(scheme, density=0.1, memory=None, **options):
     """A state that never goes dense and gives up after 20 s, unless told otherwise."""
     options = {"dense_crossover": False, "timeout_s": 20.0, **options}
     transport = options.pop("transport", "distributed")
-    return SparseState(*SCHEMES[scheme](density, transport), memory or ErrorFeedback(), **options)
+    return SparseState(*make_parts(scheme, density, transport, memory=memory or ErrorFeedback()), **options)
 
 
 def sparse_ddp(scheme, density=0.1, memory=None, model=None, ddp_options=None, **options):

@@ -4,8 +4,9 @@ import itertools
 
 import horovod.torch as hvd
 
-from commhooks import AllGather, ErrorFeedback, GTopK, RandomK, SharedIndices, SparseState, TopK
+from commhooks import SparseState
 from commhooks.horovod import Compression, DistributedOptimizer
+from commhooks.schemes import make_parts
 
 SMALL_MB = 0.0005  # several buckets even for these small models
 SCHEMES = ("randomk", "topk")  # of the stock optimizer
@@ -34,13 +35,8 @@ def stock(scheme, density, made=None, options=None, fails=False, **horovod):
 
 def scheme(name, density=0.1, memory=None):
     options = {"dense_crossover": False, "timeout_s": 20.0}
-    memory = memory or ErrorFeedback()
-    return {
-        "topk": lambda: SparseState(TopK(density), AllGather(), memory, **options),
-        "gtopk": lambda: SparseState(TopK(density), GTopK(), memory, **options),
-        "tree": lambda: SparseState(TopK(density), GTopK(algorithm="tree"), memory, **options),
-        "randomk": lambda: SparseState(RandomK(density, seed=3), SharedIndices(), memory, **options),
-    }[name]()
+    name = {"tree": "gtopk-tree"}.get(name, name)
+    return SparseState(*make_parts(name, density, seed=3, memory=memory), **options)
 
 
 def ours(name, density=0.1, memory=None, **options):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from launch import mpiexec, spawn_gloo, why_no_mpi
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import ErrorFeedback, NonFiniteGradientError, SparseState, register
+from commhooks import ErrorFeedback, NoMemory, NonFiniteGradientError, SparseState, register
 from commhooks.planner import Costs, Plan, choose
 from commhooks.planner.auto import PROBE_TIMEOUT_S, dense_memory, make_plan, sizes_of
 from commhooks.planner.plan import DEFAULT_BUCKET_MB
@@ -105,7 +105,7 @@ def test_a_memory_is_for_either_kind_of_plan(monkeypatch):
     import commhooks.planner.auto as module
 
     memories = {
-        "none": lambda: None,
+        "none": NoMemory,
         "plain": ErrorFeedback,
         "momentum": lambda: ErrorFeedback(momentum=0.5),
         "clip": lambda: ErrorFeedback(clip_norm=1.0),
@@ -212,7 +212,7 @@ def _plain(policy):
     def work(transport):
         from commhooks import Bucket, Dense
 
-        reducer = Reducer(None, Dense(transport), None, nonfinite=policy)
+        reducer = Reducer(None, Dense(transport), nonfinite=policy)
         buffer = torch.full((6,), float(transport.rank))
         if transport.rank == 1:
             buffer[2] = float("nan")

@@ -7,8 +7,8 @@ import pytest
 
 from commhooks import AllGather, GTopK, RandomK, SharedIndices, TopK
 from commhooks.planner import Costs, choose
-from commhooks.planner.auto import configured
 from commhooks.planner.plan import BUCKET_MB, CANDIDATES, LEAST_SAVING_S, MARGIN, NEAR
+from commhooks.schemes import make_parts
 
 MB = 1 << 18  # elements
 
@@ -177,5 +177,5 @@ def test_selector_and_aggregator_of_a_plan():
         ("gtopk", (TopK, GTopK)),
         ("randomk", (RandomK, SharedIndices)),
     ):
-        selector, aggregator = configured(replace(plan, scheme=scheme), "distributed")
+        selector, aggregator, _ = make_parts(scheme, plan.density)
         assert (type(selector), type(aggregator)) == kinds

@@ -12,6 +12,7 @@ from commhooks import (
     Bucket,
     ErrorFeedback,
     ExponentialWarmup,
+    NoMemory,
     NonFiniteGradientError,
     Reducer,
     TopK,
@@ -271,7 +272,7 @@ def test_a_loss_scale_leaves_memory_unscaled_and_the_result_scaled():
 
 def test_without_memory_what_is_not_sent_is_lost():
     def work(transport):
-        red = Reducer(TopK(0.5), AllGather(transport), None, average=False, dense_crossover=False)
+        red = Reducer(TopK(0.5), AllGather(transport), NoMemory(), average=False, dense_crossover=False)
         out = []
         for _ in range(3):
             g = torch.tensor([2.0, 1.0])
