@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # an uninstalled checkout will do
 
 
 def main() -> None:
     """Reads the command line, joins the job, trains, prints the summary on rank 0."""
     import torch
-    from jobs import launch, loop, options
+    from training import launch, loop, options
 
     chosen = options.parse()
     torch.set_num_threads(1)  # ranks share the machine
@@ -45,7 +41,7 @@ def refuse(world: Any, error: ValueError) -> None:
 
 def render(summary: dict[str, Any]) -> str:
     """The summary as a table of two columns."""
-    from jobs.log import count, table
+    from training.log import count, table
 
     rows = [
         ("scheme", summary["scheme"]),

@@ -69,7 +69,7 @@ class Outcome:
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for a job: no trace of another launcher, one thread a rank, this checkout importable."""
+    """The environment for a job: no trace of another launcher, one thread a rank, this checkout, its tests/ and scripts/ importable."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -81,7 +81,7 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     env.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     env["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])]
+        [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts"), *filter(None, [env.get("PYTHONPATH")])]
     )
     env.update(extra or {})
     return env

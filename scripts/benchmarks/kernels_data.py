@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jobs import data_text
 from torch import Tensor, nn
+from training import data_text
 
 from commhooks.native import ops
 from commhooks.native.fused import Fused

@@ -59,7 +59,7 @@ def train(case: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
     from benchmarks.network_schemes import attach, is_ours
-    from jobs.tasks import Share, make
+    from training.tasks import Share, make
 
     from commhooks import ErrorFeedback, ExponentialWarmup
 

@@ -5,9 +5,9 @@ import re
 import pytest
 import sklearn.datasets  # noqa: F401  imported once, before the ranks are forked
 import torch
-from jobs import averaging, loop, options
-from jobs import launch as job_launch
 from launch import spawn_gloo
+from training import averaging, loop, options
+from training import launch as job_launch
 
 BASE = [
     "--model",

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from cases import (
+from ddp_cases import (
     Data,
     buckets_seen,
     by_name,

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from cases import (
+from ddp_cases import (
     Data,
     buckets_seen,
     check_step,

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from cases import (
+from ddp_cases import (
     SCHEMES,
     Data,
     buckets_seen,

@@ -1,17 +1,12 @@
 """Every scheme over gloo gives the bits, the memories and the bytes that P ranks as threads give."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from launch import spawn_gloo
+from twins import assert_equals_in_process
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "."))
-from twins import assert_equals_in_process  # noqa: E402
-
-from commhooks.transports.base import nbytes  # noqa: E402
-from commhooks.transports.distributed import DistributedTransport  # noqa: E402
+from commhooks.transports.base import nbytes
+from commhooks.transports.distributed import DistributedTransport
 
 
 def compare(rank, size):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from cases import Data, loss_of, make_net, make_state, parameter_buckets, sparse_ddp, wrap
+from ddp_cases import Data, loss_of, make_net, make_state, parameter_buckets, sparse_ddp, wrap
 from launch import spawn_gloo, torchrun
 
 from commhooks import PeerLostError, PeerTimeoutError, register
@@ -129,10 +129,9 @@ def test_a_failed_state_stays_failed():
 
 
 PROGRAM = """
-import os, sys, time
+import os, time
 import torch, torch.distributed as dist
-sys.path.insert(0, {folder!r})
-import cases
+import ddp_cases as cases
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -151,16 +150,12 @@ dist.destroy_process_group()
 
 
 def test_the_distributed_transport_inside_torchrun():
-    folder = os.path.dirname(os.path.abspath(__file__))
-    done = torchrun(PROGRAM.format(folder=folder), 2, timeout=120, env={"TIMEOUT_S": "60", "WHAT": "train"})
+    done = torchrun(PROGRAM, 2, timeout=120, env={"TIMEOUT_S": "60", "WHAT": "train"})
     assert done.stdout.count("sent") == 2
 
 
 def test_a_stalled_rank_ends_a_torchrun_job():
-    folder = os.path.dirname(os.path.abspath(__file__))
-    done = torchrun(
-        PROGRAM.format(folder=folder), 2, timeout=150, env={"TIMEOUT_S": "5", "WHAT": "stall"}, check=False
-    )
+    done = torchrun(PROGRAM, 2, timeout=150, env={"TIMEOUT_S": "5", "WHAT": "stall"}, check=False)
     assert not done.timed_out and done.returncode != 0
     assert "PeerTimeoutError" in done.stderr and "bucket 0, step 2" in done.stderr and "rank 1" in done.stderr
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from cases import (
+from ddp_cases import (
     Data,
     by_name,
     check_step,

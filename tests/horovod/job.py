@@ -3,9 +3,7 @@
 import importlib
 import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 MODULES = ("stock_cases", "stock_failure_cases", "optimizer_cases", "optimizer_state_cases")
 
 

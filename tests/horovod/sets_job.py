@@ -4,11 +4,7 @@ Rank 2 is in all of them: {1, 2} is opened, {2} lies within it, {0, 2} does not 
 An elastic State takes none of them.
 """
 
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def main():

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cuda_cases as cases
+import kernel_cases
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import cuda_cases as cases  # noqa: E402
-import kernel_cases  # noqa: E402
-
-from commhooks.native import cuda  # noqa: E402
-from commhooks.native.fused import PAD  # noqa: E402
+from commhooks.native import cuda
+from commhooks.native.fused import PAD
 
 
 def emulate(path: Path) -> None:

@@ -1,13 +1,7 @@
 """What `scripts/benchmarks/plan_check.py` makes of its turns."""
 
-import sys
-
 import pytest
-from launch import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from benchmarks.plan_check import line, summary  # noqa: E402
+from benchmarks.plan_check import line, summary
 
 
 def test_a_record_is_the_least_of_all_turns_and_the_range_of_single_ones():

@@ -7,9 +7,9 @@ import sys
 import numpy
 import pytest
 import torch
-from jobs import data_cifar10, data_digits, data_ptb, data_text, tasks
-from jobs.models import MLP, LanguageModel, ResNet20
 from launch import ROOT, run
+from training import data_cifar10, data_digits, data_ptb, data_text, tasks
+from training.models import MLP, LanguageModel, ResNet20
 
 CPU = torch.device("cpu")
 
@@ -129,14 +129,16 @@ def test_standard_library_text_is_cut_without_loss_and_numbered_by_frequency(tmp
 def test_text_vocabulary_does_not_depend_on_the_hash_seed(tmp_path):
     (tmp_path / "torch.py").write_text("Tensor = None\n")  # not needed for this, and slow to import
     program = (
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / 'scripts')!r}]\n"
-        "from jobs import data_text\n"
+        "from training import data_text\n"
         "words = data_text.split(open(data_text.__file__).read(), 'word')\n"
         "print(hash('word'), data_text.build_vocabulary(words, 100))\n"
     )
+    path = f"{tmp_path}:{ROOT / 'scripts'}"
     outputs = []
     for seed in ("1", "2"):
-        done = run([sys.executable, "-c", program], timeout=60, env={"PYTHONHASHSEED": seed})
+        done = run(
+            [sys.executable, "-c", program], timeout=60, env={"PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        )
         outputs.append(done.stdout.split(" ", 1))
     assert outputs[0][0] != outputs[1][0] and outputs[0][1] == outputs[1][1]
 

@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-from jobs.demo import ENTRIES
 from launch import ROOT, run
+from training.demo import ENTRIES
 
 
 @pytest.mark.mpi

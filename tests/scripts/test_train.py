@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import checkpoint, loop, options, strategies
-from jobs import launch as job_launch
-from jobs.log import Log, read, table
 from launch import ROOT, mpiexec, mpiexec_path, run, spawn_gloo, torchrun
 from test_data import write_cifar, write_ptb
 from train import render
+from training import checkpoint, loop, options, strategies
+from training import launch as job_launch
+from training.log import Log, read, table
 
 TRAIN = ROOT / "scripts" / "train.py"
 MLP = ["--model", "mlp", "--hidden", "64", "--batch-size", "64", "--quiet"]
@@ -251,10 +251,9 @@ def test_mpiexec_trains_to_the_same_bits_as_torchrun_would(tmp_path, transport):
 
 @pytest.mark.mpi
 def test_a_rank_that_fails_under_mpiexec_takes_the_job_down_even_without_m_mpi4py(tmp_path):
-    program = textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(ROOT / "scripts")!r})
-        from jobs import launch
+    program = textwrap.dedent("""
+        import time
+        from training import launch
         with launch.session() as world:
             assert world.size == 2 and world.launcher == "mpi"
             if world.rank == 1:

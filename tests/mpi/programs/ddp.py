@@ -12,13 +12,10 @@ from pathlib import Path
 import mpi4py
 
 mpi4py.rc.thread_level = os.environ.get("COMMHOOKS_TEST_THREAD_LEVEL", "multiple")
+import ddp_cases as cases  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from mpi4py import MPI  # noqa: E402
-
-TESTS = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(TESTS / "ddp"), str(TESTS)]
-import cases  # noqa: E402
 
 from commhooks import Bucket, ErrorFeedback  # noqa: E402
 from commhooks.transports.mpi import MpiTransport  # noqa: E402

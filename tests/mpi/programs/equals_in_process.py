@@ -1,15 +1,12 @@
 """Every scheme at P = 1, 2, 3, 4, 5, 8 on sub-communicators of one job, compared bit for bit with in_process."""
 
 import sys
-from pathlib import Path
 
 import torch
 from mpi4py import MPI
+from twins import assert_equals_in_process
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from twins import assert_equals_in_process  # noqa: E402
-
-from commhooks.transports.mpi import MpiTransport  # noqa: E402
+from commhooks.transports.mpi import MpiTransport
 
 torch.set_num_threads(1)
 world = MPI.COMM_WORLD

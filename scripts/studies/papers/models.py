@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jobs.models import MLP, LanguageModel, ResNet20
 from torch import Tensor, nn
+from training.models import MLP, LanguageModel, ResNet20
 
 from .problems import digits
 

@@ -10,12 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
-from jobs import launch, loop, options
-from jobs.log import count, table
+from training import launch, loop, options
+from training.log import count, table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # scheme, error feedback, momentum (None: the study's). A coordinate that random-k sends every 1/density steps carries

@@ -10,7 +10,7 @@ HEAD = """# The papers' claims, looked for on small problems
 
 Made by `scripts/reproduce` (one module: `scripts/reproduce --only m_avg`). Each claim has one figure, one verdict and a
 sentence with the numbers behind it; the verdict is computed from the numbers by the criterion in
-`scripts/reproduction/`. The problems are small on purpose: a strongly convex quadratic, logistic regression on
+`scripts/studies/papers/`. The problems are small on purpose: a strongly convex quadratic, logistic regression on
 scikit-learn's breast-cancer data, perceptrons, a ResNet-20 and an LSTM on the digits and on text of the Python
 standard library. "Simulation" means a vectorised simulation of all workers in one process, which `checks` holds against
 the library sample for sample; "library" means commhooks itself over its in-process transport, one thread per rank.

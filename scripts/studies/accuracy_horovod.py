@@ -1,9 +1,7 @@
-"""The accuracy study under Horovod, in one job: run it as
+"""The accuracy study under Horovod, in one job of 4 ranks (run by scripts/accuracy --horovod).
 
-horovodrun -np 4 --gloo python scripts/accuracy_horovod.py [--models mlp resnet20] [--seeds 0 1 2] [--epochs 40]
-
-Same settings as scripts/accuracy (whose table it repeats). Writes docs/results/horovod.json and
-horovod.md; runs that horovod.json already holds are not run again, so a study can be done in parts.
+The settings are those of `accuracy.py`. The study writes docs/results/horovod.json and horovod.md. It runs only what
+horovod.json does not hold yet, so it can be done in parts.
 """
 
 from __future__ import annotations
@@ -11,16 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from training import horovod, launch
+from training.log import count, table
 
-import train_horovod
-from jobs import accuracy_job, launch
-from jobs.log import count, table
+from . import accuracy
 
 # name, scheme, Horovod's own optimizer, error feedback, momentum (None: the study's)
 CASES: tuple[tuple[str, str, bool, bool, float | None], ...] = (
@@ -39,32 +35,34 @@ CASES: tuple[tuple[str, str, bool, bool, float | None], ...] = (
 
 def main() -> None:
     """Runs what is missing, rank 0 writes after each run."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="scripts/accuracy --horovod",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--epochs", type=int, default=40, help="of the MLP; ResNet-20 gets half (40)")
     p.add_argument("--density", type=float, default=0.01)
     p.add_argument("--warmup", type=int, default=4)
     p.add_argument("--momentum", type=float, default=0.9)
-    p.add_argument(
-        "--models", nargs="+", choices=tuple(accuracy_job.MODELS), default=list(accuracy_job.MODELS)
-    )
-    p.add_argument("--output", type=Path, default=accuracy_job.ROOT / "docs" / "results")
+    p.add_argument("--models", nargs="+", choices=tuple(accuracy.MODELS), default=list(accuracy.MODELS))
+    p.add_argument("--output", type=Path, default=accuracy.ROOT / "docs" / "results")
     study = p.parse_args()
     import torch
 
     torch.set_num_threads(1)
     path = study.output / "horovod.json"
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
-    with train_horovod.session("cpu", 120.0) as world:
+    with horovod.session("cpu", 120.0) as world:
         for model in study.models:
             for seed in study.seeds:
                 for name, scheme, stock, feedback, momentum in CASES:
                     if any((r["name"], r["model"], r["seed"]) == (name, model, seed) for r in runs):
                         continue
-                    train_horovod.use_horovod(stock)
+                    horovod.use_horovod(stock)
                     momentum = study.momentum if momentum is None else momentum
                     started = time.perf_counter()
-                    result = accuracy_job.one(study, world, (model, scheme, feedback, momentum), seed)
+                    result = accuracy.one(study, world, (model, scheme, feedback, momentum), seed)
                     runs.append({"name": name, "stock": stock, **result})
                     if world.is_main:
                         write(study, path, runs, world)
@@ -94,7 +92,7 @@ def page(study: Any, runs: list[dict[str, Any]], world: launch.World) -> str:
     parts = [
         "# Accuracy on digits under Horovod",
         "",
-        f"`horovodrun -np {world.size} --gloo python scripts/accuracy_horovod.py`: {world.size} ranks on one machine, "
+        f"`scripts/accuracy --horovod`: {world.size} ranks on one machine, "
         f"density {study.density:g} after a warm-up of {study.warmup} epochs, the settings of "
         "[the DDP study](accuracy.md), which says why random-k stands here twice; 360 test images (one image is 0.28 points). Our optimizer "
         "selects in fused buckets, the stock optimizer with our compression in each parameter. Bytes are a rank's "
@@ -108,12 +106,12 @@ def page(study: Any, runs: list[dict[str, Any]], world: launch.World) -> str:
         }
         lines = []
         for name, group in groups.items():
-            accuracy = [100 * r["test_accuracy"] for r in group]
-            spread = f" ± {statistics.stdev(accuracy):.2f}" if len(group) > 1 else ""
+            points = [100 * r["test_accuracy"] for r in group]
+            spread = f" ± {statistics.stdev(points):.2f}" if len(group) > 1 else ""
             behind = f"{means[names[0]] - means[name]:+.2f}"
             sent = count(statistics.mean(r["bytes_sent_per_step"] for r in group))
             feedback = "-" if name == names[0] else "yes" if group[0]["error_feedback"] else "no"
-            span = f"{min(accuracy):.2f} to {max(accuracy):.2f}"
+            span = f"{min(points):.2f} to {max(points):.2f}"
             momentum, lr = f"{group[0]['momentum']:g}", f"{group[0]['lr']:g}"
             mean = f"{means[name]:.2f}{spread}"
             lines.append((name, len(group), feedback, momentum, lr, mean, span, behind, sent))

@@ -1,0 +1,1 @@
+"""What the studies compute: accuracy by scheme, and the claims of the papers (`papers/`)."""
