@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .native import library
+from .native import abi
 from .planner import command
 
 
 def _info(arguments: argparse.Namespace) -> int:
     """Prints which implementation of the kernels is in use, and where."""
-    lines = {"commhooks": __version__, **library.describe()}
+    lines = {"commhooks": __version__, **abi.describe()}
     width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:<{width}}  {text}")

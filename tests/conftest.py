@@ -70,11 +70,11 @@ def why_not(marker: str) -> str | None:
 
 
 def _why_no_native() -> str | None:
-    from commhooks.native import library
+    from commhooks.native import abi
 
     return (
         None
-        if library.cpu() is not None
+        if abi.cpu() is not None
         else "the compiled library libcommhooks_cpu.so is not there or turned off"
     )
 

@@ -12,53 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import checks, library
+from . import abi, checks
 from .fused import Fused, Merged, Selected
 
-_INVALID, _NO_MEMORY = 1, 2
-_MASK64 = 2**64 - 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Operands(ctypes.Structure):
-    """``commhooks_fused`` of csrc/include/commhooks.h."""
-
-    _fields_ = (
-        ("grad", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("velocity", ctypes.c_void_p),
-        ("scale_ptr", ctypes.c_void_p),
-        ("segment_offsets", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("num_segments", ctypes.c_int32),
-        ("grad_dtype", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("momentum", ctypes.c_float),
-    )
-
-
-def operands(fused: Fused) -> _Operands:
-    """The C struct of ``fused``; valid while its tensors are."""
-    return _Operands(
-        fused.grad.data_ptr(),
-        fused.residual.data_ptr(),
-        None if fused.velocity is None else fused.velocity.data_ptr(),
-        None if fused.scale_tensor is None else fused.scale_tensor.data_ptr(),
-        None if fused.segments is None else fused.segments.data_ptr(),
-        fused.residual.numel(),
-        0 if fused.segments is None else fused.segments.numel() - 1,
-        _DTYPES[fused.grad.dtype],
-        fused.scale,
-        fused.momentum,
-    )
+_CPU = torch.device("cpu")
 
 
 def _call(name: str, *arguments: object, explain: Callable[[], None] = lambda: None) -> None:
     """Calls ``commhooks_cpu_<name>``; ``explain`` raises a precise error for arguments that were refused."""
-    status = getattr(library.cpu(), f"commhooks_cpu_{name}")(*arguments)
+    status = getattr(abi.cpu(), f"commhooks_cpu_{name}")(*arguments)
     if status == 0:
         return
-    if status == _NO_MEMORY:
+    if status == abi.NO_MEMORY:
         raise MemoryError(f"{name}: no memory for scratch space")
     explain()
     raise ValueError(f"{name}: the native library refused its arguments")
@@ -68,22 +33,14 @@ def _threads(threads: int | None) -> int:
     return torch.get_num_threads() if threads is None else threads
 
 
-def _selected(k: int) -> Selected:
-    return Selected(
-        torch.empty(k, dtype=torch.float32),
-        torch.empty(k, dtype=torch.int32),
-        torch.empty(3, dtype=torch.int64),
-    )
-
-
 def select_topk(fused: Fused, k: int, seed: int = 0, threads: int | None = None) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`."""
-    out = _selected(k)
+    out = Selected.empty(k, _CPU)
     _call(
         "select_topk",
-        ctypes.byref(operands(fused)),
+        abi.operands(fused),
         k,
-        seed & _MASK64,
+        seed & abi.MASK64,
         _threads(threads),
         *(tensor.data_ptr() for tensor in out),
         explain=lambda: checks.segment_order(fused),
@@ -95,10 +52,10 @@ def select_threshold(
     fused: Fused, threshold: float, k: int, start: int = 0, threads: int | None = None
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_threshold`."""
-    out = _selected(k)
+    out = Selected.empty(k, _CPU)
     _call(
         "select_threshold",
-        ctypes.byref(operands(fused)),
+        abi.operands(fused),
         threshold,
         k,
         start,
@@ -112,7 +69,7 @@ def select_threshold(
 def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
     """See :func:`commhooks.native.ops.sample_threshold`."""
     result = ctypes.c_float()
-    _call("sample_threshold", ctypes.byref(operands(fused)), k, seed & _MASK64, ctypes.byref(result))
+    _call("sample_threshold", abi.operands(fused), k, seed & abi.MASK64, ctypes.byref(result))
     return result.value
 
 
@@ -127,7 +84,7 @@ def select_indices(fused: Fused, indices: Tensor, threads: int | None = None) ->
     report = torch.empty(3, dtype=torch.int64)
     _call(
         "select_indices",
-        ctypes.byref(operands(fused)),
+        abi.operands(fused),
         indices.data_ptr(),
         indices.numel(),
         _threads(threads),
@@ -141,7 +98,15 @@ def select_indices(fused: Fused, indices: Tensor, threads: int | None = None) ->
 def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device: torch.device) -> Tensor:
     """See :func:`commhooks.native.ops.random_indices`."""
     indices = torch.empty(k, dtype=torch.int32)
-    _call("random_indices", seed & _MASK64, step & _MASK64, stream & _MASK64, numel, k, indices.data_ptr())
+    _call(
+        "random_indices",
+        seed & abi.MASK64,
+        step & abi.MASK64,
+        stream & abi.MASK64,
+        numel,
+        k,
+        indices.data_ptr(),
+    )
     return indices
 
 
@@ -159,12 +124,7 @@ def merge_topk(
         checks.index_order("indices_a", indices_a, None)
         checks.index_order("indices_b", indices_b, None)
 
-    out = Merged(
-        torch.empty(k, dtype=torch.float32),
-        torch.empty(k, dtype=torch.int32),
-        torch.empty(indices_a.numel(), dtype=torch.bool),
-        torch.empty(indices_b.numel(), dtype=torch.bool),
-    )
+    out = Merged.empty(k, indices_a.numel(), indices_b.numel(), _CPU)
     _call(
         "merge_topk",
         values_a.data_ptr(),
@@ -221,7 +181,7 @@ def write_back(
     _call(
         "write_back",
         out.data_ptr(),
-        _DTYPES[out.dtype],
+        abi.DTYPES[out.dtype],
         out.numel(),
         values.data_ptr(),
         indices.data_ptr(),

@@ -9,77 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import library
+from . import abi
 from .fused import Fused, Merged, Selected
 
-_MASK64 = 0xFFFFFFFFFFFFFFFF
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SELECT, _INDICES, _RANDOM, _MERGE = range(4)  # commhooks_cuda_operation
-_INVALID, _NO_MEMORY = 1, 2
-
-_pointer = ctypes.c_void_p
-_i64, _u64, _i32, _f32 = ctypes.c_int64, ctypes.c_uint64, ctypes.c_int32, ctypes.c_float
-_scratch_and_stream = [_pointer, _i64, _pointer]
-
-
-class _FusedStruct(ctypes.Structure):
-    """``commhooks_fused`` of csrc/include/commhooks.h."""
-
-    _fields_ = [
-        ("grad", _pointer),
-        ("residual", _pointer),
-        ("velocity", _pointer),
-        ("scale_ptr", _pointer),
-        ("segment_offsets", _pointer),
-        ("numel", _i64),
-        ("num_segments", _i32),
-        ("grad_dtype", _i32),
-        ("scale", _f32),
-        ("momentum", _f32),
-    ]
-
-
-_fused = ctypes.POINTER(_FusedStruct)
-_SIGNATURES: dict[str, list[Any]] = {
-    "select_topk": [_fused, _i64, _u64, _pointer, _pointer, _pointer, *_scratch_and_stream],
-    "select_threshold": [_fused, _f32, _i64, _i64, _pointer, _pointer, _pointer, *_scratch_and_stream],
-    "select_indices": [_fused, _pointer, _i64, _pointer, _pointer, *_scratch_and_stream],
-    "sample_threshold": [_fused, _i64, _u64, _pointer, *_scratch_and_stream],
-    "random_indices": [_u64, _u64, _u64, _i64, _i64, _pointer, *_scratch_and_stream],
-    "merge_topk": [_pointer, _pointer, _i64] * 2 + [_i64] + [_pointer] * 4 + _scratch_and_stream,
-    "scatter_add": [_pointer, _i64, _pointer, _pointer, _i64, _f32, _pointer],
-    "write_back": [_pointer, _i32, _i64, _pointer, _pointer, _i64, _i64, _f32, _pointer],
-}
-
-
-@functools.cache
-def declare(path: str) -> ctypes.CDLL:
-    """The library at ``path`` with all its signatures."""
-    loaded = ctypes.CDLL(path)
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(
-            loaded, f"commhooks_cuda_{name}"
-        )  # not loaded[...], which makes a new one each time
-        function.argtypes = arguments
-        function.restype = _i32
-    loaded.commhooks_cuda_scratch_bytes.argtypes = [_i32, _i64, _i64, _i64]
-    loaded.commhooks_cuda_scratch_bytes.restype = _i64
-    loaded.commhooks_cuda_last_error.argtypes = []
-    loaded.commhooks_cuda_last_error.restype = ctypes.c_char_p
-    return loaded
+# commhooks_cuda_operation
+_SELECT, _INDICES, _RANDOM, _MERGE = range(4)
 
 
 def _loaded() -> ctypes.CDLL:
-    found = library.cuda()
+    found = abi.cuda()
     if found is None:
         raise RuntimeError("the CUDA library is not there: commhooks.native.ops should not have called it")
-    return declare(found._name)
+    return found
 
 
 def _guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -98,9 +43,9 @@ def _call(device: torch.device, name: str, *arguments: object) -> None:
     if status == 0:
         return
     text = f"{name}: {loaded.commhooks_cuda_last_error().decode()}"
-    if status == _INVALID:
+    if status == abi.INVALID:
         raise ValueError(text)
-    raise MemoryError(text) if status == _NO_MEMORY else RuntimeError(text)
+    raise MemoryError(text) if status == abi.NO_MEMORY else RuntimeError(text)
 
 
 def _scratch(device: torch.device, operation: int, numel: int, k: int, extra: int) -> Tensor:
@@ -110,51 +55,22 @@ def _scratch(device: torch.device, operation: int, numel: int, k: int, extra: in
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _optional(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _struct(fused: Fused) -> _FusedStruct:
-    segments = 0 if fused.segments is None else fused.segments.numel() - 1
-    return _FusedStruct(
-        fused.grad.data_ptr(),
-        fused.residual.data_ptr(),
-        _optional(fused.velocity),
-        _optional(fused.scale_tensor),
-        _optional(fused.segments),
-        fused.grad.numel(),
-        segments,
-        _DTYPES[fused.grad.dtype],
-        fused.scale,
-        fused.momentum,
-    )
-
-
-def _outputs(fused: Fused, k: int) -> Selected:
-    device = fused.residual.device
-    return Selected(
-        torch.empty(k, dtype=torch.float32, device=device),
-        torch.empty(k, dtype=torch.int32, device=device),
-        torch.empty(3, dtype=torch.int64, device=device),
-    )
-
-
 def _segments(fused: Fused) -> int:
     return 0 if fused.segments is None else fused.segments.numel() - 1
 
 
 def _select(name: str, fused: Fused, k: int, *numbers: object) -> Selected:
     device = fused.residual.device
-    out = _outputs(fused, k)
+    out = Selected.empty(k, device)
     scratch = _scratch(device, _SELECT, fused.residual.numel(), k, _segments(fused))
     pointers = (out.values.data_ptr(), out.indices.data_ptr(), out.report.data_ptr())
-    _call(device, name, _struct(fused), *numbers, *pointers, scratch.data_ptr(), scratch.numel())
+    _call(device, name, abi.operands(fused), *numbers, *pointers, scratch.data_ptr(), scratch.numel())
     return out
 
 
 def select_topk(fused: Fused, k: int, seed: int = 0, threads: int | None = None) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`; ``threads`` has no meaning here."""
-    return _select("select_topk", fused, k, k, seed & _MASK64)
+    return _select("select_topk", fused, k, k, seed & abi.MASK64)
 
 
 def select_threshold(
@@ -172,7 +88,7 @@ def select_indices(fused: Fused, indices: Tensor, threads: int | None = None) ->
     report = torch.empty(3, dtype=torch.int64, device=device)
     scratch = _scratch(device, _INDICES, fused.residual.numel(), k, _segments(fused))
     pointers = (values.data_ptr(), report.data_ptr(), scratch.data_ptr())
-    _call(device, "select_indices", _struct(fused), indices.data_ptr(), k, *pointers, scratch.numel())
+    _call(device, "select_indices", abi.operands(fused), indices.data_ptr(), k, *pointers, scratch.numel())
     return Selected(values, indices.clone(), report)
 
 
@@ -182,7 +98,7 @@ def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
     threshold = torch.empty(1, dtype=torch.float32, device=device)
     scratch = _scratch(device, _INDICES, fused.residual.numel(), k, 0)
     pointers = (threshold.data_ptr(), scratch.data_ptr())
-    _call(device, "sample_threshold", _struct(fused), k, seed & _MASK64, *pointers, scratch.numel())
+    _call(device, "sample_threshold", abi.operands(fused), k, seed & abi.MASK64, *pointers, scratch.numel())
     return float(threshold.item())
 
 
@@ -190,7 +106,7 @@ def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device
     """See :func:`commhooks.native.ops.random_indices`; n / 8 bytes of scratch."""
     indices = torch.empty(k, dtype=torch.int32, device=device)
     scratch = _scratch(device, _RANDOM, numel, k, 0)
-    keys = (seed & _MASK64, step & _MASK64, stream & _MASK64)
+    keys = (seed & abi.MASK64, step & abi.MASK64, stream & abi.MASK64)
     pointers = (indices.data_ptr(), scratch.data_ptr())
     _call(device, "random_indices", *keys, numel, k, *pointers, scratch.numel())
     return indices
@@ -207,12 +123,7 @@ def merge_topk(
     """See :func:`commhooks.native.ops.merge_topk`."""
     device = values_a.device
     size_a, size_b = values_a.numel(), values_b.numel()
-    merged = Merged(
-        torch.empty(k, dtype=torch.float32, device=device),
-        torch.empty(k, dtype=torch.int32, device=device),
-        torch.empty(size_a, dtype=torch.bool, device=device),
-        torch.empty(size_b, dtype=torch.bool, device=device),
-    )
+    merged = Merged.empty(k, size_a, size_b, device)
     scratch = _scratch(device, _MERGE, size_a, 0, size_b)
     inputs = (
         values_a.data_ptr(),
@@ -238,6 +149,6 @@ def write_back(
 ) -> None:
     """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
     rows, k = values.shape
-    dtype = _DTYPES[out.dtype]
+    dtype = abi.DTYPES[out.dtype]
     pairs = (values.data_ptr(), indices.data_ptr(), rows, k)
     _call(out.device, "write_back", out.data_ptr(), dtype, out.numel(), *pairs, scale)

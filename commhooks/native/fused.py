@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 #: Index of an unused place at the end of an index array (its value is 0).
@@ -57,6 +58,15 @@ class Selected(NamedTuple):
     indices: Tensor
     report: Tensor
 
+    @classmethod
+    def empty(cls, k: int, device: torch.device) -> Selected:
+        """Uninitialised outputs of a selection of ``k`` places."""
+        return cls(
+            torch.empty(k, dtype=torch.float32, device=device),
+            torch.empty(k, dtype=torch.int32, device=device),
+            torch.empty(3, dtype=torch.int64, device=device),
+        )
+
 
 class Merged(NamedTuple):
     """The k largest magnitudes of the sum of two sparse gradients.
@@ -72,3 +82,13 @@ class Merged(NamedTuple):
     indices: Tensor
     survives_a: Tensor
     survives_b: Tensor
+
+    @classmethod
+    def empty(cls, k: int, size_a: int, size_b: int, device: torch.device) -> Merged:
+        """Uninitialised outputs of a merge of ``size_a`` and ``size_b`` places into ``k``."""
+        return cls(
+            torch.empty(k, dtype=torch.float32, device=device),
+            torch.empty(k, dtype=torch.int32, device=device),
+            torch.empty(size_a, dtype=torch.bool, device=device),
+            torch.empty(size_b, dtype=torch.bool, device=device),
+        )

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import checks, cpu, library, reference
+from . import abi, checks, cpu, cuda, reference
 from .fused import PAD, Fused, Merged, Selected
 
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
 
 def _implementation(device: torch.device) -> ModuleType:
     """The module that does the work on ``device``: ``cpu``, ``cuda`` or ``reference``."""
-    if device.type == "cpu" and library.cpu() is not None:
+    if device.type == "cpu" and abi.cpu() is not None:
         return cpu
-    if device.type == "cuda" and library.cuda() is not None:
-        return library.cuda_module()
+    if device.type == "cuda" and abi.cuda() is not None:
+        return cuda
     return reference
 
 

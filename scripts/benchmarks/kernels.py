@@ -25,7 +25,7 @@ from benchmarks.kernels_data import DATA, Gradients, RealRun, train
 from benchmarks.kernels_records import Record, Records
 from torch import Tensor
 
-from commhooks.native import library, ops, reference
+from commhooks.native import abi, ops, reference
 from commhooks.native.fused import Fused, Selected
 
 Call = Callable[[], object]
@@ -269,9 +269,9 @@ def run(options: argparse.Namespace) -> int:
     threads = 1 if options.cpu_time else options.threads
     torch.set_num_threads(threads)
     if options.isa:
-        library.use_isa(options.isa)
+        abi.use_isa(options.isa)
     bench = Bench(5 if options.quick else options.repeats, threads, options.cpu_time, options.json)
-    for name, text in library.describe().items():
+    for name, text in abi.describe().items():
         print(f"# {name}: {text}")
     print(f"# load {os.getloadavg()[0]:.1f}, {bench.repeats} repetitions, medians; ratio = kernel / baseline")
     runs = {density: train(density) for density in _DENSITIES}

@@ -32,7 +32,7 @@ from benchmarks.kernels_data import RealRun, train
 from benchmarks.kernels_records import BY_BITMAP, HALF_GRADIENT, WITH_VELOCITY, Model, Record, Records
 from torch import Tensor
 
-from commhooks.native import cuda, library, reference
+from commhooks.native import abi, cuda, reference
 from commhooks.native.fused import Fused
 
 #: In this order: the bucket of 25 MB and the largest size are what the aims are about.
@@ -311,10 +311,10 @@ def measure(bench: Bench, sizes: Iterable[int], densities: Iterable[float] = DEN
 
 def run(options: argparse.Namespace) -> int:
     """Measures everything; exit status 3 where there is no GPU or no library for it."""
-    if not torch.cuda.is_available() or library.cuda() is None:
+    if not torch.cuda.is_available() or abi.cuda() is None:
         print("no CUDA device here, or no CUDA library: nothing was measured", file=sys.stderr)
         return 3
-    for name, text in library.describe().items():
+    for name, text in abi.describe().items():
         print(f"# {name}: {text}")
     print(
         f"# {torch.cuda.get_device_name()}; medians; ratio = kernel / baseline; momentum {MOMENTUM} with velocity"

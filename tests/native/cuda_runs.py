@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import cuda_cases as cases
 import kernel_cases
 import torch
 
-from commhooks.native import cuda
+from commhooks.native import abi, cuda
 from commhooks.native.fused import PAD
 
 
 def emulate(path: Path) -> None:
     """Lets ``commhooks.native.cuda`` call the emulated library, on tensors of the CPU. For the whole process."""
-    cuda._loaded = lambda: cuda.declare(str(path))
+    loaded = abi.declare_cuda(ctypes.CDLL(str(path)))
+    cuda._loaded = lambda: loaded
     cuda._guard = lambda device: contextlib.nullcontext()
     cuda._stream = lambda device: 0
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from commhooks.interop import arrays, dlpack
-from commhooks.native import cuda, library, ops, reference
+from commhooks.native import abi, cuda, ops, reference
 from commhooks.native.fused import Fused
 
 pytestmark = pytest.mark.cuda
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.cuda
 
 @pytest.fixture(autouse=True)
 def loaded() -> None:
-    if library.cuda() is None:
-        pytest.skip(f"{library.path('cuda')} was not built")
+    if abi.cuda() is None:
+        pytest.skip(f"{abi.path('cuda')} was not built")
 
 
 def test_select_topk() -> None:
@@ -153,7 +153,7 @@ def test_dispatch_and_errors() -> None:
         ops.select_topk(fused, 1001)
     with pytest.raises(ValueError, match="k must be"):
         cuda.select_topk(fused, 1001)
-    assert library.cuda_module() is cuda
+    assert ops._implementation(torch.device("cuda")) is cuda
 
 
 @pytest.mark.parametrize("which", ["null", "non-blocking", "per thread"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commhooks.native.library import ABI_VERSION
+from commhooks.native.abi import ABI_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = os.environ.get("COMMHOOKS_TEST_CUDA_TARGETS", "75;90")  # scripts/build_cuda_all takes them all

@@ -10,7 +10,7 @@ import kernel_cases as cases
 import pytest
 import torch
 
-from commhooks.native import library, ops, reference
+from commhooks.native import abi, ops, reference
 from commhooks.native.fused import PAD, Fused
 
 pytestmark = pytest.mark.native
@@ -19,19 +19,19 @@ pytestmark = pytest.mark.native
 def usable(isa: str) -> bool:
     """Whether this machine and the library have the instruction set; without a library the marker skips the tests."""
     try:
-        library.use_isa(isa)
+        abi.use_isa(isa)
     except ValueError:
         return False
-    library.use_isa(None)
+    abi.use_isa(None)
     return True
 
 
 @pytest.fixture(params=["scalar", *filter(usable, ("avx2", "avx512", "neon"))], autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per instruction set that this machine has."""
-    library.use_isa(request.param)
+    abi.use_isa(request.param)
     yield request.param
-    library.use_isa(None)
+    abi.use_isa(None)
 
 
 def ks(numel: int) -> list[int]:

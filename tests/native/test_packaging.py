@@ -86,8 +86,8 @@ def test_wheel_builds_in_isolation(checkout: Path, tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("tests", "csrc", "scripts"))]
     wheel.extractall(tmp_path / "installed")
     code = (
-        "import torch, commhooks.native.library as library; from commhooks.native import ops;"
-        "assert library.__file__.startswith(%r), library.__file__; assert library.cpu() is not None;"
+        "import torch, commhooks.native.abi as abi; from commhooks.native import ops;"
+        "assert abi.__file__.startswith(%r), abi.__file__; assert abi.cpu() is not None;"
         "print(ops.random_indices(1, 2, 3, 1000, 5).tolist())"
     ) % str(tmp_path / "installed")
     run = [sys.executable, "-c", code]

@@ -1,0 +1,224 @@
+"""The C ABI of the native libraries: the operand struct, both tables of signatures, and loading.
+
+Nothing is compiled here. The declarations follow ``csrc/include/commhooks.h``, ``commhooks_cpu.h`` and
+``commhooks_cuda.h``. Three environment variables are read: ``COMMHOOKS_NATIVE=0`` turns the libraries off,
+``COMMHOOKS_LIBRARY_DIR`` names another directory to look in (for sanitizer builds), and ``COMMHOOKS_ISA`` asks
+the CPU library for a lower instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .fused import Fused
+
+_LOG = logging.getLogger(__name__)
+
+#: ``COMMHOOKS_ABI_VERSION`` of the header; a library of another version is not used.
+ABI_VERSION = 2
+
+#: Values of ``commhooks_status`` that the callers tell apart.
+INVALID, NO_MEMORY = 1, 2
+
+#: ``commhooks_dtype`` of a gradient's dtype.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+MASK64 = 2**64 - 1
+
+_ADDRESS = ctypes.c_void_p
+_I32, _I64, _U64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
+
+
+class Operands(ctypes.Structure):
+    """``commhooks_fused``."""
+
+    _fields_ = (
+        ("grad", _ADDRESS),
+        ("residual", _ADDRESS),
+        ("velocity", _ADDRESS),
+        ("scale_ptr", _ADDRESS),
+        ("segment_offsets", _ADDRESS),
+        ("numel", _I64),
+        ("num_segments", _I32),
+        ("grad_dtype", _I32),
+        ("scale", _F32),
+        ("momentum", _F32),
+    )
+
+
+def operands(fused: Fused) -> Operands:
+    """The C struct of ``fused``; valid as long as its tensors are."""
+    segments = fused.segments
+    return Operands(
+        fused.grad.data_ptr(),
+        fused.residual.data_ptr(),
+        None if fused.velocity is None else fused.velocity.data_ptr(),
+        None if fused.scale_tensor is None else fused.scale_tensor.data_ptr(),
+        None if segments is None else segments.data_ptr(),
+        fused.residual.numel(),
+        0 if segments is None else segments.numel() - 1,
+        DTYPES[fused.grad.dtype],
+        fused.scale,
+        fused.momentum,
+    )
+
+
+_Signature = list[Any]  # ctypes has no public type for its types
+
+_FUSED = ctypes.POINTER(Operands)
+_SELECTED = [_ADDRESS] * 3  # values, indices, report
+_PAIRS = [_ADDRESS, _ADDRESS, _I64]  # values, indices, how many
+_MERGED = [_ADDRESS] * 4  # values, indices, survives_a, survives_b
+_ROWS = [
+    _ADDRESS,
+    _I32,
+    _I64,
+    _ADDRESS,
+    _ADDRESS,
+    _I64,
+    _I64,
+    _F32,
+]  # out, dtype, numel, pairs, rows, k, scale
+_KEYS = [_U64, _U64, _U64, _I64, _I64, _ADDRESS]  # seed, step, stream, numel, k, indices
+_SCRATCH = [_ADDRESS, _I64, _ADDRESS]  # scratch, its bytes, stream
+
+#: Functions ``commhooks_cpu_*`` that return a status; the argument ``threads`` is the int32.
+CPU_SIGNATURES: dict[str, _Signature] = {
+    "select_topk": [_FUSED, _I64, _U64, _I32, *_SELECTED],
+    "select_threshold": [_FUSED, _F32, _I64, _I64, _I32, *_SELECTED],
+    "select_indices": [_FUSED, _ADDRESS, _I64, _I32, _ADDRESS, _ADDRESS],
+    "sample_threshold": [_FUSED, _I64, _U64, _ADDRESS],
+    "random_indices": _KEYS,
+    "merge_topk": [*_PAIRS, *_PAIRS, _I64, _I32, *_MERGED],
+    "contains": [_ADDRESS, _I64, _ADDRESS, _I64, _ADDRESS],
+    "scatter_add": [_ADDRESS, _I64, *_PAIRS, _F32],
+    "write_back": [*_ROWS, _I32],
+    "use_isa": [ctypes.c_char_p],
+}
+
+#: Functions ``commhooks_cuda_*`` that return a status; the last argument is the stream.
+CUDA_SIGNATURES: dict[str, _Signature] = {
+    "select_topk": [_FUSED, _I64, _U64, *_SELECTED, *_SCRATCH],
+    "select_threshold": [_FUSED, _F32, _I64, _I64, *_SELECTED, *_SCRATCH],
+    "select_indices": [_FUSED, _ADDRESS, _I64, _ADDRESS, _ADDRESS, *_SCRATCH],
+    "sample_threshold": [_FUSED, _I64, _U64, _ADDRESS, *_SCRATCH],
+    "random_indices": [*_KEYS, *_SCRATCH],
+    "merge_topk": [*_PAIRS, *_PAIRS, _I64, *_MERGED, *_SCRATCH],
+    "scatter_add": [_ADDRESS, _I64, *_PAIRS, _F32, _ADDRESS],
+    "write_back": [*_ROWS, _ADDRESS],
+}
+
+
+def enabled() -> bool:
+    """Whether native libraries may be used (``COMMHOOKS_NATIVE``)."""
+    return os.environ.get("COMMHOOKS_NATIVE", "1").lower() not in ("0", "off", "false", "no")
+
+
+def path(name: str) -> Path:
+    """Where the library ``name`` ("cpu" or "cuda") is expected."""
+    directory = os.environ.get("COMMHOOKS_LIBRARY_DIR") or Path(__file__).parent / "lib"
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    return Path(directory) / f"libcommhooks_{name}{suffix}"
+
+
+@functools.cache
+def cpu() -> ctypes.CDLL | None:
+    """The CPU library with its prototypes set, or None."""
+    if enabled() and not path("cpu").is_file():
+        _LOG.warning("%s is missing: kernels run as torch operators, much slower", path("cpu"))
+    loaded = _load("cpu")
+    return None if loaded is None else declare_cpu(loaded)
+
+
+@functools.cache
+def cuda() -> ctypes.CDLL | None:
+    """The CUDA library with its prototypes set, or None."""
+    loaded = _load("cuda")
+    return None if loaded is None else declare_cuda(loaded)
+
+
+def declare_cpu(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """``loaded``, with the prototypes of the CPU library."""
+    _declare(loaded, "cpu", CPU_SIGNATURES)
+    loaded.commhooks_cpu_isa.restype = ctypes.c_char_p
+    return loaded
+
+
+def declare_cuda(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """``loaded``, with the prototypes of the CUDA library."""
+    _declare(loaded, "cuda", CUDA_SIGNATURES)
+    loaded.commhooks_cuda_scratch_bytes.argtypes = [_I32, _I64, _I64, _I64]
+    loaded.commhooks_cuda_scratch_bytes.restype = _I64
+    loaded.commhooks_cuda_last_error.argtypes = []
+    loaded.commhooks_cuda_last_error.restype = ctypes.c_char_p
+    return loaded
+
+
+def _declare(loaded: ctypes.CDLL, name: str, signatures: dict[str, _Signature]) -> None:
+    for function_name, arguments in signatures.items():
+        # An attribute is looked up once and kept. loaded[...] would make a new function object each time.
+        function = getattr(loaded, f"commhooks_{name}_{function_name}")
+        function.argtypes = arguments
+        function.restype = _I32
+
+
+def _load(name: str) -> ctypes.CDLL | None:
+    file = path(name)
+    if not enabled() or not file.is_file():
+        return None
+    try:
+        loaded = ctypes.CDLL(str(file))
+    except OSError as error:
+        _LOG.warning("%s could not be loaded, using torch operators instead: %s", file, error)
+        return None
+    version_of = getattr(loaded, f"commhooks_{name}_abi_version")
+    version_of.restype = _I32
+    if version_of() != ABI_VERSION:
+        _LOG.warning("%s has ABI version %d, expected %d: not used", file, version_of(), ABI_VERSION)
+        return None
+    return loaded
+
+
+def isa() -> str | None:
+    """Instruction set of the CPU library: "avx512", "avx2", "neon" or "scalar"; None without the library."""
+    loaded = cpu()
+    if loaded is None:
+        return None
+    name: bytes = loaded.commhooks_cpu_isa()
+    return name.decode()
+
+
+def use_isa(name: str | None) -> None:
+    """Switches the CPU library to instruction set ``name`` (None: the best); for tests and benchmarks.
+
+    Raises:
+        ValueError: this machine or library does not have it.
+    """
+    loaded = cpu()
+    if loaded is None or loaded.commhooks_cpu_use_isa(None if name is None else name.encode()) != 0:
+        raise ValueError(f"instruction set {name!r} is not available")
+
+
+def describe() -> dict[str, str]:
+    """Which implementation is in use, for ``python -m commhooks info``."""
+    native_cpu, native_cuda = cpu(), cuda()
+    missing = "COMMHOOKS_NATIVE=0" if not enabled() else "no usable library"
+    return {
+        "cpu kernels": f"native ({isa()})" if native_cpu is not None else f"torch operators ({missing})",
+        "cpu library": str(path("cpu")) if native_cpu is not None else "not in use",
+        "cuda kernels": "native" if native_cuda is not None else f"torch operators ({missing})",
+        "cuda library": str(path("cuda")) if native_cuda is not None else "not in use",
+        "cuda devices": str(torch.cuda.device_count()) if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

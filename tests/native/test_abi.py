@@ -1,0 +1,105 @@
+"""Which library is used, and what says so: COMMHOOKS_NATIVE, the ABI version, ``python -m commhooks info``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from commhooks import cli
+from commhooks.native import abi, cpu, ops, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def info(**environment: str) -> dict[str, str]:
+    """The lines of ``python -m commhooks info`` by name."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("COMMHOOKS_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "commhooks", "info"],
+        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    pairs = (line.partition("  ") for line in done.stdout.splitlines())
+    return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+@pytest.mark.native
+def test_info_names_the_library() -> None:
+    lines = info()
+    assert lines["cpu kernels"].startswith("native (")
+    assert Path(lines["cpu library"]) == abi.path("cpu")
+    assert lines["torch"] == torch.__version__
+
+
+@pytest.mark.native
+def test_info_names_the_instruction_set_that_was_asked_for() -> None:
+    assert info(COMMHOOKS_ISA="scalar")["cpu kernels"] == "native (scalar)"
+
+
+@pytest.mark.parametrize("off", ["0", "off", "No"])
+def test_info_says_that_native_code_is_turned_off(off: str) -> None:
+    lines = info(COMMHOOKS_NATIVE=off)
+    for device in ("cpu", "cuda"):
+        assert lines[f"{device} kernels"] == "torch operators (COMMHOOKS_NATIVE=0)"
+        assert lines[f"{device} library"] == "not in use"
+
+
+def test_info_says_that_there_is_no_library(tmp_path: Path) -> None:
+    lines = info(COMMHOOKS_LIBRARY_DIR=str(tmp_path))
+    assert lines["cpu kernels"] == "torch operators (no usable library)"
+
+
+def test_info_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed and text in printed for name, text in abi.describe().items())
+
+
+@pytest.mark.native
+def test_native_0_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is there and is not loaded; ``ops`` goes to the torch operators."""
+    assert abi.path("cpu").is_file()
+    monkeypatch.setenv("COMMHOOKS_NATIVE", "0")
+    unused = abi.cpu.__wrapped__()
+    assert unused is None
+    monkeypatch.setattr(abi, "cpu", lambda: unused)
+    assert ops._implementation(torch.device("cpu")) is reference
+    monkeypatch.undo()
+    assert ops._implementation(torch.device("cpu")) is cpu
+
+
+@pytest.mark.native
+def test_another_abi_version_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its functions may take other arguments: it is said and the torch operators take over."""
+    assert abi.cpu.__wrapped__() is not None
+    monkeypatch.setattr(abi, "ABI_VERSION", abi.ABI_VERSION + 1)
+    with caplog.at_level(logging.WARNING):
+        assert abi.cpu.__wrapped__() is None
+    assert f"ABI version {abi.ABI_VERSION - 1}, expected {abi.ABI_VERSION}: not used" in caplog.text
+
+
+def test_what_is_no_library_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("COMMHOOKS_LIBRARY_DIR", str(tmp_path))
+    monkeypatch.setenv("COMMHOOKS_NATIVE", "1")
+    abi.path("cpu").write_text("not a library")
+    with caplog.at_level(logging.WARNING):
+        assert abi.cpu.__wrapped__() is None
+    assert "could not be loaded" in caplog.text
+
+
+def test_describe_names_the_implementation() -> None:
+    text = abi.describe()
+    assert text["cpu kernels"].startswith("native (" if abi.cpu() is not None else "torch operators")
