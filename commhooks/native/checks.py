@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .fused import PAD, Fused
+from .fused import PAD, Fused, Selected
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 F32 = (torch.float32,)
@@ -43,7 +44,6 @@ def fused_operands(fused: Fused) -> None:
     # The gradient first: a residual that was made in its shape must not be blamed for that shape.
     array("grad", fused.grad, GRAD_DTYPES, device, numel)
     array("residual", residual, F32, device)
-    read = [("grad", fused.grad)]
     if fused.velocity is not None:
         array("velocity", fused.velocity, F32, device, numel)
     elif fused.momentum != 0.0:
@@ -51,17 +51,44 @@ def fused_operands(fused: Fused) -> None:
     if fused.scale_tensor is not None:
         factor = fused.scale_tensor
         array("scale_tensor", factor.reshape(-1) if isinstance(factor, Tensor) else factor, F32, device, 1)
-        read.append(("scale_tensor", factor))
     if fused.segments is not None:
         segment_offsets(fused.segments, device)
-        read.append(("segments", fused.segments))
-    no_overlap(overwritten(fused), read)
+    no_overlap(overwritten(fused), inputs(fused))
+
+
+def inputs(fused: Fused) -> list[tuple[str, Tensor]]:
+    """What the pass only reads, by name."""
+    named = (("grad", fused.grad), ("scale_tensor", fused.scale_tensor), ("segments", fused.segments))
+    return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
 def overwritten(fused: Fused) -> list[tuple[str, Tensor]]:
     """What the pass writes, by name."""
     velocity = [] if fused.velocity is None else [("velocity", fused.velocity)]
     return [("residual", fused.residual), *velocity]
+
+
+def outputs(
+    fused: Fused,
+    k: int,
+    values: Tensor | None,
+    indices: Tensor | None,
+    read: Sequence[tuple[str, Tensor]] = (),
+) -> Selected:
+    """The outputs of a selection: those that were given, checked, and new ones for None.
+
+    Args:
+        read: what the selection reads beside the operands, by name.
+    """
+    device = fused.residual.device
+    given = []
+    for name, tensor, dtypes in (("values", values, F32), ("indices", indices, I32)):
+        if tensor is not None:
+            array(name, tensor, dtypes, device, k)
+            given.append((name, tensor))
+    if given:
+        no_overlap(given, [*inputs(fused), *overwritten(fused), *read])
+    return Selected.empty(k, device, values, indices)
 
 
 def segment_offsets(segments: Tensor, device: torch.device) -> None:

@@ -33,9 +33,11 @@ def _threads(threads: int | None) -> int:
     return torch.get_num_threads() if threads is None else threads
 
 
-def select_topk(fused: Fused, k: int, seed: int = 0, threads: int | None = None) -> Selected:
+def select_topk(
+    fused: Fused, k: int, seed: int = 0, threads: int | None = None, out: Selected | None = None
+) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`."""
-    out = Selected.empty(k, _CPU)
+    out = Selected.empty(k, _CPU) if out is None else out
     _call(
         "select_topk",
         abi.operands(fused),
@@ -49,10 +51,15 @@ def select_topk(fused: Fused, k: int, seed: int = 0, threads: int | None = None)
 
 
 def select_threshold(
-    fused: Fused, threshold: float, k: int, start: int = 0, threads: int | None = None
+    fused: Fused,
+    threshold: float,
+    k: int,
+    start: int = 0,
+    threads: int | None = None,
+    out: Selected | None = None,
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_threshold`."""
-    out = Selected.empty(k, _CPU)
+    out = Selected.empty(k, _CPU) if out is None else out
     _call(
         "select_threshold",
         abi.operands(fused),
@@ -73,31 +80,32 @@ def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
     return result.value
 
 
-def select_indices(fused: Fused, indices: Tensor, threads: int | None = None) -> Selected:
+def select_indices(
+    fused: Fused, indices: Tensor, threads: int | None = None, out: Selected | None = None
+) -> Selected:
     """See :func:`commhooks.native.ops.select_indices`."""
 
     def explain() -> None:
         checks.segment_order(fused)
         checks.index_order("indices", indices, fused.residual.numel())
 
-    values = torch.empty(indices.numel(), dtype=torch.float32)
-    report = torch.empty(3, dtype=torch.int64)
+    out = Selected.empty(indices.numel(), _CPU, indices=indices.clone()) if out is None else out
     _call(
         "select_indices",
         abi.operands(fused),
         indices.data_ptr(),
         indices.numel(),
         _threads(threads),
-        values.data_ptr(),
-        report.data_ptr(),
+        out.values.data_ptr(),
+        out.report.data_ptr(),
         explain=explain,
     )
-    return Selected(values, indices.clone(), report)
+    return out
 
 
 def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device: torch.device) -> Tensor:
     """See :func:`commhooks.native.ops.random_indices`."""
-    indices = torch.empty(k, dtype=torch.int32)
+    indices = torch.empty(k, dtype=torch.int32, device=_CPU)
     _call(
         "random_indices",
         seed & abi.MASK64,
@@ -148,7 +156,7 @@ def contains(wanted: Tensor, among: Tensor) -> Tensor:
         checks.index_order("wanted", wanted, None)
         checks.index_order("among", among, None)
 
-    found = torch.empty(wanted.numel(), dtype=torch.bool)
+    found = torch.empty(wanted.numel(), dtype=torch.bool, device=_CPU)
     pointers = wanted.data_ptr(), wanted.numel(), among.data_ptr(), among.numel(), found.data_ptr()
     _call("contains", *pointers, explain=explain)
     return found

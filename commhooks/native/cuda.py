@@ -59,37 +59,45 @@ def _segments(fused: Fused) -> int:
     return 0 if fused.segments is None else fused.segments.numel() - 1
 
 
-def _select(name: str, fused: Fused, k: int, *numbers: object) -> Selected:
+def _select(name: str, fused: Fused, k: int, out: Selected | None, *numbers: object) -> Selected:
     device = fused.residual.device
-    out = Selected.empty(k, device)
+    out = Selected.empty(k, device) if out is None else out
     scratch = _scratch(device, _SELECT, fused.residual.numel(), k, _segments(fused))
     pointers = (out.values.data_ptr(), out.indices.data_ptr(), out.report.data_ptr())
     _call(device, name, abi.operands(fused), *numbers, *pointers, scratch.data_ptr(), scratch.numel())
     return out
 
 
-def select_topk(fused: Fused, k: int, seed: int = 0, threads: int | None = None) -> Selected:
+def select_topk(
+    fused: Fused, k: int, seed: int = 0, threads: int | None = None, out: Selected | None = None
+) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`; ``threads`` has no meaning here."""
-    return _select("select_topk", fused, k, k, seed & abi.MASK64)
+    return _select("select_topk", fused, k, out, k, seed & abi.MASK64)
 
 
 def select_threshold(
-    fused: Fused, threshold: float, k: int, start: int = 0, threads: int | None = None
+    fused: Fused,
+    threshold: float,
+    k: int,
+    start: int = 0,
+    threads: int | None = None,
+    out: Selected | None = None,
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_threshold`; ``threads`` has no meaning here."""
-    return _select("select_threshold", fused, k, threshold, k, start)
+    return _select("select_threshold", fused, k, out, threshold, k, start)
 
 
-def select_indices(fused: Fused, indices: Tensor, threads: int | None = None) -> Selected:
+def select_indices(
+    fused: Fused, indices: Tensor, threads: int | None = None, out: Selected | None = None
+) -> Selected:
     """See :func:`commhooks.native.ops.select_indices`; ``threads`` has no meaning here."""
     device = fused.residual.device
     k = indices.numel()
-    values = torch.empty(k, dtype=torch.float32, device=device)
-    report = torch.empty(3, dtype=torch.int64, device=device)
+    out = Selected.empty(k, device, indices=indices.clone()) if out is None else out
     scratch = _scratch(device, _INDICES, fused.residual.numel(), k, _segments(fused))
-    pointers = (values.data_ptr(), report.data_ptr(), scratch.data_ptr())
+    pointers = (out.values.data_ptr(), out.report.data_ptr(), scratch.data_ptr())
     _call(device, "select_indices", abi.operands(fused), indices.data_ptr(), k, *pointers, scratch.numel())
-    return Selected(values, indices.clone(), report)
+    return out
 
 
 def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:

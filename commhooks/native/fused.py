@@ -59,11 +59,13 @@ class Selected(NamedTuple):
     report: Tensor
 
     @classmethod
-    def empty(cls, k: int, device: torch.device) -> Selected:
-        """Uninitialised outputs of a selection of ``k`` places."""
+    def empty(
+        cls, k: int, device: torch.device, values: Tensor | None = None, indices: Tensor | None = None
+    ) -> Selected:
+        """Outputs of a selection of ``k`` places: the given tensors, and new uninitialised ones for None."""
         return cls(
-            torch.empty(k, dtype=torch.float32, device=device),
-            torch.empty(k, dtype=torch.int32, device=device),
+            torch.empty(k, dtype=torch.float32, device=device) if values is None else values,
+            torch.empty(k, dtype=torch.int32, device=device) if indices is None else indices,
             torch.empty(3, dtype=torch.int64, device=device),
         )
 

@@ -2,8 +2,9 @@
 
 All tensors are 1-D (``write_back`` also takes rows), contiguous, without gradient and on one device. Indices are
 int32, ascending and unique, with :data:`PAD` at unused places at the end. A bad argument raises ``TypeError``
-(dtype, or a number that is no integer) or ``ValueError`` (everything else; also an output that shares memory with an
-input) before anything is read or written. What a kernel does per element stands in :class:`Fused`; implementations give the same bits (see :mod:`commhooks.native.reference`).
+(a wrong dtype, or a number that is no integer) or ``ValueError`` (everything else) before anything is read or
+written. An output that shares memory with an input is a ``ValueError`` too. :class:`Fused` says what a kernel does
+per element. All implementations give the bits of :mod:`commhooks.native.reference`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,15 @@ def _implementation(device: torch.device) -> ModuleType:
     return reference
 
 
-def select_topk(fused: Fused, k: int, *, seed: int = 0, threads: int | None = None) -> Selected:
+def select_topk(
+    fused: Fused,
+    k: int,
+    *,
+    seed: int = 0,
+    values: Tensor | None = None,
+    indices: Tensor | None = None,
+    threads: int | None = None,
+) -> Selected:
     """Compensates and takes out the ``k`` largest magnitudes, exactly (ties: the lower index).
 
     Zeros are never taken: with fewer than ``k`` nonzero elements the rest is padding.
@@ -51,6 +60,8 @@ def select_topk(fused: Fused, k: int, *, seed: int = 0, threads: int | None = No
         fused: operands; residual and velocity are overwritten.
         k: number of places, in [0, n].
         seed: of the sample that guesses a threshold. Changes time, never the result.
+        values, indices: where the pairs go: float32 and int32 of shape ``(k,)``, which may be views of a
+            message. None: new tensors.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
@@ -62,16 +73,24 @@ def select_topk(fused: Fused, k: int, *, seed: int = 0, threads: int | None = No
     """
     checks.fused_operands(fused)
     k = checks.places(k, fused.residual.numel())
+    out = checks.outputs(fused, k, values, indices)
     threads = checks.thread_count(threads)
     implementation = _implementation(fused.residual.device)
     if implementation is reference:
         checks.segment_order(fused)
-    result: Selected = implementation.select_topk(fused, k, checks.integer("seed", seed), threads)
+    result: Selected = implementation.select_topk(fused, k, checks.integer("seed", seed), threads, out)
     return result
 
 
 def select_threshold(
-    fused: Fused, threshold: float, k: int, *, start: int = 0, threads: int | None = None
+    fused: Fused,
+    threshold: float,
+    k: int,
+    *,
+    start: int = 0,
+    values: Tensor | None = None,
+    indices: Tensor | None = None,
+    threads: int | None = None,
 ) -> Selected:
     """Compensates and takes out elements with magnitude above ``threshold``, at most ``k`` of them.
 
@@ -82,6 +101,7 @@ def select_threshold(
         threshold: at least 0.
         k: number of places, in [0, n].
         start: in [0, n), or 0 when n is 0.
+        values, indices: see :func:`select_topk`.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
@@ -100,10 +120,11 @@ def select_threshold(
     start = checks.integer("start", start)
     if not 0 <= start < max(numel, 1):
         raise ValueError(f"start must be in [0, {max(numel, 1)}), got {start}")
+    out = checks.outputs(fused, k, values, indices)
     implementation = _implementation(fused.residual.device)
     if implementation is reference:
         checks.segment_order(fused)
-    result: Selected = implementation.select_threshold(fused, float(threshold), k, start, threads)
+    result: Selected = implementation.select_threshold(fused, float(threshold), k, start, threads, out)
     return result
 
 
@@ -123,13 +144,16 @@ def sample_threshold(fused: Fused, k: int, *, seed: int = 0) -> float:
     return result
 
 
-def select_indices(fused: Fused, indices: Tensor, *, threads: int | None = None) -> Selected:
+def select_indices(
+    fused: Fused, indices: Tensor, *, values: Tensor | None = None, threads: int | None = None
+) -> Selected:
     """Compensates and takes out the elements at ``indices``.
 
     Args:
         fused: operands; residual and velocity are overwritten.
         indices: shape ``(k,)``, int32, ascending, unique. An entry in an inactive segment gives value 0 and its
             residual is kept.
+        values: where the values go: float32 of shape ``(k,)``. None: a new tensor.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
@@ -142,12 +166,13 @@ def select_indices(fused: Fused, indices: Tensor, *, threads: int | None = None)
     checks.fused_operands(fused)
     checks.array("indices", indices, checks.I32, fused.residual.device)
     checks.no_overlap(checks.overwritten(fused), [("indices", indices)])
+    out = checks.outputs(fused, indices.numel(), values, indices.clone(), [("indices", indices)])
     threads = checks.thread_count(threads)
     implementation = _implementation(fused.residual.device)
     if implementation is reference:
         checks.segment_order(fused)
         checks.index_order("indices", indices, fused.residual.numel())
-    result: Selected = implementation.select_indices(fused, indices, threads)
+    result: Selected = implementation.select_indices(fused, indices, threads, out)
     return result
 
 

@@ -15,6 +15,7 @@ _MAGNITUDE_BITS = 0x7FFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MASK32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
+_CPU = torch.device("cpu")
 
 
 def _keys(values: Tensor) -> Tensor:
@@ -61,6 +62,15 @@ def _compensate(fused: Fused) -> tuple[Tensor, Tensor | None, Tensor]:
     return corrected, active, (bad & active).sum()
 
 
+def _delivered(selected: Selected, out: Selected | None) -> Selected:
+    """``selected``, copied into ``out`` where that is given."""
+    if out is None:
+        return selected
+    for target, source in zip(out, selected, strict=True):
+        target.copy_(source)
+    return out
+
+
 def _taken(fused: Fused, corrected: Tensor, order: Tensor, k: int, nonfinite: Tensor) -> Selected:
     """Takes out the ``k`` elements of highest positive ``order`` (int64 ``(n,)``, 0: not eligible)."""
     best = torch.topk(order, k, sorted=False)
@@ -76,31 +86,39 @@ def _taken(fused: Fused, corrected: Tensor, order: Tensor, k: int, nonfinite: Te
     return Selected(values, positions.to(torch.int32), report)
 
 
-def select_topk(fused: Fused, k: int, seed: int = 0, threads: int | None = None) -> Selected:
+def select_topk(
+    fused: Fused, k: int, seed: int = 0, threads: int | None = None, out: Selected | None = None
+) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`."""
     corrected, active, nonfinite = _compensate(fused)
     keys = _keys(corrected)
     if active is not None:
         keys = torch.where(active, keys, 0)
-    position = torch.arange(keys.numel(), device=keys.device)
+    position = torch.arange(keys.numel(), dtype=torch.int64, device=keys.device)
     # One int64 holds magnitude and, below it, the reversed index: larger first, then the lower index.
     order = torch.where(keys > 0, (keys << 31) | (PAD - position), 0)
-    return _taken(fused, corrected, order, k, nonfinite)
+    return _delivered(_taken(fused, corrected, order, k, nonfinite), out)
 
 
 def select_threshold(
-    fused: Fused, threshold: float, k: int, start: int = 0, threads: int | None = None
+    fused: Fused,
+    threshold: float,
+    k: int,
+    start: int = 0,
+    threads: int | None = None,
+    out: Selected | None = None,
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_threshold`."""
     corrected, active, nonfinite = _compensate(fused)
-    eligible = _keys(corrected) > _keys(torch.tensor([threshold], dtype=torch.float32)).item()
+    limit = _keys(torch.tensor([threshold], dtype=torch.float32, device=_CPU)).item()
+    eligible = _keys(corrected) > limit
     if active is not None:
         eligible &= active
     numel = corrected.numel()
-    position = torch.arange(numel, device=corrected.device)
+    position = torch.arange(numel, dtype=torch.int64, device=corrected.device)
     turned = (position - start) % max(numel, 1)
     order = torch.where(eligible, numel - turned, 0)
-    return _taken(fused, corrected, order, k, nonfinite)
+    return _delivered(_taken(fused, corrected, order, k, nonfinite), out)
 
 
 def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
@@ -110,11 +128,12 @@ def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
         return 0.0
     size = min(numel, max(65536, 64 * (numel // k)))
     if size == numel:
-        where = torch.arange(numel, device=fused.grad.device)
+        where = torch.arange(numel, dtype=torch.int64, device=fused.grad.device)
     else:
-        generator = torch.Generator().manual_seed(seed & _MASK32)
-        starts = torch.randint(0, numel - 7, (size // 8,), generator=generator).to(fused.grad.device)
-        where = (starts[:, None] + torch.arange(8, device=starts.device)).reshape(-1)
+        generator = torch.Generator(_CPU).manual_seed(seed & _MASK32)
+        starts = torch.randint(0, numel - 7, (size // 8,), generator=generator, device=_CPU)
+        starts = starts.to(fused.grad.device)
+        where = (starts[:, None] + torch.arange(8, dtype=torch.int64, device=starts.device)).reshape(-1)
     factor = fused.scale if fused.scale_tensor is None else fused.scale * fused.scale_tensor
     corrected = fused.grad[where].to(torch.float32) * factor
     if fused.velocity is not None:
@@ -124,23 +143,32 @@ def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
     return float(torch.kthvalue(corrected, where.numel() - rank + 1).values)
 
 
-def select_indices(fused: Fused, indices: Tensor, threads: int | None = None) -> Selected:
+def select_indices(
+    fused: Fused, indices: Tensor, threads: int | None = None, out: Selected | None = None
+) -> Selected:
     """See :func:`commhooks.native.ops.select_indices`."""
     corrected, active, nonfinite = _compensate(fused)
-    used = indices != PAD
-    count = used.sum()
+    count = (indices != PAD).sum()
     if corrected.numel() == 0:
-        return Selected(
-            torch.zeros_like(indices, dtype=torch.float32), indices.clone(), _report(count, nonfinite)
-        )
-    where = torch.where(used, indices, 0).to(torch.int64)
+        values = torch.zeros_like(indices, dtype=torch.float32)
+        return _delivered(Selected(values, indices.clone(), _report(count, nonfinite)), out)
+    used, where = _usable(indices, corrected.numel())
     if active is not None:
         used = used & active[where]
     values = torch.where(used, corrected[where], 0.0)
     taken = torch.zeros(corrected.numel(), dtype=torch.bool, device=corrected.device)
     taken.index_put_((where,), used, accumulate=True)
     fused.residual.masked_fill_(taken, 0.0)
-    return Selected(values, indices.clone(), _report(count, nonfinite))
+    return _delivered(Selected(values, indices.clone(), _report(count, nonfinite)), out)
+
+
+def _usable(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """Which indices are in ``[0, numel)``, and the indices as int64 with 0 where they are not.
+
+    Padding is not. On a device whose indices nobody has looked at, others are left out with it.
+    """
+    used = (indices >= 0) & (indices < numel)
+    return used, torch.where(used, indices, 0).to(torch.int64)
 
 
 def _report(count: Tensor, nonfinite: Tensor) -> Tensor:
@@ -183,7 +211,7 @@ def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device
     while 1 << (2 * half_bits) < numel:
         half_bits += 1
     keys = _round_keys(seed, step, stream)
-    index = _permuted(torch.arange(k, dtype=torch.int64), keys, half_bits)
+    index = _permuted(torch.arange(k, dtype=torch.int64, device=_CPU), keys, half_bits)
     outside = (index >= numel).nonzero().reshape(-1)
     while outside.numel():
         walked = _permuted(index[outside], keys, half_bits)
@@ -245,9 +273,8 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
     """See :func:`commhooks.native.ops.scatter_add`."""
     if dense.numel() == 0:
         return
-    used = indices != PAD
-    where = torch.where(used, indices, 0).to(torch.int64)
-    scaled = values * torch.tensor(scale, dtype=torch.float32)
+    used, where = _usable(indices, dense.numel())
+    scaled = values * torch.tensor(scale, dtype=torch.float32, device=_CPU)
     # Adding -0 changes no bit, unlike +0 onto -0, so padding may point at element 0.
     dense.index_add_(0, where, torch.where(used, scaled, -0.0))
 

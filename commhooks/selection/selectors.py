@@ -110,7 +110,8 @@ class RandomK(Selector):
 
 def _next_below(magnitude: float) -> float:
     """The next smaller float32, at least 0."""
-    return float(torch.nextafter(torch.tensor(magnitude, dtype=torch.float32), torch.zeros(())))
+    value, zero = torch.tensor([magnitude, 0.0], dtype=torch.float32, device="cpu")
+    return float(torch.nextafter(value, zero))
 
 
 def _sampling_seed(step: int, stream: int) -> int:

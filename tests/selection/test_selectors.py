@@ -115,3 +115,14 @@ def test_what_a_threshold_takes_is_at_least_what_it_leaves():
         if int(selected.report[0]) < n // 100:
             taken = selected.values[: int(selected.report[0])].abs()
             assert float(taken.min()) >= float(fused.residual.abs().max())
+
+
+def test_equal_gradients_pass_the_threshold_under_another_default_dtype():
+    """All equal the threshold: an estimate rounded up to them would let none through."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        fused = Fused(torch.ones(1000, dtype=torch.float32), torch.zeros(1000, dtype=torch.float32))
+        selected = ThresholdTopK(0.1).select(fused, 100, step=0, stream=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert int(selected.report[0]) == 100
