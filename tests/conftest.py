@@ -59,7 +59,7 @@ def why_not(marker: str) -> str | None:
 
         return why_no_horovod()
     if marker == "network":
-        from benchmarks.namespaces import why_not as why_no_network
+        from benchmarks.harness.namespaces import why_not as why_no_network
 
         return why_no_network()
     if marker == "cuda":

@@ -5,9 +5,9 @@ the device counts. Operands rotate, so that a bucket is not found in the device'
 checked before it is timed. What the project's aims ask for comes first, and records are saved after each case, so
 that a run that is cut short has it.
 
-Metrics: `time` (against `torch`: add_, abs, topk, gather, scatter), `time_against_topk` (the same time against
-torch.topk of the corrected gradient alone), `bandwidth` (bytes of the kernel's model over its time, against the 8 n of
-a measured copy), `misses` (calls whose guess failed, the untimed ones included) and `hit_rate`.
+Metrics: `time`, `misses` (calls whose guess failed, the untimed ones included) and `hit_rate`. Baselines of a time: `memcpy`
+(a copy of n floats), `r+=g`, `torch` (the operators that the kernel replaces), `torch.topk` (of the corrected gradient alone)
+and `cub`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from benchmarks import kernels_cuda_checks as check
+from benchmarks.kernels.data import RealRun, train
+from benchmarks.kernels.records import BY_BITMAP, HALF_GRADIENT, WITH_VELOCITY, Model, Record, Records
 from benchmarks.kernels_cuda_tools import (
     MOMENTUM,
     Cub,
@@ -28,10 +32,6 @@ from benchmarks.kernels_cuda_tools import (
     nothing,
     segments_of,
 )
-from benchmarks.kernels_data import RealRun, train
-from benchmarks.kernels_records import BY_BITMAP, HALF_GRADIENT, WITH_VELOCITY, Model, Record, Records
-from torch import Tensor
-
 from commhooks.native import abi, cuda, reference
 from commhooks.native.fused import Fused
 
@@ -91,33 +91,33 @@ class Bench:
         for turn in range(4 * operands.count):
             step(turn)
         ms = self.timer(step, nothing, self.repeats)
-        self.table.time(labels, ms, dense, model=model)
-        self.table.bandwidth(labels, ms, dense["memcpy"], model)
         misses = sum(int(report[2]) > 0 for report in reports)
+        rivals = self.rivals(operands, k) if labels["data"] == "gaussian" else {}
+        self.table.time(labels, ms, dense | rivals, model=model)
         self.table.add({**labels, "metric": "misses", "unit": "1"}, misses)
         self.table.add({**labels, "metric": "hit_rate", "unit": "1"}, 1 - misses / len(reports))
-        if labels["data"] == "gaussian":
-            self.rivals(labels, operands, k, ms)
         return dense
 
-    def rivals(self, labels: Record, operands: Operands, k: int, ms: float) -> None:
-        """torch.topk alone, torch's pipeline, and CUB with its passes."""
+    def rivals(self, operands: Operands, k: int) -> dict[str, float]:
+        """Milliseconds of torch.topk alone, torch's pipeline, and CUB with its passes."""
         grads, residuals, count = operands.gradients, operands.residuals, operands.count
         alone = [residual.abs() for residual in residuals[:2]]
-        topk = self.timer(lambda turn: torch.topk(alone[turn % 2], k, sorted=False), nothing, _FEW)
-        self.table.time(labels, ms, {"torch": topk}, metric="time_against_topk")
-        pipeline = self.timer(
-            lambda turn: torch_pipeline(residuals[turn % count], grads[turn % count], k), nothing, _FEW
-        )
-        self.table.time(labels, ms, {"torch": pipeline})
+        found = {
+            "torch.topk": self.timer(
+                lambda turn: torch.topk(alone[turn % 2], k, sorted=False), nothing, _FEW
+            ),
+            "torch": self.timer(
+                lambda turn: torch_pipeline(residuals[turn % count], grads[turn % count], k), nothing, _FEW
+            ),
+        }
         if self.cub is None or grads[0].numel() % 4:  # the rival adds four at a time
-            return
+            return found
         rival = self.cub
         check.cub(rival, grads[0], k)
-        taken = self.timer(
+        cub = self.timer(
             lambda turn: rival.run(grads[turn % count], residuals[turn % count], k), nothing, self.repeats
         )
-        self.table.time(labels, ms, {"cub": taken})
+        return found | {"cub": cub}
 
     def as_hooks_call_it(self, numel: int, density: float) -> None:
         """Segments (the hooks always pass them), with velocity, with bfloat16 gradients, and with a segment inactive."""
@@ -195,7 +195,6 @@ class Bench:
 
     def pass_time(self, kernel: str, labels: Record, ms: float, dense: dict[str, float]) -> None:
         self.table.time({"kernel": kernel, **labels}, ms, dense)
-        self.table.bandwidth({"kernel": kernel, **labels}, ms, dense["memcpy"])
 
     def sparse(self, labels: Record, operands: Operands, k: int, dense: dict[str, float]) -> None:
         """write_back (a line of its own), scatter_add and random_indices; the residuals serve as room."""
@@ -317,7 +316,7 @@ def run(options: argparse.Namespace) -> int:
     for name, text in abi.describe().items():
         print(f"# {name}: {text}")
     print(
-        f"# {torch.cuda.get_device_name()}; medians; ratio = kernel / baseline; momentum {MOMENTUM} with velocity"
+        f"# {torch.cuda.get_device_name()}; medians; x = kernel / baseline; momentum {MOMENTUM} with velocity"
     )
     bench = Bench(
         Records("cuda", 0, options.json),

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from benchmarks.kernels_cuda_tools import Cub
 from torch import Tensor
 
+from benchmarks.kernels_cuda_tools import Cub
 from commhooks.native import cuda, reference
 from commhooks.native.fused import Fused, Selected
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarks.kernels_data import RealRun, heavy, tiled
 from torch import Tensor
 
+from benchmarks.kernels.data import RealRun, heavy, tiled
 from commhooks.native.fused import Fused
 
 ROTATE_BYTES = 256 * 2**20  # well beyond the cache of any device

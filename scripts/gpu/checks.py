@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -11,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.records import load
+
 from gpu.report import Report, Skipped, TimedOut
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = BUILD / "libcommhooks_cuda.so"
-FIGURES = BUILD / "kernels.json"
+FIGURES = BUILD / "kernels.jsonl"
 #: In the mangled name of each of our kernels, and of no other.
 NAMESPACE = "commhooks"
 
@@ -175,5 +176,4 @@ def benchmark(report: Report, quick: bool, capability: tuple[int, int]) -> str:
 
 def figures() -> list[dict[str, Any]]:
     """The records that the benchmark of this run has saved so far."""
-    records: list[dict[str, Any]] = json.loads(FIGURES.read_text()) if FIGURES.is_file() else []
-    return records
+    return load(FIGURES) if FIGURES.is_file() else []

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 import cuda_runs as runs
 import pytest
 import torch
-from benchmarks import kernels, kernels_cuda, kernels_cuda_checks, kernels_cuda_tools, kernels_data
-from benchmarks.kernels_data import RealRun
-from benchmarks.kernels_records import BASELINES, KEYS, Records
+from benchmarks import command, kernels_cuda, kernels_cuda_checks, kernels_cuda_tools
+from benchmarks.harness.records import load, rounded
+from benchmarks.kernels import command as kernels
+from benchmarks.kernels import data as kernels_data
+from benchmarks.kernels.data import RealRun
+from benchmarks.kernels.records import BASELINES, KEYS, Records, bandwidth, copy_bandwidth, ratio
 from emulator import build as emulator
 from gpu.targets import targets
 from torch import Tensor
 
-from commhooks.native import cuda
+from commhooks.native import abi, cuda
 
-ISSUE_KEYS = "bench kernel data numel density device threads metric unit value baseline ratio".split()
+ISSUE_KEYS = "bench kernel data numel density device threads metric unit value baselines".split()
 LABELS = {"kernel": "select_topk", "data": "gaussian", "numel": 1000, "density": 0.01}
 
 
@@ -30,31 +32,56 @@ def options(*arguments: str) -> argparse.Namespace:
 
 
 def test_records_from_made_up_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = Records("cuda", 0, tmp_path / "new" / "file.json")
+    table = Records("cuda", 0, tmp_path / "new" / "file.jsonl")
     table.time(LABELS, 2.0, {"memcpy": 1.0, "r+=g": 4.0})
-    table.bandwidth(LABELS, 2.0, 1.0)
     table.add({**LABELS, "metric": "misses", "unit": "1"}, 3)
     table.save()
-    records = json.loads((tmp_path / "new" / "file.json").read_text())
-    assert [list(record) for record in records] == [ISSUE_KEYS] * 4 and tuple(ISSUE_KEYS) == KEYS
-    assert [(r["metric"], r["unit"], r["value"], r["baseline"], r["ratio"]) for r in records] == [
-        ("time", "ms", 2.0, "memcpy", 2.0),
-        ("time", "ms", 2.0, "r+=g", 0.5),
-        ("bandwidth", "GB/s", 12 * 1000 / 2e6, "memcpy", 0.75),  # 12 n in 2 ms beside 8 n in 1 ms
-        ("misses", "1", 3, None, None),
-    ]
-    assert "(12 n bytes)" in capsys.readouterr().out
-    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "file.json"]
+    records = load(tmp_path / "new" / "file.jsonl")
+    assert [list(record) for record in records] == [ISSUE_KEYS] * 2 and tuple(ISSUE_KEYS) == KEYS
+    time, misses = records
+    assert (time["metric"], time["unit"], time["value"]) == ("time", "ms", 2.0)
+    assert [ratio(time, name) for name in ("memcpy", "r+=g", "torch")] == [2.0, 0.5, None]
+    # 12 n in 2 ms beside 8 n in 1 ms
+    assert bandwidth(time) == 12 * 1000 / 2e6
+    assert bandwidth(time) / copy_bandwidth(time) == 0.75  # type: ignore[operator]
+    assert (misses["metric"], misses["unit"], misses["value"], misses["baselines"]) == ("misses", "1", 3, {})
+    said = capsys.readouterr().out
+    assert "(12 n bytes)" in said and "2 x memcpy" in said and "0.5 x r+=g" in said
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "file.jsonl"]
 
 
-@pytest.mark.parametrize("wrong", [{"baseline": "torch.topk", "ratio": 1.0}, {"metric": None}])
-def test_no_other_keys_or_baselines(wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize("wrong", ["baseline", "metric"])
+def test_no_other_keys_or_baselines(wrong: str) -> None:
     labels = {**LABELS, "metric": "time", "unit": "ms"}
     with pytest.raises(ValueError, match="not a record"):
-        if "metric" in wrong:
+        if wrong == "metric":
             Records("cpu", 1).add({**labels, "misses": 1}, 1.0)
         else:
-            Records("cpu", 1).add(labels, 1.0, **wrong)
+            Records("cpu", 1).add(labels, 1.0, {"torch.sort": 1.0})
+
+
+@pytest.mark.parametrize("given", (["kernels", "--quick"], ["plan-check"]), ids=lambda given: given[0])
+def test_refuses_to_measure_without_the_kernels(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(abi, "cpu", lambda: None)
+    assert command.main(given) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert f"scripts/bench {given[0]}: the native kernels are not in use" in said.err
+    assert "--allow-reference" in said.err
+
+
+def test_measures_the_torch_operators_when_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(abi, "cpu", lambda: None)
+    monkeypatch.setattr(kernels_data, "_STEPS", 1)
+    monkeypatch.setattr(kernels, "_MERGED", (100,))
+    given = ["kernels", "--allow-reference", "--sizes", "20000", "--repeats", "1", "--threads", "1"]
+    assert command.main(given) == 0
+    said = capsys.readouterr().out
+    assert "write_back" in said and "missed: not measured" in said
 
 
 def test_cpu_and_cuda_are_one_command(
@@ -120,27 +147,26 @@ def test_every_cuda_case(emulated: None, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         kernels_cuda, "train", lambda density, device: RealRun(gradients, 119, 120, "real text")
     )
-    table = Records("cuda", 0, tmp_path / "kernels.json")
+    table = Records("cuda", 0, tmp_path / "kernels.jsonl")
     bench = kernels_cuda.Bench(table, cub=TorchAsCub(), timer=two_calls, device="cpu", repeats=2)  # type: ignore[arg-type]
     kernels_cuda.measure(bench, [80_000], [0.001])
-    records = json.loads((tmp_path / "kernels.json").read_text())
-    assert records == table.records
+    records = table.records
+    assert load(tmp_path / "kernels.jsonl") == rounded(records)
     assert all(list(record) == ISSUE_KEYS for record in records)
     assert {record["device"] for record in records} == {"cuda"}
-    seen = {(r["kernel"], r["data"], r["metric"], r["baseline"]) for r in records}
+    times = {(r["kernel"], r["data"]): r["baselines"] for r in records if r["metric"] == "time"}
+    seen = {(r["kernel"], r["data"], r["metric"]) for r in records}
     assert len(seen) == len(records) - 1  # the hit rate of the training run and of its gradients tiled
-    assert {name for *_, name in seen} == {None, *BASELINES} - {"numpy"}
+    assert {name for baselines in times.values() for name in baselines} == {*BASELINES} - {"numpy"}
     for kernel in ("select_topk", "select_threshold", "select_indices", "write_back"):
-        for metric, baseline in (("time", "r+=g"), ("time", "memcpy"), ("bandwidth", "memcpy")):
-            assert (kernel, "gaussian", metric, baseline) in seen
+        assert {"r+=g", "memcpy"} <= set(times[kernel, "gaussian"])
     for kernel in ("scatter_add", "random_indices", "merge_topk"):
-        assert (kernel, "gaussian", "time", "torch") in seen
-    for metric, baseline in (("time", "torch"), ("time_against_topk", "torch"), ("time", "cub")):
-        assert ("select_topk", "gaussian", metric, baseline) in seen
+        assert "torch" in times[kernel, "gaussian"]
+    assert {"torch", "torch.topk", "cub"} <= set(times["select_topk", "gaussian"])
     hooks = ("segments", "segments, velocity", "segments, bfloat16", "segment inactive")
     for data in ("heavy", "real text", "missed", *(f"gaussian, {name}" for name in hooks)):
-        assert ("select_topk", data, "time", "r+=g") in seen
-        assert ("select_topk", data, "misses", None) in seen
+        assert "r+=g" in times["select_topk", data]
+        assert ("select_topk", data, "misses") in seen
     value = {
         (r["data"], r["metric"], r["numel"]): r["value"] for r in records if r["kernel"] == "select_topk"
     }
@@ -169,8 +195,7 @@ def test_segments_fill_the_bucket() -> None:
 def test_targets_from_made_up_records() -> None:
     table = Records("cuda", 0)
     large = {"kernel": "select_topk", "data": "gaussian", "numel": 100_000_000, "density": 0.001}
-    table.bandwidth(large, 0.5, 0.3)
-    table.time(large, 0.5, {"torch": 1.5}, metric="time_against_topk")
+    table.time(large, 0.5, {"memcpy": 0.3, "torch.topk": 1.5})
     table.time({**large, "data": "gaussian, segments", "numel": 6_553_600}, 0.07, {"memcpy": 0.05})
     table.add({**large, "data": "real text", "metric": "hit_rate", "unit": "1"}, 0.995)
     measured = {name.split(",")[0]: told["measured"] for name, told in targets(table.records).items()}

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from benchmarks.namespaces import PREFIX, sweep
+from benchmarks.harness.namespaces import PREFIX, sweep
 from launch import ROOT, clean_environment
 
 PROGRAM = """
-from benchmarks.network import main
-main("--ranks 2 --networks 1gbit --models resnet20 --schemes dense --steps 1000000 --budget 60 --no-exchange".split())
+from benchmarks.command import main
+main("network --allow-reference --ranks 2 --networks 1gbit --models resnet20 --schemes dense --steps 1000000 --budget 60 --no-exchange".split())
 """
 
 
@@ -65,7 +65,7 @@ def is_launched(pid):
 
     def of_job(each):
         try:
-            return b"network_rank.py" in Path(f"/proc/{each}/cmdline").read_bytes()
+            return b"benchmarks.harness.rank" in Path(f"/proc/{each}/cmdline").read_bytes()
         except OSError:
             return False
 

@@ -3,8 +3,8 @@
 import subprocess
 
 import pytest
-from benchmarks.namespaces import Network
-from benchmarks.network_limits import LimitError, transfer, verify
+from benchmarks.harness.limits import LimitError, transfer, verify
+from benchmarks.harness.namespaces import Network
 
 
 @pytest.mark.network

@@ -1,59 +1,64 @@
-"""From figures to records and tables: exactly the promised keys, ratios against every baseline."""
+"""From records to ratios, tables and pictures."""
 
 import pytest
-from benchmarks import network_auto, network_exchange
-from benchmarks.network_models import MODELS, StandIn, equal_layers, numel
-from benchmarks.network_records import KEYS, bound_s, plot, records_of, table
+import torch
+from benchmarks.network import auto, exchange
+from benchmarks.network.models import MODELS, StandIn, equal_layers, numel
+from benchmarks.network.step import Timed, bound_s, over_bound, plot, starts, table, times_faster
 
-PHASES = {"select": 0.02, "exchange": 0.04, "write_back": 0.01}
 
-
-def figures(scheme, seconds, counted=0.0, interface=1000.0):
+def record(scheme, seconds, counted=None, interface=1000.0):
+    ours = {"select_s": 0.02, "exchange_s": 0.04, "write_back_s": 0.01, "counted_bytes": counted}
     return {
+        "bench": "step",
+        "ranks": 4,
+        "network": "100mbit",
         "scheme": scheme,
         "model": "resnet50",
-        "density": 0.001,
-        "seconds": [seconds] * 5,
-        "phases": PHASES,
-        "counted_bytes": counted,
+        "step_s": seconds,
+        "steps": 5,
         "interface_bytes": interface,
+        **(ours if counted else {}),
     }
 
 
-CASES = [
-    figures("none", 0.1),
-    figures("dense", 10.0, interface=1.25e8),
-    figures("powersgd1", 0.5, interface=1e6),
-    figures("gtopk", 0.2, counted=4e5, interface=4.1e5),
+RECORDS = [
+    record("none", 0.1),
+    record("dense", 10.0, interface=1.25e8),
+    record("powersgd1", 0.5, interface=1e6),
+    record("gtopk", 0.2, counted=4e5, interface=4.1e5),
 ]
 
 
-def test_records():
-    records = records_of(CASES, 4, "100mbit")
-    assert all(tuple(r) == KEYS for r in records)
-    by = {(r["scheme"], r["metric"], r["baseline"]): r for r in records}
-    assert by["gtopk", "step", "dense"]["ratio"] == pytest.approx(0.02)
-    assert by["gtopk", "step", "powersgd1"]["ratio"] == pytest.approx(0.4)
-    assert by["gtopk", "step", "bound"]["ratio"] == pytest.approx(0.2 / (0.1 + 0.032))
-    assert by["gtopk", "exchange", "bound"]["ratio"] == pytest.approx(0.04 / 0.032)
-    assert by["dense", "step", "bound"]["ratio"] == pytest.approx(10 / 10.1)
-    assert by["gtopk", "interface_bytes", "dense"]["value"] == 4.1e5
-    assert by["gtopk", "counted_bytes", "dense"]["value"] == 4e5
-    assert ("dense", "select", "none") not in by and by["dense", "step", "none"]["density"] == 1.0
-    assert by["gtopk", "step", "none"]["numel"] == 25_557_032
+def test_ratios():
+    (schemes,) = starts(RECORDS).values()
+    gtopk, dense = schemes["gtopk"], schemes["dense"]
+    assert times_faster(gtopk, schemes, "dense") == pytest.approx(50)
+    assert times_faster(gtopk, schemes, "powersgd1") == pytest.approx(2.5)
+    assert over_bound(gtopk, schemes) == pytest.approx(0.2 / (0.1 + 0.032))
+    assert over_bound(dense, schemes) == pytest.approx(10 / 10.1)
+    assert over_bound(gtopk, {}) is None and times_faster(gtopk, {}, "dense") is None
+
+
+def test_steps_of_other_starts_are_not_compared():
+    other = [r | {"ranks": 8} for r in RECORDS[:2]]
+    found = starts(RECORDS + other)
+    assert set(found) == {("resnet50", 4, "100mbit"), ("resnet50", 8, "100mbit")}
+    assert set(found["resnet50", 8, "100mbit"]) == {"none", "dense"}
 
 
 def test_bound():
-    assert bound_s(CASES[0], 0.1, "1gbit") == 0.1
-    assert bound_s(CASES[3], 0.1, "1gbit") == pytest.approx(0.1032)
+    assert bound_s(RECORDS[0] | {"network": "1gbit"}, 0.1) == 0.1
+    assert bound_s(RECORDS[3] | {"network": "1gbit"}, 0.1) == pytest.approx(0.1032)
 
 
 def test_table_and_plot(tmp_path):
-    records = records_of(CASES, 4, "100mbit")
-    lines = table(records).splitlines()
+    lines = table(RECORDS).splitlines()
     assert len([line for line in lines if line.startswith("gtopk")]) == 1
-    assert "50.00" in next(line for line in lines if line.startswith("gtopk"))
-    plot(records, tmp_path / "steps.png")
+    shown = next(line for line in lines if line.startswith("gtopk")).split()
+    # step, select, exchange, write back in ms, MB on the wire and counted, over bound, times faster, steps
+    assert shown[1:] == ["200", "20", "40", "10.0", "0.41", "0.40", "1.52", "50", "-", "2.5", "5"]
+    plot(RECORDS, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000
 
 
@@ -65,37 +70,34 @@ def test_parameter_counts(name, millions):
 
 
 def test_stand_in_fills_gradients():
-    import torch
-
     model = StandIn(equal_layers(3, 8), seed=1)
     model(torch.zeros((), requires_grad=True)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_exchange_records():
+def test_exchange_over_its_bound():
+    shared = {"bench": "exchange", "ranks": 4, "network": "100mbit", "pairs": 1000}
     found = [
-        {"scheme": "topk", "k": 1000, "seconds": [0.004, 0.002, 0.003], "counted_bytes": 25_000.0},
-        {"scheme": "gtopk", "k": 1000, "seconds": [0.006] * 3, "counted_bytes": 16_000.0},
-        {"scheme": "gtopk-mpi", "k": 1000, "seconds": [0.005] * 3, "counted_bytes": 16_000.0},
+        shared | {"scheme": "topk", "exchange_s": 0.003, "counted_bytes": 25_000.0},
+        shared | {"scheme": "gtopk-mpi", "exchange_s": 0.005, "counted_bytes": 16_000.0},
     ]
-    records = network_exchange.records_of(found, 4, "100mbit")
-    assert all(tuple(r) == KEYS for r in records)
-    ratios = {(r["scheme"], r["baseline"]): r["ratio"] for r in records}
-    assert ratios["topk", "bound"] == pytest.approx(0.003 / 0.002)
-    assert ratios["gtopk", "topk"] == pytest.approx(2.0)
-    assert set(ratios) == {("topk", "bound"), ("gtopk", "bound"), ("gtopk", "topk"), ("gtopk-mpi", "bound")}
-    assert "gtopk-mpi" in network_exchange.table(records)
+    assert exchange.over_bound(found[0]) == pytest.approx(0.003 / 0.002)
+    lines = exchange.table(found).splitlines()
+    assert lines[-1].split() == ["gtopk-mpi", "1,000", "4", "100mbit", "5.0", "3.9"]
 
 
 def test_auto_records_hold_its_plans():
     plans = [{"scheme": "gtopk", "density": 0.01}, {"scheme": "dense", "density": 1.0}]
-    turns = zip((0.02, 0.04), (0.03, 0.05), (0.022, 0.022), plans, strict=True)
-    found = []
-    for dense, auto, plain, plan in turns:
-        found.append({"scheme": "dense", "seconds": [dense] * 2, "plan": None})
-        found.append({"scheme": "auto", "seconds": [auto] * 2, "plan": plan})
-        found.append({"scheme": "plain", "seconds": [plain] * 2, "plan": None})
-    auto, plain = network_auto.records_of(found, "resnet20", 2)
-    assert tuple(auto) == tuple(plain) == (*KEYS, "plans")
-    assert auto["ratio"] == pytest.approx(0.04 / 0.03) and plain["ratio"] == pytest.approx(0.022 / 0.03)
-    assert (auto["plans"], plain["plans"]) == (plans, [])
+    seconds = {"dense": (0.02, 0.04), "auto": (0.03, 0.05), "plain": (0.022, 0.022)}
+    turns = {
+        scheme: [
+            Timed([s] * 2, {}, 0.0, 0.0, plan if scheme == "auto" else None) for s, plan in zip(taken, plans)
+        ]
+        for scheme, taken in seconds.items()
+    }
+    found = [r | {"ranks": 2} for r in auto.records_of(turns, "resnet20")]
+    assert [(r["scheme"], r["turns"], r["steps"]) for r in found] == [(s, 2, 4) for s in auto.SCHEMES]
+    _, ours, plain = found
+    assert auto.over_dense(ours, found) == pytest.approx(0.04 / 0.03)
+    assert auto.over_dense(plain, found) == pytest.approx(0.022 / 0.03)
+    assert ours["plans"] == plans and "plans" not in plain

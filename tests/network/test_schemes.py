@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmarks.network_models import StandIn, equal_layers
-from benchmarks.network_rank import decided
-from benchmarks.network_schemes import PLAIN, SCHEMES, attach
+from benchmarks.network.models import StandIn, equal_layers
+from benchmarks.network.schemes import PLAIN, SCHEMES, attach
+from benchmarks.network.step import decided
 from launch import spawn_gloo
 
 

@@ -1,60 +1,60 @@
-"""The scripts beside `scripts/bench network`: arguments, the refusal without root, pictures of hand-made results."""
+"""The commands beside `scripts/bench network`: arguments, the refusal without root, pictures of hand-made results."""
 
 import os
-import sys
 
 import pytest
-from benchmarks import network_accuracy, network_auto, network_fit, network_overlap
+from benchmarks import command
+from benchmarks.network import accuracy, overlap
 
-SCRIPTS = (network_accuracy, network_auto, network_fit, network_overlap)
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__.rpartition(".")[2])
-
-
-@pytest.fixture
-def start(monkeypatch):
-    """Runs a script's main() with these arguments."""
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-        return script.main()
-
-    return run
+STUDIES = ("accuracy", "auto", "fit", "overlap")
+each_study = pytest.mark.parametrize("study", STUDIES)
 
 
-@each_script
-def test_refuses_without_root(script, start, monkeypatch, capsys, tmp_path):
+def start(*arguments):
+    return command.main([str(argument) for argument in arguments])
+
+
+@each_study
+def test_refuses_without_root(study, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    out = tmp_path / "out.json"
-    assert start(script, "--json", out) == 2
+    out = tmp_path / "out.jsonl"
+    assert start(study, "--allow-reference", "--json", out) == 2
     said = capsys.readouterr().err
     assert "need root" in said or "missing" in said or "Linux" in said
     assert not out.exists()
 
 
-@each_script
-def test_says_what_is_wrong_with_its_arguments(script, start, capsys):
+@each_study
+def test_says_what_is_wrong_with_its_arguments(study, capsys):
     with pytest.raises(SystemExit) as stop:
-        start(script)
+        start(study)
     assert stop.value.code == 2 and "--json" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        start(script, "--help")
+        start(study, "--help")
     assert stop.value.code == 0 and "--json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "script, option",
+    "study, option",
     (
-        (network_accuracy, "--network"),
-        (network_accuracy, "--jobs"),
-        (network_auto, "--models"),
-        (network_fit, "--networks"),
-        (network_overlap, "--network"),
+        ("accuracy", "--network"),
+        ("accuracy", "--jobs"),
+        ("auto", "--models"),
+        ("fit", "--networks"),
+        ("overlap", "--network"),
     ),
 )
-def test_unknown_choices(script, option, start, capsys, tmp_path):
+def test_unknown_choices(study, option, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        start(script, "--json", tmp_path / "out.json", option, "nothing")
+        start(study, "--json", tmp_path / "out.jsonl", option, "nothing")
     assert "'nothing'" in capsys.readouterr().err
+
+
+def test_every_command_is_listed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        start("--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and all(name in said for name in command.COMMANDS)
 
 
 def test_accuracy_is_drawn(tmp_path):
@@ -62,10 +62,19 @@ def test_accuracy_is_drawn(tmp_path):
     results = [
         {"job": job, "scheme": scheme, "density": 0.01, "network": "100mbit", "points": points}
         for job in ("resnet20", "lstm")
-        for scheme in network_accuracy.SCHEMES
+        for scheme in accuracy.SCHEMES
     ]
-    network_accuracy.plot(results, tmp_path / "accuracy.png")
+    accuracy.plot(results, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_seconds_to_a_loss():
+    points = [(0.5 * i, 5 * i, loss) for i, loss in enumerate((4.0, 2.0, 2.0, 0.0), 1)]
+    assert accuracy.smooth([4.0, 2.0, 2.0, 0.0], over=1) == [4.0, 3.0, 2.0, 1.0]
+    record = {"points": points}
+    assert accuracy.seconds_to(record, 3.0) == 1.0 and accuracy.seconds_to(record, 2.5) == 2.0
+    assert accuracy.seconds_to(record, 1.0) is None
+    assert accuracy.step_s(record) == pytest.approx(0.1)
 
 
 def test_overlap_is_drawn(tmp_path):
@@ -75,5 +84,11 @@ def test_overlap_is_drawn(tmp_path):
         ("exchange", 51.0, 70.0),
         ("write_back", 70.0, 71.0),
     ]
-    network_overlap.plot({"trace": trace}, tmp_path / "overlap.png")
+    records = [{"way": "trace", "trace": trace}]
+    records += [
+        {"way": way, "seconds": s} for way, s in (("none", [1.0]), ("overlapped", [1.1]), ("after", [1.4]))
+    ]
+    overlap.plot(records, tmp_path / "overlap.png")
     assert (tmp_path / "overlap.png").stat().st_size > 1000
+    assert overlap.exposed_s(records, "after") == pytest.approx(0.4)
+    assert "ratio 0.25" in overlap.table(records)

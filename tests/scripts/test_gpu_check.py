@@ -226,13 +226,13 @@ def test_sanitizers_look_at_our_kernels_only(stand_ins: Path, tmp_path: Path, op
 
 
 def test_figures_of_a_benchmark_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "FIGURES", tmp_path / "kernels.json")
+    monkeypatch.setattr(checks, "FIGURES", tmp_path / "kernels.jsonl")
     monkeypatch.setattr(checks, "build_rival", lambda report, capability: ([], "without CUB"))
     report = Report(tmp_path / "r.json", {}, ["benchmark"], budget_s=60)
     report.summarise = lambda: {"figures": checks.figures()}
 
     def cut_short(*arguments: object, **environment: str) -> str:
-        checks.FIGURES.write_text(json.dumps([{"kernel": "select_topk"}]))
+        checks.FIGURES.write_text(json.dumps({"kernel": "select_topk"}) + "\n")
         raise TimedOut("not done")
 
     monkeypatch.setattr(checks, "run", cut_short)

@@ -1,0 +1,1 @@
+"""Measurements of the native kernels, one a file."""

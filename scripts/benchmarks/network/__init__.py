@@ -1,0 +1,1 @@
+"""Measurements of ranks that communicate, one a file."""
