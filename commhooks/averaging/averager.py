@@ -165,8 +165,8 @@ class Averager(ModelAverager):
 
     def _reporting(self) -> AbstractContextManager[None]:
         used = [self.transport]
-        if self.reducer is not None and self.reducer.aggregator.is_open:
-            used.append(self.reducer.aggregator.transport)
+        if self.reducer is not None and self.reducer.connection.is_open:
+            used.append(self.reducer.transport)
         return reporting(*used)
 
     def _what(self) -> str:

@@ -49,7 +49,7 @@ def _left_to_ddp(state: SparseState) -> bool:
     NaN and Inf stay in the sum there, so only the policy "propagate" can be left to it; ``stats`` counts nothing.
     """
     plain = state.plan is not None and not state.reducer.remembers and state.reducer.nonfinite == "propagate"
-    return plain and state.reducer.aggregator.requested == "distributed" and not state._passthrough
+    return plain and state.reducer.connection.requested == "distributed" and not state._passthrough
 
 
 def register(

@@ -17,7 +17,7 @@ from torch.futures import Future
 
 from ..exchange import Aggregator
 from ..gradient.bucket import Bucket
-from ..gradient.device_copy import stream_after
+from ..gradient.side_stream import stream_after
 from ..memory import Memory
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, chosen_memory, make_parts
@@ -219,7 +219,7 @@ class SparseState:
         self.reducer.open(self.process_group, device_type)
         if dist.is_available() and dist.is_initialized():
             expected = dist.get_world_size(self.process_group)
-            actual = self.reducer.aggregator.transport.world_size
+            actual = self.reducer.transport.world_size
             if actual != expected:
                 raise ValueError(
                     f"the transport connects {actual} ranks and DDP's process group {expected}: "
@@ -271,7 +271,7 @@ class SparseState:
     def close(self) -> None:
         """Joins the worker and closes the transport; call it on all ranks. The memory stays."""
         self._thread.close()
-        self.reducer.aggregator.close()
+        self.reducer.connection.close()
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}
@@ -315,7 +315,7 @@ class SparseState:
                     f"({table.name_of(p)})"
                 )
         numels = tuple(p.numel() for p in parameters if isinstance(p, Tensor))
-        if not self.reducer.aggregator.is_open:
+        if not self.reducer.connection.is_open:
             self.open(buffer.device.type)
         return Bucket(index, buffer, parameters, numels, is_last)
 
@@ -328,8 +328,8 @@ class SparseState:
     def _fail(self, error: BaseException) -> None:
         self.error = error
         logger.error("communication failed: %s", error)
-        if self.reducer.aggregator.is_open:
-            self.reducer.aggregator.transport.fail(error)
+        if self.reducer.connection.is_open:
+            self.reducer.transport.fail(error)
 
     def _check(self, done: Future[Tensor]) -> Tensor:
         self.raise_error()

@@ -36,10 +36,9 @@ def check_agreement(
     text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
     encoded = settings.encode()[:_TEXT_BYTES]
     text[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    mine = torch.cat((sizes.view(torch.uint8), text)).to(transport.device_type)
+    mine = torch.cat((sizes.view(torch.uint8), text))
     everyone = mine.new_empty((transport.world_size, _DIGEST_BYTES))
     transport.all_gather(mine, everyone, tag=tag, what=f"bucket {bucket}, agreement on settings")
-    everyone = everyone.cpu()
     for rank in range(1, transport.world_size):
         if not torch.equal(everyone[rank], everyone[0]):
             raise SettingsMismatchError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..gradient.sparse_grad import SparseGrad
+from ..transports import Transport
 from ..wire.message import HEADER_BYTES, Context, pack, unpack
 from .base import Aggregated, Aggregator
 
@@ -16,8 +17,9 @@ class AllGather(Aggregator):
     ``(P - 1) * (8k + header)`` bytes. Values are added in rank order, so all ranks get the same bits.
     """
 
-    def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
-        transport = self.transport
+    def aggregate(
+        self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
+    ) -> Aggregated:
         send = pack(pairs, nonfinite, context)
         received = send.new_empty((transport.world_size, send.numel()))
         transport.all_gather(send, received, tag=context.tag, what=str(context))

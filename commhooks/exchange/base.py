@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..gradient.sparse_grad import SparseGrad
-from ..transports import Transport, check_name, make
+from ..transports import Transport, check_name
 from ..wire.message import Context
 
 
@@ -37,49 +37,24 @@ class Aggregator(ABC):
     """Sums sparse gradients over ranks.
 
     Args:
-        transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``.
+        transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``. The Reducer opens it.
+
+    Attributes:
+        requested: the transport that was asked for. Pickled as a name.
     """
 
     def __init__(self, transport: str | Transport = "distributed") -> None:
         self.requested = check_name(transport)
-        self._transport: Transport | None = transport if isinstance(transport, Transport) else None
-
-    @property
-    def transport(self) -> Transport:
-        """The open transport.
-
-        Raises:
-            RuntimeError: it is not open yet.
-        """
-        if self._transport is None:
-            raise RuntimeError("the transport is not open yet: it opens at the first step or by register()")
-        return self._transport
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the transport is open."""
-        return self._transport is not None
-
-    def open(self, *, timeout_s: float, process_group: Any = None, device_type: str = "cpu") -> Transport:
-        """Opens the transport, once; a collective call."""
-        if self._transport is None:
-            self._transport = make(
-                self.requested, timeout_s=timeout_s, process_group=process_group, device_type=device_type
-            )
-        return self._transport
-
-    def close(self) -> None:
-        """Closes the transport; the next step opens a new one when it was asked for by name."""
-        transport, self._transport = self._transport, None  # gone even if its connections break in closing
-        if transport is not None:
-            transport.close()
 
     @abstractmethod
-    def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
+    def aggregate(
+        self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
+    ) -> Aggregated:
         """Exchanges ``pairs`` (k the same on all ranks) with all ranks.
 
         Args:
-            pairs: this rank's selection.
+            transport: connects the ranks.
+            pairs: this rank's selection. The result is on the same device.
             nonfinite: this rank's vote: its gradient held NaN or Inf.
             context: which exchange this is.
         """
@@ -97,4 +72,4 @@ class Aggregator(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         name = self.requested if isinstance(self.requested, str) else self.requested.name
-        return {**self.__dict__, "requested": name, "_transport": None}
+        return {**self.__dict__, "requested": name}

@@ -1,9 +1,9 @@
-"""Dense: everything is sent, by an ordinary all-reduce. The baseline, and the way of buckets too small to
-thin out."""
+"""Dense: every element is sent, by an ordinary all-reduce. The baseline for comparisons."""
 
 from __future__ import annotations
 
 from ..gradient.sparse_grad import SparseGrad
+from ..transports import Transport
 from ..wire.message import Context
 from .base import Aggregated, Aggregator
 
@@ -11,7 +11,9 @@ from .base import Aggregated, Aggregator
 class Dense(Aggregator):
     """Sums whole corrected gradients; takes no selector. ``4 * (n + 1)`` bytes are all-reduced per bucket."""
 
-    def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
+    def aggregate(
+        self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
+    ) -> Aggregated:
         raise TypeError("Dense takes no selection: the reducer sums whole buckets instead")
 
     def wire_bytes(self, k: int, world_size: int) -> int:

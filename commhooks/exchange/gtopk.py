@@ -43,8 +43,10 @@ class GTopK(Aggregator):
             raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
         self.algorithm = algorithm
 
-    def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
-        merge = _Merge(self.transport, pairs, nonfinite, context)
+    def aggregate(
+        self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
+    ) -> Aggregated:
+        merge = _Merge(transport, pairs, nonfinite, context)
         folded = merge.core_size + merge.rank  # the rank that folds into this one, if it exists
         if merge.rank >= merge.core_size:
             merge.send_up(merge.rank - merge.core_size, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..gradient.sparse_grad import SparseGrad
+from ..transports import Transport
 from ..wire.message import Context
 from .base import Aggregated, Aggregator
 from .dense import dense_wire_bytes
@@ -15,8 +16,10 @@ class SharedIndices(Aggregator):
     The vote on non-finite gradients is one appended element.
     """
 
-    def aggregate(self, pairs: SparseGrad, nonfinite: bool, context: Context) -> Aggregated:
-        values, thrown_away = summed(self.transport, pairs.values, nonfinite, context)
+    def aggregate(
+        self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
+    ) -> Aggregated:
+        values, thrown_away = summed(transport, pairs.values, nonfinite, context)
         return Aggregated(
             values[None],
             pairs.indices[None],

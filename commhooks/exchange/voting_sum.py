@@ -7,7 +7,6 @@ import math
 from torch import Tensor
 
 from ..errors import SettingsMismatchError
-from ..gradient.device_copy import send_buffer
 from ..transports import Transport
 from ..wire.message import Context
 
@@ -15,15 +14,14 @@ _STAMPS = 4093  # a prime; sums of up to 4096 such numbers are exact in float32
 
 
 def summed(transport: Transport, values: Tensor, nonfinite: bool, context: Context) -> tuple[Tensor, bool]:
-    """The sum over ranks of ``values`` (n,) float32, and whether any rank voted non-finite.
-
-    ``values`` may be on another device than the transport; the sum is on the transport's.
+    """The sum over ranks of ``values`` (n,) float32, in new memory, and whether any rank voted non-finite.
 
     Raises:
         SettingsMismatchError: the ranks summed different buckets or steps. Of more than two ranks that differ some may
             not see it; they get an error when the others are gone.
     """
-    buffer = send_buffer(values, 1, transport)
+    buffer = values.new_empty(values.numel() + 1)
+    buffer[:-1] = values
     stamp = (context.step * 31 + context.bucket) % _STAMPS
     buffer[-1] = math.inf if nonfinite else float(stamp)
     transport.all_reduce(buffer, tag=context.tag, what=str(context))

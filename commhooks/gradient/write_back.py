@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..native import ops
 from ..native.fused import PAD
-from .device_copy import to_device
 from .sparse_grad import SparseGrad
 
 
@@ -27,7 +26,6 @@ def write_sparse(
         What half precision kept from the model, in the memory's units, to be restored on every rank; None for
         float32.
     """
-    values, indices = to_device(values, buffer.device), to_device(indices, buffer.device)
     if buffer.dtype == torch.float32:
         ops.write_back(buffer, values, indices, factor)
         return None

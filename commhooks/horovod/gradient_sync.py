@@ -55,7 +55,6 @@ class GradientSync:
         self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
         self.passes, self.sparse_as_dense = passes, sparse_as_dense
         state.reducer.average = not sums
-        self._requested = state.reducer.aggregator.requested
         self._session: object = None
         self._lock = threading.Lock()  # gradients on several devices arrive on several threads
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
@@ -73,19 +72,18 @@ class GradientSync:
         """Opens the transport, again after an elastic reset. A collective call of the process set."""
         if self._session is session():
             return
-        state, aggregator = self.state, self.state.reducer.aggregator
-        if self._session is not None or aggregator.is_open:
+        state, connection = self.state, self.state.reducer.connection
+        if self._session is not None or connection.is_open:
             _close_stale()
             _quietly(state.close)
             state.restart(state.state_dict())  # new places for all: a new rank will ask for agreement on each
         try:
             transport, state.process_group = open_transport(
-                self._requested, self.process_set, state.reducer.timeout_s
+                connection.requested, self.process_set, state.reducer.timeout_s
             )
         except (PeerLostError, PeerTimeoutError) as error:
             self._raise(error)
-        aggregator.requested = transport
-        aggregator.open(timeout_s=state.reducer.timeout_s)
+        connection.adopt(transport)
         self._session = session()
 
     def set_passes(self, passes: int) -> None:
@@ -185,9 +183,9 @@ class GradientSync:
         The first rank whose ``hvd.shutdown()`` runs shuts Horovod down on all ranks, and MPI with it where
         Horovod has started it: nobody may still be exchanging.
         """
-        state, aggregator = self.state, self.state.reducer.aggregator
-        if state.error is None and aggregator.is_open and self._next == 0:
-            transport, self._session = aggregator.transport, None
+        state, connection = self.state, self.state.reducer.connection
+        if state.error is None and connection.is_open and self._next == 0:
+            transport, self._session = connection.transport, None
             transport.timeout_s = min(transport.timeout_s, _LEAVE_S)
             try:
                 transport.all_reduce(torch.zeros(1), tag=0, what="leaving")
@@ -200,7 +198,7 @@ class GradientSync:
 def _close_stale() -> None:
     """Closes what was open before Horovod's reset, of all optimizers: their groups hang on one default group."""
     for sync in list(_all):
-        if sync._session is not session() and sync.state.reducer.aggregator.is_open:
+        if sync._session is not session() and sync.state.reducer.connection.is_open:
             _quietly(sync.state.close)
 
 
@@ -219,8 +217,8 @@ def _close_at_exit(sync: GradientSync) -> None:
         alive = reference()
         if alive is None:
             return
-        aggregator = alive.state.reducer.aggregator
-        if hasattr(sys, "last_value") and aggregator.is_open and aggregator.transport.name == "mpi":
+        connection = alive.state.reducer.connection
+        if hasattr(sys, "last_value") and connection.is_open and connection.transport.name == "mpi":
             # An exception ends this process, and Horovod would finalize MPI on ranks that still exchange: they hang or crash.
             sys.stdout.flush()
             load_mpi().COMM_WORLD.Abort(1)

@@ -13,7 +13,7 @@ from ..ddp.state import SparseState
 from ..exchange import Dense
 from ..memory import ErrorFeedback, Memory, NoMemory
 from ..schemes import make_parts
-from ..transports import DEFAULT_TIMEOUT_S, Transport
+from ..transports import DEFAULT_TIMEOUT_S, Connection, Transport
 from .plan import BUCKET_MB, DENSITIES, Plan, check_request, choose
 from .probe import probe, slowest
 
@@ -97,7 +97,7 @@ def make_plan(
 ) -> Plan:
     """Opens a transport, probes, closes it and decides; a collective call. Rank 0 logs the plan."""
     check_request(numel, densities, backward_s)
-    opener = Dense(transport)
+    opener = Connection(transport)
     device = torch.device(device)
     opened = opener.open(timeout_s=timeout_s, process_group=process_group, device_type=device.type)
     try:

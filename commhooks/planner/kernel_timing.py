@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..exchange import AllGather
 from ..gradient.bucket import Bucket
-from ..gradient.device_copy import stream_after
+from ..gradient.side_stream import stream_after
 from ..memory import ErrorFeedback
 from ..native import ops
 from ..native.fused import Fused

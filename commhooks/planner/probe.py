@@ -57,10 +57,10 @@ def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str
 
 def slowest(transport: Transport, mine: list[float]) -> list[float]:
     """Number by number the largest over ranks: the same on all of them."""
-    row = torch.tensor(mine, dtype=torch.float64).to(transport.device_type)
+    row = torch.tensor(mine, dtype=torch.float64)
     rows = row.new_empty((transport.world_size, row.numel()))
     transport.all_gather(row, rows, tag=_TAG, what=_WHAT)
-    return [float(x) for x in rows.max(0).values.cpu()]
+    return [float(x) for x in rows.max(0).values]
 
 
 def _constants(transport: Transport, device: torch.device) -> tuple[float, float]:

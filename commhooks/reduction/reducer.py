@@ -16,7 +16,6 @@ from ..exchange.agreement import check_agreement
 from ..exchange.dense import dense_wire_bytes
 from ..exchange.voting_sum import summed
 from ..gradient.bucket import Bucket
-from ..gradient.device_copy import pairs_to_device, to_device, to_transport
 from ..gradient.sparse_grad import SparseGrad
 from ..gradient.write_back import write_dense, write_sparse
 from ..memory import Memory, NoMemory
@@ -24,7 +23,7 @@ from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
-from ..transports import DEFAULT_TIMEOUT_S
+from ..transports import DEFAULT_TIMEOUT_S, Connection, Transport
 from ..wire.message import Context
 from .stats import DeltaMeter, StepFigures
 
@@ -50,7 +49,7 @@ class Reducer:
 
     Args:
         selector: what to send; ``None`` only with the ``Dense`` aggregator.
-        aggregator: how selections become a sum; it holds the transport.
+        aggregator: how selections become a sum, and over which transport.
         memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds nothing.
         average: divide the sum by the world size.
         nonfinite: what NaN or Inf on any rank does, alike on all ranks. It never enters a memory.
@@ -86,6 +85,7 @@ class Reducer:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.selector, self.aggregator = selector, aggregator
+        self.connection = Connection(aggregator.requested)
         self.memory = chosen_memory(memory, selector)
         self.average, self.nonfinite = average, nonfinite
         self.dense_crossover, self.delta_every, self.timeout_s = dense_crossover, delta_every, timeout_s
@@ -98,9 +98,20 @@ class Reducer:
         self._written: list[_Written] = []
         self._agreed: dict[int, tuple[int, ...]] = {}
 
-    def open(self, process_group: Any = None, device_type: str = "cpu") -> None:
+    def open(self, process_group: Any = None, device_type: str = "cpu") -> Transport:
         """Opens the transport, once; a collective call. The first :meth:`reduce` does so by itself."""
-        self.aggregator.open(timeout_s=self.timeout_s, process_group=process_group, device_type=device_type)
+        return self.connection.open(
+            timeout_s=self.timeout_s, process_group=process_group, device_type=device_type
+        )
+
+    @property
+    def transport(self) -> Transport:
+        """The open transport.
+
+        Raises:
+            RuntimeError: it is not open yet.
+        """
+        return self.connection.transport
 
     def reduce(self, bucket: Bucket, scale: float = 1.0) -> None:
         """Overwrites ``bucket.buffer`` with the average; blocks until all ranks took part.
@@ -116,7 +127,7 @@ class Reducer:
         """
         self.open(device_type=bucket.buffer.device.type)
         context = Context(bucket.index, self.step)
-        if self._is_plain(bucket.buffer):
+        if not self.remembers and bucket.buffer.dtype == torch.float32:
             self._reduce_plain(bucket, context)
             return
         k = self.selector.k(bucket.numel, self.step) if self.selector is not None else bucket.numel
@@ -169,7 +180,7 @@ class Reducer:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory by parameter name, and the step; call it between steps."""
-        transport = self.aggregator.transport if self.aggregator.is_open else None
+        transport = self.transport if self.connection.is_open else None
         place = (transport.rank, transport.world_size) if transport else (0, 1)
         return {"version": 1, "rank": place[0], "world_size": place[1], "step": self.step} | (
             self.memory.table.state_dict()
@@ -192,8 +203,7 @@ class Reducer:
         Raises:
             ValueError: one state of a run with another world size, or states that do not belong together.
         """
-        self.open()
-        transport = self.aggregator.transport
+        transport = self.open()
         states = state if isinstance(state, list) else [state]
         check_states(states, isinstance(state, list), transport.rank, transport.world_size)
         if len(states) == 1 and not isinstance(state, list):
@@ -206,7 +216,7 @@ class Reducer:
 
     def _agree(self, bucket: Bucket, k: int, scale: float, context: Context) -> None:
         check_agreement(
-            self.aggregator.transport,
+            self.transport,
             bucket=bucket.index,
             numel=bucket.numel,
             k=k,
@@ -218,20 +228,20 @@ class Reducer:
     def _goes_dense(self, numel: int, k: int) -> bool:
         if self.selector is None:
             return True
-        world_size = self.aggregator.transport.world_size
+        world_size = self.transport.world_size
         if callable(self.dense_crossover):
             return self.dense_crossover(numel, k, world_size)
         sparse_bytes = self.aggregator.wire_bytes(k, world_size)
         return self.dense_crossover and sparse_bytes > dense_wire_bytes(numel, world_size)
 
     def _factor(self, scale: float) -> float:
-        return scale / self.aggregator.transport.world_size if self.average else scale
+        return scale / self.transport.world_size if self.average else scale
 
     def _reduce_sparse(
         self, bucket: Bucket, slot: BucketMemory, k: int, scale: float, context: Context
     ) -> None:
         assert self.selector is not None
-        memory, figures, transport = self.memory, self._current, self.aggregator.transport
+        memory, figures, transport = self.memory, self._current, self.transport
         inverse = _inverse(scale, bucket.buffer)
         with figures.phase("select"):
             selected = memory.select(
@@ -241,7 +251,7 @@ class Reducer:
             pairs = SparseGrad(selected.values, selected.indices, bucket.numel)
             figures.misses += report[2]
         with figures.phase("exchange"), figures.traffic(transport.counters):
-            out = self.aggregator.aggregate(to_transport(pairs, transport), report[1] > 0, context)
+            out = self.aggregator.aggregate(transport, pairs, report[1] > 0, context)
         if out.nonfinite:
             memory.restore(slot, pairs)
             memory.undo(slot, bucket.buffer, scale=inverse)
@@ -249,7 +259,7 @@ class Reducer:
             return
         with figures.phase("write_back"):
             if out.refused is not None:
-                memory.restore(slot, pairs_to_device(out.refused, bucket.buffer.device))
+                memory.restore(slot, out.refused)
             if self._measures_delta:
                 self._delta.add(transport, slot.residual, out, k, context.tag)
             factor = self._factor(scale)
@@ -260,7 +270,7 @@ class Reducer:
     def _keep_until_known(
         self, slot: BucketMemory, out: Aggregated, rounding: SparseGrad | None, masks: bool
     ) -> None:
-        memory, contributed = self.memory, pairs_to_device(out.contributed, slot.residual.device)
+        memory, contributed = self.memory, out.contributed
 
         def commit() -> None:
             if masks:
@@ -271,7 +281,7 @@ class Reducer:
         self._written.append(_Written(commit, lambda: memory.restore(slot, contributed)))
 
     def _reduce_dense(self, bucket: Bucket, slot: BucketMemory, scale: float, context: Context) -> None:
-        memory, figures, transport = self.memory, self._current, self.aggregator.transport
+        memory, figures, transport = self.memory, self._current, self.transport
         inverse = _inverse(scale, bucket.buffer)
         with figures.phase("select"):
             bad = memory.accumulate(slot, bucket.buffer, scale=inverse)
@@ -286,7 +296,7 @@ class Reducer:
         with figures.phase("write_back"):
             factor = self._factor(scale)
             share = factor * transport.world_size
-            rounding = write_dense(bucket.buffer, to_device(total, slot.residual.device), factor, share)
+            rounding = write_dense(bucket.buffer, total, factor, share)
 
         def commit() -> None:  # until then the residual still holds all that was sent
             kept = slot.residual.new_zeros(()) if active is None else slot.residual * ~active
@@ -296,17 +306,12 @@ class Reducer:
 
     @property
     def remembers(self) -> bool:
-        """Whether anything is selected or kept: if not, a bucket is simply all-reduced."""
+        """Whether anything is selected or kept. If not, the buffer itself is all-reduced."""
         return self.selector is not None or not isinstance(self.memory, NoMemory)
-
-    def _is_plain(self, buffer: Tensor) -> bool:
-        """Whether the buffer itself can be all-reduced."""
-        here = buffer.device.type == self.aggregator.transport.device_type
-        return here and not self.remembers and buffer.dtype == torch.float32
 
     def _reduce_plain(self, bucket: Bucket, context: Context) -> None:
         """As DDP without a hook. NaN and Inf need no vote: they stay in the sum."""
-        transport, figures, buffer = self.aggregator.transport, self._current, bucket.buffer
+        transport, figures, buffer = self.transport, self._current, bucket.buffer
         if self._agreed.get(bucket.index) != bucket.numels:
             self._agree(bucket, bucket.numel, 1.0, context)
             self._agreed[bucket.index] = bucket.numels
@@ -335,7 +340,7 @@ class Reducer:
                 written.rollback()
             self._forget_step()
             self.nonfinite_steps += 1
-            raise NonFiniteGradientError(f"rank {self.aggregator.transport.rank}, {message}")
+            raise NonFiniteGradientError(f"rank {self.transport.rank}, {message}")
 
     def _forget_step(self) -> None:
         """The next bucket begins a step anew."""

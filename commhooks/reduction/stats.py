@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..exchange import Aggregated
-from ..gradient.device_copy import send_buffer
 from ..native import ops
 from ..transports import Counters, Transport
 
@@ -70,10 +69,9 @@ class DeltaMeter:
 
     def add(self, transport: Transport, residual: Tensor, out: Aggregated, k: int, tag: int) -> None:
         """Adds one bucket, after what was refused is back in ``residual`` (n,), which is only read."""
-        counters = Counters(**vars(transport.counters))
-        withheld = send_buffer(residual, 0, transport)
-        transport.all_reduce(withheld, tag=tag, what="measuring delta")
-        transport.counters = counters
+        withheld = residual.clone()
+        with transport.uncounted():
+            transport.all_reduce(withheld, tag=tag, what="measuring delta")
         corrected = withheld.clone()
         for values, indices in zip(out.values, out.indices, strict=True):
             ops.scatter_add(corrected, values, indices)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+
+from . import device_copy
 
 DEFAULT_TIMEOUT_S = 300.0
 """Long enough for a rank that evaluates or saves while the others wait for its gradient."""
@@ -37,12 +40,15 @@ class Counters:
 
 
 class Transport(ABC):
-    """Moves the bytes of contiguous tensors on ``device_type`` between ``world_size`` ranks.
+    """Moves the bytes of contiguous tensors between ``world_size`` ranks.
 
-    Every call blocks its thread until it is complete, or raises within ``timeout_s``. ``tag`` tells apart
-    messages in pending at the same time (0 to 32767); ``what`` names them in errors ("bucket 3, round 1").
+    Tensors may be on any device. The network sends from ``device_type``; tensors of another device are copied there
+    and back (:mod:`.device_copy`). Every call blocks its thread until it is complete, or raises within ``timeout_s``.
+    What arrives on a GPU is complete for what the current stream does next. ``tag`` (0 to 32767) tells apart messages
+    that are under way at the same time; ``what`` names them in errors ("bucket 3, round 1").
 
     Raises (all calls):
+        ValueError: a tensor is not contiguous, or a peer or shape is wrong.
         PeerTimeoutError: a peer did not answer in time; names it where that can be known.
         PeerLostError: a connection broke.
     """
@@ -63,17 +69,25 @@ class Transport(ABC):
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message], *, tag: int, what: str) -> None:
         """Sends and receives at the same time, at most one message per direction and peer."""
+        foreign = False
         for peer, buffer in (*sends, *receives):
             if not 0 <= peer < self.world_size or peer == self.rank:
                 raise ValueError(f"peer must be another rank below {self.world_size}, got {peer}")
-            self.check_buffer(buffer)
-        self._exchange(sends, receives, tag, what)
+            foreign |= self._is_foreign(buffer)
+        if foreign:
+            copies = device_copy.Copies(self.device_type)
+            outgoing = [(peer, copies.outgoing(buffer)) for peer, buffer in sends]
+            incoming = [(peer, copies.incoming(buffer)) for peer, buffer in receives]
+            copies.wait()
+            self._exchange(outgoing, incoming, tag, what)
+            copies.give_back()
+        else:
+            self._exchange(sends, receives, tag, what)
         self.counters.add(sum(nbytes(b) for _, b in sends), sum(nbytes(b) for _, b in receives), len(sends))
 
     def all_gather(self, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
         """``receive[r] = send of rank r``; ``receive`` has shape ``(world_size, *send.shape)``."""
-        self.check_buffer(send)
-        self.check_buffer(receive)
+        foreign = self._is_foreign(send) | self._is_foreign(receive)
         if receive.shape != (self.world_size, *send.shape) or receive.dtype != send.dtype:
             raise ValueError(
                 f"receive must be {send.dtype} of shape {(self.world_size, *send.shape)}, "
@@ -82,40 +96,67 @@ class Transport(ABC):
         if self.world_size == 1:
             receive[0] = send
             return
-        self._all_gather(send, receive, tag, what)
+        if foreign:
+            copies = device_copy.Copies(self.device_type)
+            outgoing, incoming = copies.outgoing(send), copies.incoming(receive)
+            copies.wait()
+            self._all_gather(outgoing, incoming, tag, what)
+            copies.give_back()
+        else:
+            self._all_gather(send, receive, tag, what)
         ring = (self.world_size - 1) * nbytes(send)
         self.counters.add(ring, ring, self.world_size - 1)
 
     def all_reduce(self, buffer: Tensor, *, tag: int, what: str) -> None:
         """``buffer`` (float32 or int64) becomes the sum over ranks, the same bits on every rank."""
-        self.check_buffer(buffer)
+        foreign = self._is_foreign(buffer)
         if self.world_size == 1:
             return
-        self._all_reduce(buffer, tag, what)
+        if foreign:
+            copies = device_copy.Copies(self.device_type)
+            both = copies.both(buffer)
+            copies.wait()
+            self._all_reduce(both, tag, what)
+            copies.give_back()
+        else:
+            self._all_reduce(buffer, tag, what)
         each_way, messages = self._all_reduce_traffic(buffer)
         self.counters.add(each_way, each_way, messages)
 
     def broadcast(self, buffer: Tensor, *, root: int = 0, tag: int, what: str) -> None:
         """``buffer`` becomes rank ``root``'s, by point-to-point messages along a binomial tree."""
+        self._is_foreign(buffer)
+        copies = device_copy.Copies(self.device_type)
+        here = copies.both(buffer)
+        copies.wait()
         relative = (self.rank - root) % self.world_size
         step = 1
         while step < self.world_size:
             if relative < step and relative + step < self.world_size:
                 child = (self.rank + step) % self.world_size
-                self.exchange([(child, buffer)], [], tag=tag, what=what)
+                self.exchange([(child, here)], [], tag=tag, what=what)
             elif step <= relative < 2 * step:
                 parent = (self.rank - step) % self.world_size
-                self.exchange([], [(parent, buffer)], tag=tag, what=what)
+                self.exchange([], [(parent, here)], tag=tag, what=what)
             step *= 2
+        copies.give_back()
 
-    def check_buffer(self, buffer: Tensor) -> None:
-        """Refuses what would be sent wrongly in silence, such as a transposed view."""
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within it nothing is added to ``counters``: for checks of settings and for measurements."""
+        counted, self.counters = self.counters, Counters()
+        try:
+            yield
+        finally:
+            self.counters = counted
+
+    def _is_foreign(self, buffer: Tensor) -> bool:
+        """Whether ``buffer`` is on another device; refuses a view whose memory is not its elements in order."""
         if not buffer.is_contiguous():
             raise ValueError(
                 f"buffer must be contiguous, got strides {buffer.stride()} for {tuple(buffer.shape)}"
             )
-        if buffer.device.type != self.device_type:
-            raise TypeError(f"buffer must be on {self.device_type} for this transport, got {buffer.device}")
+        return device_copy.is_foreign(buffer, self.device_type)
 
     @abstractmethod
     def _exchange(

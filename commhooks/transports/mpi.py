@@ -61,7 +61,7 @@ class MpiTransport(Transport):
         timeout_s: seconds until a missing peer is an error.
         device_type: ``"cuda"``: tensors on GPUs are sent from where they are, if the MPI library is CUDA-aware
             (:mod:`~commhooks.transports.cuda_aware`); else the transport stays one of CPU tensors, and pairs are
-            staged through pinned memory.
+            copied through page-locked memory.
     """
 
     name = "mpi"

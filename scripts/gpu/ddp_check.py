@@ -1,6 +1,6 @@
 """DDP with the hooks on one GPU, over NCCL and over gloo, compared bit for bit with the CPU over gloo. World size 1.
 
-Over gloo what is sent and what comes back is staged between GPU and host (``commhooks/gradient/device_copy.py``). The gradients are small integers, exact in float32 whatever the order of summation, so that both devices must choose
+Over gloo what is sent and what comes back is staged between GPU and host (``commhooks/transports/device_copy.py``). The gradients are small integers, exact in float32 whatever the order of summation, so that both devices must choose
 the same entries and end with the same bits.
 """
 

@@ -163,7 +163,7 @@ def a_part_of_the_world(rank, size):
     data = Data(rank)
     for step in range(3):
         loss_of(ddp, data(step)).backward()
-    place = state.reducer.aggregator.transport.rank, state.reducer.aggregator.transport.world_size
+    place = state.reducer.transport.rank, state.reducer.transport.world_size
     grads = torch.cat([p.grad.flatten() for p in ddp.parameters()])
     state.close()
     dist.barrier()

@@ -160,7 +160,7 @@ def overlap(rank, size):
     torch.manual_seed(0)
     ddp = wrap(Halfway(), bucket_cap_mb=0.002)
     state = register(ddp, make_state("gtopk", 0.1))
-    transport, seen = state.reducer.aggregator.transport, buckets_seen(state)
+    transport, seen = state.reducer.transport, buckets_seen(state)
     exchange = transport._exchange
 
     def noting(sends, receives, tag, what):

@@ -107,7 +107,7 @@ def catchable(rank, size):
     # DDP exchanges its new layout at the second forward: past that, it is our exchange that waits.
     for step in range(2):
         loss_of(ddp, Data(rank)(step)).backward()
-    state.reducer.aggregator.transport.timeout_s = 1.0
+    state.reducer.transport.timeout_s = 1.0
     if rank == 1:
         time.sleep(4.0)
         return True

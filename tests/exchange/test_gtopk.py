@@ -84,7 +84,7 @@ def test_a_pair_costs_eight_bytes_on_the_wire():
                 exchange(sends, receives, tag, what),
             )
             values, indices = torch.randn(k), torch.arange(k, dtype=torch.int32)
-            GTopK(transport).aggregate(SparseGrad(values, indices, 1000), False, Context(0, 0))
+            GTopK(transport).aggregate(transport, SparseGrad(values, indices, 1000), False, Context(0, 0))
 
         in_process.run(2, work)
         assert len(set(sent)) == 1 and len(sent) == 2
@@ -123,7 +123,7 @@ def test_padding_is_neither_contributed_nor_refused():
     def work(transport):
         indices = torch.tensor([3, PAD, PAD], dtype=torch.int32)
         pairs = SparseGrad(torch.tensor([float(transport.rank + 1), 0.0, 0.0]), indices, 5)
-        return GTopK(transport).aggregate(pairs, False, Context(0, 0))
+        return GTopK(transport).aggregate(transport, pairs, False, Context(0, 0))
 
     for out in in_process.run(5, work):
         assert out.contributed.indices.tolist() == [3] and out.refused.k == 0

@@ -46,15 +46,14 @@ def density_one_is_dense():
 @case()
 def transport_follows_the_launcher():
     _, optimizer = train(ours("gtopk"), steps=1)
-    used = optimizer.sparse_state.reducer.aggregator.transport
+    used = optimizer.sparse_state.reducer.transport
     assert used.name == ("mpi" if hvd.mpi_enabled() else "distributed")
     stats = optimizer.sparse_state.stats()
     assert stats["bytes_sent"] > 0 and stats["compression_ratio"] > 1
     if not hvd.mpi_enabled():
         model, state = Net(), SparseState.topk(0.1)
-        state.reducer.aggregator.requested = (
-            "mpi"  # as SparseState.topk(0.1, transport="mpi"), without starting MPI
-        )
+        # as SparseState.topk(0.1, transport="mpi"), without starting MPI
+        state.reducer.connection.requested = "mpi"
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         raises(
             ValueError,
@@ -94,7 +93,7 @@ def equals_the_ddp_hook():
         ddp = DistributedDataParallel(reference, find_unused_parameters=True, bucket_cap_mb=SMALL_MB)
         state = scheme(name, memory=ErrorFeedback(momentum=0.5))
         if hvd.mpi_enabled():  # the same transport, for the order of sums
-            state.reducer.aggregator.requested = "mpi"
+            state.reducer.connection.requested = "mpi"
         ddp.register_comm_hook(state, spy)
         sgd = torch.optim.SGD(reference.parameters(), lr=0.1)
         for step in range(STEPS):

@@ -115,10 +115,11 @@ def test_reducers_and_parts_pickle_without_their_transports():
     def work(transport):
         red = Reducer(TopK(0.5), GTopK(transport, "tree"), ErrorFeedback(0.5), nonfinite="skip")
         step(red, [torch.ones(4)] * 4)
-        return pickle.dumps(red.aggregator), pickle.dumps(red.memory), pickle.dumps(red.selector)
+        return [pickle.dumps(part) for part in (red.aggregator, red.memory, red.selector, red.connection)]
 
-    aggregator, memory, selector = map(pickle.loads, in_process.run(2, work)[0])
-    assert repr(aggregator) == "GTopK(algorithm=tree)" and not aggregator.is_open
+    aggregator, memory, selector, connection = map(pickle.loads, in_process.run(2, work)[0])
+    assert repr(aggregator) == "GTopK(algorithm=tree)" and aggregator.requested == "in_process"
+    assert connection.requested == "in_process" and not connection.is_open
     assert memory.describe() == ErrorFeedback(0.5).describe()
     assert selector.k(10, 0) == 5
 

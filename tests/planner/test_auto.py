@@ -194,7 +194,7 @@ import torch
 state = SparseState.auto(100_000, transport="mpi")
 buffer = torch.full((100,), float(state.plan.world_size))
 state.submit(buffer, 0, (torch.empty(100),), True).wait()
-print(f"{state.plan.world_size}-{state.reducer.aggregator.transport.name}")
+print(f"{state.plan.world_size}-{state.reducer.transport.name}")
 state.close()
 """
 

@@ -47,7 +47,7 @@ def test_bytes_are_what_a_rank_sends_at_most(scheme, world_size):
             "randomk": lambda: SharedIndices(transport),
         }[scheme]()
         before = transport.counters.bytes_sent
-        aggregator.aggregate(pairs, False, Context(0, 0))
+        aggregator.aggregate(transport, pairs, False, Context(0, 0))
         return transport.counters.bytes_sent - before
 
     sent = max(in_process.run(world_size, exchange))

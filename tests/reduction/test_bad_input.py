@@ -319,6 +319,6 @@ def test_a_parameter_the_optimizer_does_not_know():
 def test_a_closed_transport_is_not_used_again():
     state = SparseState.topk(0.1)
     with pytest.raises(RuntimeError, match="not open"):
-        _ = state.reducer.aggregator.transport
+        _ = state.reducer.transport
     with pytest.raises(RuntimeError, match="init_process_group"):
         state.open()

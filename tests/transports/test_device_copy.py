@@ -1,74 +1,68 @@
-"""Staging between a GPU and a transport on the host, with the CPU in the part of the GPU.
+"""Copies between a GPU and a transport on the host, with the CPU in the place of the GPU.
 
-The stand-in for page-locked memory takes a copy that does not block only when the stream is waited for, and holds NaN or
--1 until then: what is used too early gives wrong results.
+The stand-in for page-locked memory takes a queued copy only when the stream is waited for, and holds NaN or -1 until
+then: what is used too early gives wrong results.
 """
 
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import SCHEMES, assert_same_bits, run_steps
 
-from commhooks import ErrorFeedback, SparseGrad
-from commhooks.gradient import device_copy
-from commhooks.transports import in_process
+from commhooks import ErrorFeedback
+from commhooks.transports import device_copy, in_process
 
 of_thread = threading.local()  # ranks are threads
 
 
-class PageLocked(torch.Tensor):
-    """A tensor of the host whose copies from the "GPU" are late; what is computed from it is not page-locked."""
-
-    blocks = []
-
-    def copy_(self, source, non_blocking=False):
-        if not non_blocking:
-            return super().copy_(source)
-        of_thread.__dict__.setdefault("late", []).append((self, source.clone()))
-        return self
-
-    def is_pinned(self):
-        return self.numel() > 0 and any(
-            self.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for b in self.blocks
-        )
-
-
 @pytest.fixture
 def calls(monkeypatch):
-    """As if every tensor were on both sides at once; counts what is asked of CUDA."""
-    counted = Counter()
+    """As if every tensor were on a GPU and every transport on the host; counts what is asked of CUDA."""
+    counted, lock = Counter(), threading.Lock()
+    blocks = []  # kept, so that no other tensor gets the address of one
 
-    def page_locked(numel, dtype):
-        counted["page-locked"] += 1
-        fill = -1 if dtype == torch.int32 else torch.nan
-        block = torch.full((numel,), fill, dtype=dtype).as_subclass(PageLocked)
-        PageLocked.blocks.append(block)
+    def count(what):
+        with lock:
+            counted[what] += 1
+
+    def on_host(like):
+        count("page-locked")
+        fill = torch.nan if like.dtype.is_floating_point else 255 if like.dtype == torch.uint8 else -1
+        block = torch.full_like(like, fill)
+        blocks.append(block)
         return block
 
+    def queue_copy(target, source):
+        to_host, from_host = (any(t is block for block in blocks) for t in (target, source))
+        assert to_host != from_host or not target.numel()
+        if to_host:
+            of_thread.__dict__.setdefault("late", []).append((target, source.clone()))
+        else:
+            count("copies back")
+            target.copy_(source)
+
     def wait(device):
-        counted["waits"] += 1
+        count("waits")
         late, of_thread.late = of_thread.__dict__.get("late", []), []
         for host, source in late:
-            torch.Tensor.copy_(host, source)
+            host.copy_(source)
 
     plain_to = torch.Tensor.to
 
     def to(tensor, *arguments, **options):
         moves = bool(arguments) and isinstance(arguments[0], (torch.device, str))
-        if moves and options.get("non_blocking"):
-            counted["copies back"] += 1
-        elif moves and tensor.dtype == torch.float32:  # a mask drawn on the host moves its int32 like this
-            counted["blocking copies"] += 1
-        with torch._C.DisableTorchFunctionSubclass():  # a subclass would come here a second time
-            return plain_to(tensor, *arguments, **options)
+        if moves and tensor.dtype == torch.float32:  # a mask drawn on the host moves its int32 like this
+            count("other moves")
+        return plain_to(tensor, *arguments, **options)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(PageLocked, "blocks", [])
-    monkeypatch.setattr(device_copy, "_crosses", lambda device, other: True)
-    monkeypatch.setattr(device_copy, "_page_locked", page_locked)
-    monkeypatch.setattr(device_copy, "_wait_for_copies", wait)
+    monkeypatch.setattr(device_copy, "is_foreign", lambda buffer, device_type: True)
+    monkeypatch.setattr(device_copy, "_on_host", on_host)
+    monkeypatch.setattr(device_copy, "_queue_copy", queue_copy)
+    monkeypatch.setattr(device_copy, "_wait_for_stream", wait)
     return counted
 
 
@@ -86,59 +80,58 @@ def test_a_training_gives_the_same_bits(scheme, dtype, calls, monkeypatch):
     """The whole line, there and back, delta included."""
     gradients = [[g.to(dtype) for g in step] for step in integer_gradients(3, 60)]
     options = {"segments": (40, 20), "memory": lambda: ErrorFeedback(0.5), "delta_every": 2}
-    staged = run_steps(3, scheme, 0.1, gradients, **options)
-    assert calls["waits"] and calls["page-locked"] and not calls["blocking copies"]
+    copied = run_steps(3, scheme, 0.1, gradients, **options)
+    assert calls["waits"] and calls["page-locked"] and calls["copies back"] and not calls["other moves"]
     monkeypatch.undo()
     plain = run_steps(3, scheme, 0.1, gradients, **options)
-    for step_a, step_b in zip(staged, plain, strict=True):
+    for step_a, step_b in zip(copied, plain, strict=True):
         for a, b in zip(step_a, step_b, strict=True):
             assert_same_bits(a.output, b.output)
             assert_same_bits(a.residual, b.residual)
             assert_same_bits(a.velocity, b.velocity)
 
 
-@pytest.mark.parametrize("scheme, page_locked, back", [("union", 4, 4), ("gtopk", 6, 6), ("dense", 1, 1)])
-def test_copies_of_a_step(scheme, page_locked, back, calls):
-    """One wait for what is sent; what comes back from page-locked memory is not copied on the host again.
+@pytest.mark.parametrize(
+    "scheme, waits, page_locked, back", [("union", 1, 2, 1), ("gtopk", 1, 2, 1), ("dense", 1, 1, 1)]
+)
+def test_copies_of_a_step(scheme, waits, page_locked, back, calls):
+    """Two ranks: one message goes to the host and one comes back, each in one copy, behind one wait.
 
-    Values and indices are sent. union: the sum is the aggregator's own memory, what contributed is what was sent. gtopk of
-    one rank: the sum is what was sent, what contributed and what was refused are new. dense: one buffer there and back.
+    The settings that the ranks compare at a new bucket are a message there and one back themselves.
     """
-    run_steps(1, scheme, 0.1, integer_gradients(1, 60, steps=1))
-    assert calls == {"waits": 1, "page-locked": page_locked, "copies back": back}
+    run_steps(2, scheme, 0.1, integer_gradients(2, 60, steps=1))
+    agreement = {"waits": 1, "page-locked": 2, "copies back": 1}
+    step = {"waits": waits, "page-locked": page_locked, "copies back": back}
+    assert calls == {what: 2 * (agreement[what] + step[what]) for what in step}
 
 
-def test_send_buffer_leaves_places(calls):
+def test_nothing_is_copied_for_one_rank(calls):
+    for scheme in SCHEMES:
+        run_steps(1, scheme, 0.1, integer_gradients(1, 60, steps=1))
+    assert not calls
+
+
+def test_only_what_is_elsewhere_is_copied():
+    """NCCL sends from the GPU, gloo from the host."""
+    host = torch.empty(0)
+    gpu = SimpleNamespace(device=torch.device("cuda", 1))
+    assert device_copy.is_foreign(gpu, "cpu") and device_copy.is_foreign(host, "cuda")
+    assert not device_copy.is_foreign(host, "cpu") and not device_copy.is_foreign(gpu, "cuda")
+    with pytest.raises(TypeError, match="meta"):
+        device_copy.is_foreign(torch.empty(0, device="meta"), "cpu")
+    copies = device_copy.Copies("cpu")
+    assert copies.outgoing(host) is copies.incoming(host) is copies.both(host) is host
     (transport,) = in_process.group(1)
-    buffer = device_copy.send_buffer(torch.tensor([1.0, 2.0]), 1, transport)
-    buffer[2] = 3.0
-    assert buffer.tolist() == [1.0, 2.0, 3.0]
-
-
-def test_nothing_is_staged_on_one_side():
-    (transport,) = in_process.group(1)
-    pairs = SparseGrad(torch.ones(2), torch.tensor([1, 4], dtype=torch.int32), 5)
-    assert device_copy.to_transport(pairs, transport) is pairs
-    assert device_copy.to_device(pairs.values, torch.device("cpu")) is pairs.values
-    back = device_copy.pairs_to_device(pairs, torch.device("cpu"))
-    assert back.values is pairs.values and back.indices is pairs.indices and back.numel == 5
-    buffer = device_copy.send_buffer(pairs.values, 1, transport)
-    assert buffer.data_ptr() != pairs.values.data_ptr() and buffer.shape == (3,)
-
-
-def test_sides():
-    """Only between a GPU and the host: NCCL sends from the GPU, gloo from the host."""
-    gpu, host = torch.device("cuda", 0), torch.device("cpu")
-    assert device_copy._crosses(gpu, "cpu")
-    assert not device_copy._crosses(gpu, "cuda") and not device_copy._crosses(host, "cpu")
-    assert not device_copy._crosses(host, "cuda")
+    buffer = torch.ones(3)
+    transport.all_reduce(buffer, tag=0, what="one rank")
+    assert buffer.tolist() == [1.0] * 3
 
 
 def test_page_locked_memory_is_asked_for(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: asked.update(shape=shape, **options))
-    device_copy._page_locked(7, torch.int32)
-    assert asked == {"shape": (7,), "dtype": torch.int32, "pin_memory": True}
+    asked, like = {}, torch.zeros(7, dtype=torch.int32)
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: asked.update(shape=shape, **options))
+    device_copy._on_host(like)
+    assert asked == {"shape": (7,), "dtype": torch.int32, "device": "cpu", "pin_memory": True}
 
 
 def test_the_stream_of_the_device_is_waited_for(monkeypatch):
@@ -152,5 +145,5 @@ def test_the_stream_of_the_device_is_waited_for(monkeypatch):
             waited.append(self.device)
 
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    device_copy._wait_for_copies(torch.device("cuda", 1))
+    device_copy._wait_for_stream(torch.device("cuda", 1))
     assert waited == [torch.device("cuda", 1)]

@@ -67,7 +67,7 @@ def main_reducer():
                 reduce(Bucket(index, torch.ones(20), (f"p{index}",), (20,), index == 2))
             say(f"step {red.step} done")
     except RuntimeError as error:
-        red.aggregator.transport.fail(error)
+        red.transport.fail(error)
         raise
     say("unreachable")
 
