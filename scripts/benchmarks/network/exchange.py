@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from commhooks.gradient.sparse_grad import SparseGrad
+from commhooks.transports import make
 from commhooks.wire.message import Context
 
 from ..harness.namespaces import NETWORKS
@@ -37,21 +38,21 @@ def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
     (sent per exchange by the rank that sends most).
     """
     _, aggregator, _ = parts(case["scheme"], 0.001)
-    transport = aggregator.open(timeout_s=60.0)
+    transport = make(aggregator.requested, timeout_s=60.0)
     pairs = _pairs(case["pairs"], rank if "randomk" not in case["scheme"] else 0)
     seconds, counted = [], transport.counters.bytes_sent
     interface = interface_bytes()
     for step in range(_REPEATS + 2):
         settle()
         begun = time.perf_counter()
-        aggregator.aggregate(pairs, False, Context(0, step))
+        aggregator.aggregate(transport, pairs, False, Context(0, step))
         seconds.append(time.perf_counter() - begun)
     settle()
     slowest = largest(seconds[2:])
     sent = [transport.counters.bytes_sent - counted, interface_bytes() - interface]
     check_crossed(*sent, case["scheme"])
     most = largest([bytes_sent / (_REPEATS + 2) for bytes_sent in sent])
-    aggregator.close()
+    transport.close()
     yield case | {
         "numel": NUMEL,
         "exchange_s": median(slowest),
