@@ -1,5 +1,6 @@
 """commhooks: cheap gradient communication for data-parallel training. The public names, nothing else."""
 
+from . import moved
 from .ddp.hook import register, sparse_hook
 from .ddp.layout import prime_layout
 from .ddp.state import SparseState
@@ -20,6 +21,8 @@ from .selection.density import ConstantDensity, ExponentialWarmup
 from .selection.selectors import RandomK, ThresholdTopK, TopK
 
 __version__ = "0.1.0"
+
+moved.install()
 
 __all__ = [
     "AllGather",

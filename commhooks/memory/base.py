@@ -27,8 +27,16 @@ class Memory(ABC):
 
     def __getstate__(
         self,
-    ) -> dict[str, Any]:  # parameters are never pickled; a state's dict carries what they own
-        return {**self.__dict__, "table": ParameterMemory(self.table.with_velocity)}
+    ) -> dict[str, Any]:  # parameters are never pickled; a state's dict holds what they own
+        return {**self.__dict__, "table": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.table = self.new_table()
+
+    @abstractmethod
+    def new_table(self) -> ParameterMemory:
+        """An empty table of what this memory keeps of every parameter."""
 
     @abstractmethod
     def slot(self, bucket: Bucket) -> tuple[BucketMemory, bool]:

@@ -53,7 +53,10 @@ class ErrorFeedback(Memory):
             raise TypeError(f"rescale_with_lr must be an optimizer, got {type(rescale_with_lr).__name__}")
         self.momentum, self.factor_masking, self.clip_norm = float(momentum), factor_masking, clip_norm
         self.optimizer, self.rescales = rescale_with_lr, rescale_with_lr is not None
-        self.table = ParameterMemory(with_velocity=momentum > 0.0)
+        self.table = self.new_table()
+
+    def new_table(self) -> ParameterMemory:
+        return ParameterMemory(with_velocity=self.momentum > 0.0)
 
     def describe(self) -> str:
         return (

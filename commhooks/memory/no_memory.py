@@ -17,7 +17,10 @@ class NoMemory(Memory):
     """No error feedback: what is not sent is lost, against the conservation law. For comparisons."""
 
     def __init__(self) -> None:
-        self.table = ParameterMemory(with_velocity=False, with_residual=False)
+        self.table = self.new_table()
+
+    def new_table(self) -> ParameterMemory:
+        return ParameterMemory(with_velocity=False, with_residual=False)
 
     def describe(self) -> str:
         return "NoMemory()"

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 NONFINITE = ("propagate", "skip", "error")
 _AGREEMENT_TAG = 30
+_SETTINGS = (
+    "selector", "aggregator", "memory", "average", "nonfinite", "dense_crossover", "delta_every", "timeout_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,16 @@ class Reducer:
         else:
             mine = {**states[0], **redistributed(states, transport.rank, transport.world_size)}
         self.restart({**mine, "step": states[0]["step"]})
+
+    def __getstate__(
+        self,
+    ) -> dict[str, Any]:  # the settings: what a later version needs to make a Reducer of its own
+        return {name: getattr(self, name) for name in (*_SETTINGS, "step")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        settings = {name: state[name] for name in _SETTINGS if name in state}
+        self.__init__(**settings)  # type: ignore[misc]
+        self.step = state["step"]
 
     def _agree(self, bucket: Bucket, k: int, scale: float, context: Context) -> None:
         check_agreement(

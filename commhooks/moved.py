@@ -1,0 +1,106 @@
+"""Module paths of version 0.1, importable for one release: what was pickled under them loads, old imports warn.
+
+A module that has moved is made when it is first imported. It holds nothing: every name is looked up in the new place.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "aggregators": "exchange",
+    "aggregators.allgather": "exchange.allgather",
+    "aggregators.base": "exchange.base",
+    "aggregators.dense": "exchange.dense",
+    "aggregators.gtopk": "exchange.gtopk",
+    "aggregators.shared_indices": "exchange.shared_indices",
+    "aggregators.summed": "exchange.voting_sum",
+    "agreement": "exchange.agreement",
+    "arrays": "interop.arrays",
+    "averaging.base": "averaging.averager",
+    "averaging.message": "averaging.flat",
+    "averaging.schedules": "averaging.sync_sets",
+    "bucket": "gradient.bucket",
+    "foreign": "interop.dlpack",
+    "hooks": "ddp.hook",
+    "horovod.compressor": "horovod.pending",
+    "horovod.engine": "horovod.gradient_sync",
+    "planner.choice": "planner.plan",
+    "planner.device": "planner.kernel_timing",
+    "redistribute": "memory.resharding",
+    "reducer": "reduction.reducer",
+    "schedules": "selection.density",
+    "scheme": "schemes",
+    "selectors": "selection.selectors",
+    "slots": "memory.parameter_memory",
+    "sparse": "gradient.sparse_grad",
+    "state": "ddp.state",
+    "telemetry": "reduction.stats",
+    "transports.doubling": "transports.recursive_doubling",
+    "transports.roll_call": "transports.stragglers",
+    "transports.rotation": "transports.pairwise",
+    "worker": "ddp.comm_thread",
+    "write_back": "gradient.write_back",
+}
+"""Old module: new module, both below ``commhooks``."""
+
+RENAMED = {
+    "aggregators.Context": "wire.message.Context",
+    "aggregators.base.Context": "wire.message.Context",
+    "aggregators.base.pack": "wire.message.pack",
+    "aggregators.base.unpack": "wire.message.unpack",
+    "hooks.prime_layout": "ddp.layout.prime_layout",
+    "slots.Slot": "memory.parameter_memory.BucketMemory",
+    "slots.SlotTable": "memory.parameter_memory.ParameterMemory",
+    "transports.roll_call.RollCall": "transports.stragglers.Stragglers",
+    "worker.Worker": "ddp.comm_thread.CommThread",
+}
+"""Names that are not in their module's new place, or not under the same name."""
+
+_ROOT = __package__ + "."
+
+
+class _MovedModule(ModuleType):
+    """A module of version 0.1 whose names are looked up where they are now."""
+
+    def __getattr__(self, name: str) -> Any:
+        old = self.__name__.removeprefix(_ROOT)
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        module, _, attribute = RENAMED.get(f"{old}.{name}", f"{MOVED[old]}.{name}").rpartition(".")
+        return getattr(import_module(_ROOT + module), attribute)
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the modules in ``MOVED``; every other import goes its ordinary way."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(_ROOT) or fullname.removeprefix(_ROOT) not in MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=fullname == _ROOT + "aggregators")
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _MovedModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = _ROOT + MOVED[module.__name__.removeprefix(_ROOT)]
+        warnings.warn(
+            f"{module.__name__} has moved to {new}; the old path goes in the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+
+def install() -> None:
+    """Makes the old paths importable; a second call does nothing. It costs nothing until one is imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
