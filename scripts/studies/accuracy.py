@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import records
 from training import launch, loop, options
 from training.log import count, table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+STUDY = "study"
+"""`bench` of the line about the study."""
 # scheme, error feedback, momentum (None: the study's). A coordinate that random-k sends every 1/density steps carries
 # what was gathered since: with momentum on top it overshoots, so it is shown without as well.
 CASES: tuple[tuple[str, bool, float | None], ...] = (
@@ -44,7 +46,7 @@ def main() -> None:
     p.add_argument("--momentum", type=float, default=0.9)
     p.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     p.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
-    p.add_argument("--redraw", action="store_true", help="write page and figure again from accuracy.json")
+    p.add_argument("--redraw", action="store_true", help="write page and figure again from accuracy.jsonl")
     study = p.parse_args()
     if study.redraw:
         redraw(study)
@@ -142,31 +144,41 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write(study: Any, results: list[dict[str, Any]], ranks: int, elapsed_s: float) -> None:
-    """accuracy.json with every run, accuracy.png, accuracy.md."""
-    study.output.mkdir(parents=True, exist_ok=True)
+    """accuracy.jsonl with every run, accuracy.png, accuracy.md."""
     rows = summarise(results)
     settings = {name: value for name, value in vars(study).items() if name not in ("output", "redraw")}
-    for result in results:
-        result.update({key: None for key, value in result.items() if value != value})  # NaN is not JSON
-    content = {
-        "settings": settings,
-        "ranks": ranks,
-        "elapsed_s": round(elapsed_s, 1),
-        "summary": rows,
-        "runs": results,
-    }
-    (study.output / "accuracy.json").write_text(json.dumps(content, indent=1) + "\n")
+    about = {"bench": STUDY, "settings": settings, "ranks": ranks, "elapsed_s": round(elapsed_s, 1)}
+    save(study.output / "accuracy.jsonl", about, results)
     draw(rows, study.output / "accuracy.png")
     (study.output / "accuracy.md").write_text(page(study, rows, ranks, elapsed_s))
     print((study.output / "accuracy.md").read_text(), flush=True)
 
 
+def save(path: Path, about: records.Record, runs: list[dict[str, Any]]) -> None:
+    """Writes a line about the study, then one for each run. What is not a number is null."""
+    for run in runs:
+        run.update({key: None for key, value in run.items() if value != value})  # NaN is not JSON
+    records.save([about, *({"bench": "run", **run} for run in runs)], path)
+
+
+def saved(path: Path) -> tuple[records.Record, list[dict[str, Any]]]:
+    """What :func:`save` wrote: the line about the study, and the runs."""
+    about, *runs = records.load(path)
+    return about, runs
+
+
 def redraw(study: Any) -> None:
     """Page and figure from the results of the last study, with its settings."""
-    content = json.loads((study.output / "accuracy.json").read_text())
-    for key, value in content["settings"].items():
+    about, runs = saved(study.output / "accuracy.jsonl")
+    for key, value in about["settings"].items():
         setattr(study, key, value)
-    write(study, content["runs"], content["ranks"], content["elapsed_s"])
+    write(study, runs, about["ranks"], about["elapsed_s"])
+
+
+def rendered(path: Path) -> str:
+    """The page from a file of records."""
+    about, runs = saved(path)
+    return page(argparse.Namespace(**about["settings"]), summarise(runs), about["ranks"], about["elapsed_s"])
 
 
 def page(study: Any, rows: list[dict[str, Any]], ranks: int, elapsed_s: float) -> str:
@@ -215,7 +227,7 @@ def page(study: Any, rows: list[dict[str, Any]], ranks: int, elapsed_s: float) -
         "",
         "![test accuracy by epoch](accuracy.png)",
         "",
-        f"± is the standard deviation over seeds. Every run is in [accuracy.json](accuracy.json); the study took "
+        f"± is the standard deviation over seeds. Every run is in [accuracy.jsonl](accuracy.jsonl); the study took "
         f"{elapsed_s / 60:.0f} minutes here.",
     ]
     return "\n".join(parts) + "\n"

@@ -1,13 +1,12 @@
 """The accuracy study under Horovod, in one job of 4 ranks (run by scripts/accuracy --horovod).
 
-The settings are those of `accuracy.py`. The study writes docs/results/horovod.json and horovod.md. It runs only what
-horovod.json does not hold yet, so it can be done in parts.
+The settings are those of `accuracy.py`. The study writes docs/results/horovod.jsonl and horovod.md. It runs only what
+horovod.jsonl does not hold yet, so it can be done in parts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -51,8 +50,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    path = study.output / "horovod.json"
-    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    path = study.output / "horovod.jsonl"
+    runs: list[dict[str, Any]] = accuracy.saved(path)[1] if path.exists() else []
     with horovod.session("cpu", 120.0) as world:
         for model in study.models:
             for seed in study.seeds:
@@ -75,24 +74,27 @@ def main() -> None:
 
 
 def write(study: Any, path: Path, runs: list[dict[str, Any]], world: launch.World) -> None:
-    """horovod.json with every run, horovod.md with the tables."""
+    """horovod.jsonl with every run, horovod.md with the tables."""
     settings = {
         name: value for name, value in vars(study).items() if name not in ("output", "seeds", "models")
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        run.update({key: None for key, value in run.items() if value != value})  # NaN is not JSON
-    content = {"settings": settings, "ranks": world.size, "launcher": world.launcher, "runs": runs}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(study, runs, world))
+    about = {"bench": accuracy.STUDY, "settings": settings, "ranks": world.size, "launcher": world.launcher}
+    accuracy.save(path, about, runs)
+    path.with_suffix(".md").write_text(page(study, runs, world.size))
 
 
-def page(study: Any, runs: list[dict[str, Any]], world: launch.World) -> str:
+def rendered(path: Path) -> str:
+    """The page from a file of records."""
+    about, runs = accuracy.saved(path)
+    return page(argparse.Namespace(**about["settings"]), runs, about["ranks"])
+
+
+def page(study: Any, runs: list[dict[str, Any]], ranks: int) -> str:
     """The tables, their verdict computed."""
     parts = [
         "# Accuracy on digits under Horovod",
         "",
-        f"`scripts/accuracy --horovod`: {world.size} ranks on one machine, "
+        f"`scripts/accuracy --horovod`: {ranks} ranks on one machine, "
         f"density {study.density:g} after a warm-up of {study.warmup} epochs, the settings of "
         "[the DDP study](accuracy.md), which says why random-k stands here twice; 360 test images (one image is 0.28 points). Our optimizer "
         "selects in fused buckets, the stock optimizer with our compression in each parameter. Bytes are a rank's "

@@ -62,11 +62,11 @@ def test_no_record_is_there_twice():
 
 def test_save_and_load(tmp_path):
     file = tmp_path / "new" / "records.jsonl"
-    kept = [{"bench": "a", "x": 1 / 3, "deep": [{"y": (2e-7 / 3, 1)}]}, {"bench": "b", "n": 123456789}]
+    kept = [{"bench": "a", "x": 1 / 3, "deep": [{"y": (2e-7 / 3, 1)}]}, {"bench": "b", "n": 123456789.0}]
     records.save(kept, file)
     assert records.load(file) == [
         {"bench": "a", "x": 0.333333, "deep": [{"y": [6.66667e-08, 1]}]},
-        {"bench": "b", "n": 123456789},
+        {"bench": "b", "n": 123456789.0},
     ]
     assert [entry.name for entry in file.parent.iterdir()] == ["records.jsonl"]
     records.save(kept[:1], file)

@@ -51,9 +51,9 @@ def save(records: Iterable[Record], file: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """`value` with every float in it at six significant digits."""
+    """`value` with every float in it at six significant digits; whole numbers, as of bytes, stay as they are."""
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
+        return value if value.is_integer() else float(f"{value:.{_DIGITS}g}")
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
