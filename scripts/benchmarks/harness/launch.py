@@ -1,4 +1,4 @@
-"""Starts the ranks of a measurement: one on every host of a test network, or all on this machine's loopback."""
+"""Starts the ranks of a measurement, one on every host of a test network, or all on loopback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .records import ROOT, Record
 
 RANK_PROGRAM = "benchmarks.harness.rank"
 ADDRESS = "BENCH_ADDRESS"
-"""Environment variable of the ranks: the IPv4 address at which rank 0 opens the store of the process group."""
+"""Environment variable of the ranks: the IPv4 address at which rank 0 opens the process group's store."""
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", "HYDRA_", "TORCHELASTIC_")
 
 

@@ -30,7 +30,7 @@ class LimitError(RuntimeError):
 
 @dataclass(frozen=True)
 class Transfer:
-    """One flow: what the application measured, and what the sender's interface counted for all its flows together."""
+    """One flow, as the application measured it. `interface_bytes`: of all its sender's flows together."""
 
     source: int
     destination: int
@@ -78,11 +78,11 @@ def transfer(
 def verify(network: Network, tolerance: float = 0.15, attempts: int = 5) -> list[Transfer]:
     """Transfers and checks that the limits hold and that the bytes crossed the interfaces.
 
-    Between neighbours the rate must lie at most 5 % above the nominal one (always) and, up to 1 Gbit/s, within `tolerance`
-    below (in one of `attempts`: the machine may be busy); above 1 Gbit/s the CPU is the limit. There each flow passes
-    two limits, its sender's and its receiver's, either of which would do. So with three hosts or more two also send to
-    one (only the receiver's end can hold them back) and one to two (only the sender's), and with any number tc must say
-    that both ends of every link are limited.
+    Between neighbours the rate must lie at most 5 % above the nominal one (always) and, up to 1 Gbit/s,
+    within `tolerance` below (in one of `attempts`: the machine may be busy); above 1 Gbit/s the CPU is the
+    limit. There each flow passes two limits, its sender's and its receiver's, either of which would do. So
+    with three hosts or more two also send to one (only the receiver's end can hold them back) and one to two
+    (only the sender's), and with any number tc must say that both ends of every link are limited.
 
     Returns:
         The transfers between neighbours.

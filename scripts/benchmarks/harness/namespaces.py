@@ -1,16 +1,18 @@
-"""A small network on one machine: hosts as network namespaces, joined by a bridge, every link limited both ways.
+"""A small network on one machine: hosts as network namespaces on one bridge, every link limited both ways.
 
     with Network(hosts=4, rate_mbit=100) as network:
         subprocess.run(network.command(0, ["ping", "-c1", network.address(1)]))
 
-Every host has `eth0` (MTU 9000, address 10.77.0.1 and up) whose other end is a port of the bridge, which lives in a
-namespace of its own; `tc tbf` limits both ends, so what a host sends and what it receives (`limits.verify` checks it).
-Nothing outside these namespaces is touched. They go when the block is left, also by an exception, Ctrl-C, SIGTERM or
-SIGHUP; a run that was killed by SIGKILL is swept up by the next one (names carry the process id).
+Every host has `eth0` (MTU 9000, address 10.77.0.1 and up) whose other end is a port of the bridge, which
+lives in a namespace of its own; `tc tbf` limits both ends, so what a host sends and what it receives
+(`limits.verify` checks it). Nothing outside these namespaces is touched. They go when the block is left, also
+by an exception, Ctrl-C, SIGTERM or SIGHUP; a run that was killed by SIGKILL is swept up by the next one
+(names carry the process id).
 
-A token bucket lets `burst` bytes pass at once after a pause, so short messages look faster than the rate: by 1.6 ms at
-100 Mbit/s with the default, by 0.8 ms with `burst_bytes=10_000`, the least that works with MTU 9000. Congestion control is
-reno in each namespace. 10 Gbit/s is nominal: the CPU is the limit. All hosts share this machine's cores.
+A token bucket lets `burst` bytes pass at once after a pause, so short messages look faster than the rate: by
+1.6 ms at 100 Mbit/s with the default, by 0.8 ms with `burst_bytes=10_000`, the least that works with MTU
+9000. Congestion control is reno in each namespace. 10 Gbit/s is nominal: the CPU is the limit. All hosts
+share this machine's cores.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ def why_not() -> str | None:
             made = _try(command.split())
             if made.returncode:
                 return (
-                    f"`{command}` failed: {made.stderr.strip()} (a container needs CAP_SYS_ADMIN and CAP_NET_ADMIN, "
-                    "the kernel veth, bridge and sch_tbf)"
+                    f"`{command}` failed: {made.stderr.strip()} "
+                    "(a container needs CAP_SYS_ADMIN and CAP_NET_ADMIN, the kernel veth, bridge and sch_tbf)"
                 )
     finally:
         _try(["ip", "netns", "delete", probe])
@@ -141,7 +143,7 @@ class Network:
             self._limit(host)
 
     def ends(self, host: int) -> tuple[tuple[str, str], tuple[str, str]]:
-        """(namespace, device) of both ends of `host`'s link: what it sends passes the first, what it receives the second."""
+        """(namespace, device) of both ends of `host`'s link: what it sends passes the first one."""
         return (self.name(host), "eth0"), (self._bridge, f"port{host}")
 
     def close(self) -> None:
@@ -166,7 +168,8 @@ class Network:
             name, port = self.name(host), f"port{host}"
             self._add_namespace(name)
             _run(
-                f"ip link add eth0 netns {name} mtu {MTU} type veth peer name {port} netns {self._bridge}".split()
+                f"ip link add eth0 netns {name} mtu {MTU} type veth peer name {port} "
+                f"netns {self._bridge}".split()
             )
             _in(self._bridge, f"ip link set {port} mtu {MTU} master br0 up")
             _in(name, f"ip address add {self.address(host)}/24 dev eth0")

@@ -11,6 +11,6 @@ def why_not() -> str | None:
         return None
     reason = "turned off by COMMHOOKS_NATIVE" if not abi.enabled() else f"not at {abi.path('cpu')}"
     return (
-        f"the native kernels are not in use ({reason}), and the torch operators in their place are many times slower. "
+        f"the native kernels are not in use ({reason}), and the torch operators in their place are slower. "
         "`scripts/setup` builds them; --allow-reference measures the torch operators"
     )

@@ -1,7 +1,8 @@
 """`scripts/bench render`: writes the tables of the documentation, rendered from the records, into its pages.
 
-In a page a table stands between `<!-- rendered: NAME -->` and `<!-- end -->`; NAME is a function in the `TABLES` of the page's
-module in `benchmarks/pages`, which returns lines of Markdown. A test compares each page with its rendering.
+In a page a table stands between `<!-- rendered: NAME -->` and `<!-- end -->`; NAME is a function in the
+`TABLES` of the page's module in `benchmarks/pages`, which returns lines of Markdown. A test compares each
+page with its rendering.
 """
 
 from __future__ import annotations

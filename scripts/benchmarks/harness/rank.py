@@ -1,7 +1,8 @@
 """The program of a rank: `python -m mpi4py -m benchmarks.harness.rank MEASUREMENT JOB.json OUT.jsonl`.
 
-JOB is a list of cases. Every rank calls `benchmarks.network.MEASUREMENT.measure(case, rank, size)` for each and takes all
-that it yields; rank 0 appends each record to OUT at once, so that a job which fails later has not been for nothing.
+JOB is a list of cases. Every rank calls `benchmarks.network.MEASUREMENT.measure(case, rank, size)` for each
+and takes all that it yields; rank 0 appends each record to OUT at once, so that a job which fails later has
+not been for nothing.
 """
 
 from __future__ import annotations

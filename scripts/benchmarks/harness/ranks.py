@@ -33,7 +33,7 @@ def join() -> tuple[int, int]:
 
 
 def settle() -> None:
-    """A gloo barrier: few bytes (the same for every scheme), and ranks sleep in it; MPI's would take the others' core."""
+    """A gloo barrier: the same few bytes for every scheme. Ranks sleep in it, where MPI's takes a core."""
     dist.barrier()
 
 
@@ -78,7 +78,8 @@ def check_crossed(counted_bytes: float, interface_bytes: float, what: str) -> No
     counted, sent = sums.tolist()
     if dist.get_world_size() > 1 and sent < counted:
         raise NotCrossedError(
-            f"{what}: the ranks counted {counted:.0f} bytes, their interfaces sent {sent:.0f}: the traffic did not cross "
-            "the network. MPICH needs MPIR_CVAR_NOLOCAL=1, MPIR_CVAR_CH4_NETMOD=ofi, FI_PROVIDER=tcp and "
-            "FI_TCP_IFACE=eth0, gloo GLOO_SOCKET_IFNAME=eth0 (see launch.environment)"
+            f"{what}: the ranks counted {counted:.0f} bytes, their interfaces sent {sent:.0f}: "
+            "the traffic did not cross the network. MPICH needs MPIR_CVAR_NOLOCAL=1, "
+            "MPIR_CVAR_CH4_NETMOD=ofi, FI_PROVIDER=tcp and FI_TCP_IFACE=eth0, "
+            "gloo GLOO_SOCKET_IFNAME=eth0 (see launch.environment)"
         )

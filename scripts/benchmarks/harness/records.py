@@ -1,7 +1,8 @@
 """Records: what was measured, one JSON object a line.
 
-A record holds labels (`bench`: which measurement) and measured figures with their unit in the name (`step_s`). It holds no
-ratio and nothing that another record says already: both are computed where a table is rendered.
+A record holds labels (`bench`: which measurement) and measured figures with their unit in the name
+(`step_s`). It holds no ratio and nothing that another record says already: both are computed where a table is
+rendered.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ Record = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "docs" / "performance"
 MACHINE = "machine"
-"""`bench` of the line that says where a file was measured: `cores`, and `load`, how many processes wanted one just before."""
+"""`bench` of the line that says where a file was measured: `cores`, and the machine's `load` just before."""
 LINK = "link"
-"""`bench` of the lines with a test network's rates, measured before anything else: `mbit_per_s` of each flow."""
+"""`bench` of the lines with a test network's rates, measured first: `mbit_per_s` of each flow."""
 _DIGITS = 6
 
 
@@ -51,7 +52,7 @@ def save(records: Iterable[Record], file: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """`value` with every float in it at six significant digits; whole numbers, as of bytes, stay as they are."""
+    """`value` with every float in it at six significant digits; whole numbers stay as they are."""
     if isinstance(value, float):
         return value if value.is_integer() else float(f"{value:.{_DIGITS}g}")
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """A study: jobs on test networks one after the other, their records kept as they come.
 
-A failure ends what it hits and not the study: a job whose ranks fail keeps the records before, and a network whose limit
-does not hold loses its jobs only.
+A failure ends what it hits and not the study: a job whose ranks fail keeps the records before, and a network
+whose limit does not hold loses its jobs only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(
     show: Callable[[list[Record]], str],
     draw: Callable[[list[Record], Path], None] | None = None,
 ) -> int:
-    """Runs the jobs; prints `show` of each one's records, draws all records at the end, also when interrupted.
+    """Runs the jobs, prints `show` of each one's records, and draws all records when it ends.
 
     Returns:
         The exit status: 0; 1 when something failed; 2 when this machine cannot make such networks.
@@ -99,7 +99,7 @@ def run(
 
 
 def results(jobs: Sequence[Job]) -> Iterator[list[Record] | Failure]:
-    """The records of each job and the failures, as they come. Jobs of equally many ranks share one network."""
+    """The records of each job and the failures, as they come. Jobs of equally many ranks share a network."""
     for (ranks, on_hosts), group in groupby(jobs, key=lambda job: (job.ranks, job.network != LOOPBACK)):
         if not on_hosts:
             for job in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 Row = Sequence[str]
@@ -22,6 +23,11 @@ def markdown(head: Row, rows: Sequence[Row], left: int = 1) -> list[str]:
     """Lines of a Markdown table: the first `left` columns to the left, the others to the right."""
     rule = ["---" if i < left else "---:" for i in range(len(head))]
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+
+
+def paragraph(text: str, bullet: str = "") -> list[str]:
+    """Lines of at most 110 columns; with `bullet`, which begins the first, an item of a list."""
+    return textwrap.wrap(text, 110, initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
 
 def number(value: float) -> str:

@@ -1,10 +1,11 @@
 """One host's part of `limits.transfer`: sends to some hosts while it receives from others.
 
-Run inside a namespace: `python -m benchmarks.harness.transfer INCOMING BYTES TIMEOUT_S [ADDRESS ...]` takes in INCOMING
-connections and sends BYTES to every address. It prints a line for each connection that came in: the sender's address, when
-it began to send and when the last byte was there, in seconds. The beginning is the sender's own time, which travels in the
-first 8 bytes: namespaces of one machine share the clock, and on a busy machine much has arrived before the receiver first
-runs. A sender waits until its receiver has all its connections, so that flows into one host run at the same time.
+Run inside a namespace: `python -m benchmarks.harness.transfer INCOMING BYTES TIMEOUT_S [ADDRESS ...]` takes
+in INCOMING connections and sends BYTES to every address. It prints a line for each connection that came in:
+the sender's address, when it began to send and when the last byte was there, in seconds. The beginning is the
+sender's own time, which travels in the first 8 bytes: namespaces of one machine share the clock, and on a
+busy machine much has arrived before the receiver first runs. A sender waits until its receiver has all its
+connections, so that flows into one host run at the same time.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     scripts/bench kernels --json FILE           # everything: some minutes, 3 GB of memory
     scripts/bench kernels --device cuda         # those of the GPU
 
-Every kernel's result is compared with its reference before it is timed. A kernel and its baselines run in turn, and the
-medians of all turns are compared, so that a ratio belongs to one run on one machine in one state.
+Every kernel's result is compared with its reference before it is timed. A kernel and its baselines run in
+turn, and the medians of all turns are compared, so that a ratio belongs to one run on one machine in one
+state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Gradients for `scripts/bench kernels`: gaussian, heavy-tailed, and real ones from a training run with error feedback.
+"""Gradients for `scripts/bench kernels`: gaussian, heavy-tailed, and real ones of a run with error feedback.
 
-Real gradients are those of an MLP on scikit-learn's digits, or, where scikit-learn is missing, on text: the Python
-standard library's sources, next character after eight. The data column says `real` or `real text`.
+Real gradients are those of an MLP on scikit-learn's digits, or, where scikit-learn is missing, on text: the
+Python standard library's sources, next character after eight. The data column says `real` or `real text`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RealRun:
 
 
 def digits() -> tuple[str, Tensor, Tensor]:
-    """Name, inputs ``(1797, 64)`` and classes of scikit-learn's digits. ImportError where there is no scikit-learn."""
+    """Name, inputs ``(1797, 64)`` and classes of scikit-learn's digits. ImportError without scikit-learn."""
     from sklearn.datasets import load_digits  # noqa: PLC0415
 
     data = load_digits()
@@ -46,7 +46,7 @@ def digits() -> tuple[str, Tensor, Tensor]:
 
 
 def text() -> tuple[str, Tensor, Tensor]:
-    """Name, inputs (eight characters as one-hot rows) and the next character, from the standard library's sources."""
+    """Name, inputs (eight characters as one-hot rows) and next characters of the Python library's sources."""
     stream = data_text.load("char", size=200_000, vocabulary=96).train
     starts = torch.linspace(0, stream.numel() - _CONTEXT - 1, _WINDOWS).long()
     windows = stream[starts[:, None] + torch.arange(_CONTEXT)]
@@ -135,7 +135,7 @@ class Gradients:
         self.next()
 
     def next(self) -> Tensor:
-        """The gradient of the next repetition; real ones change from step to step, the others only in place."""
+        """The gradient of the next repetition, in :attr:`buffer`; only real ones change from step to step."""
         if self._run is not None:
             tiled(self._run.gradients[self._count % len(self._run.gradients)], self.buffer)
         self._count += 1

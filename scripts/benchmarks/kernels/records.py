@@ -1,4 +1,4 @@
-"""The records of the kernels' measurements, the same for every device: their keys, their line, the bytes of a kernel's model."""
+"""The kernels' records, the same for every device: keys, printed line, bytes that a kernel has to move."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ..harness import records as files
 from ..harness.records import Record
 
 KEYS = (
-    "bench", "kernel", "data", "numel", "density", "device", "threads", "metric", "unit", "value", "baselines",
+    "bench", "kernel", "data", "numel", "density", "device", "threads",
+    "metric", "unit", "value", "baselines",
 )  # fmt: skip
 BASELINES = ("r+=g", "torch", "torch.topk", "memcpy", "numpy", "cub")
 
@@ -115,7 +116,7 @@ class Records:
         self.add({**labels, "metric": metric, "unit": "ms"}, ms, baselines, model=model)
 
     def save(self) -> None:
-        """Writes all records so far, whole or not at all: whoever stops the benchmark keeps what was measured."""
+        """Writes all records so far; whoever stops the benchmark keeps what was measured."""
         if self.file is not None:
             files.save(self.records, self.file)
 

@@ -1,10 +1,11 @@
-"""`scripts/bench accuracy`: loss against wall-clock across the 100 Mbit/s network, ours beside dense, fp16 and PowerSGD.
+"""`scripts/bench accuracy`: loss against wall-clock at 100 Mbit/s, ours beside dense, fp16 and PowerSGD.
 
-Needs root. Two jobs on 4 ranks: ResNet-20 on scikit-learn's digits, and a 2-layer LSTM language model of 1.6M parameters on
-text that is on this machine. Every scheme trains for the same time on the same batches with the same learning rate;
-momentum 0.9 stands in the optimizer, for ours in the error feedback (with factor masking). Gradients are clipped to norm
-1: for ours before they enter the memory, since what is cut off a sparse average is lost. Ours begin with a density
-warm-up. Evaluation is not part of the time. All schemes of a job run in one start of the ranks.
+Needs root. Two jobs on 4 ranks: ResNet-20 on scikit-learn's digits, and a 2-layer LSTM language model of 1.6M
+parameters on text that is on this machine. Every scheme trains for the same time on the same batches with the
+same learning rate; momentum 0.9 stands in the optimizer, for ours in the error feedback (with factor
+masking). Gradients are clipped to norm 1: for ours before they enter the memory, since what is cut off a
+sparse average is lost. Ours begin with a density warm-up. Evaluation is not part of the time. All schemes of
+a job run in one start of the ranks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""`scripts/bench auto`: `SparseState.auto` on a link without a limit, beside plain DDP, which it must not slow down.
+"""`scripts/bench auto`: `SparseState.auto` beside plain DDP where no link is limited.
 
-Needs root. Hosts are on a bridge without limits (veth pairs: memory copies, as on loopback). Dense, auto and plain take
-turns, so that all see the same machine; the figure is the median over all their steps. auto decides anew in every turn and
-gets the buckets that it chose. `plain` is what auto gives for "do not compress" (with DDP's own buckets, as dense), timed
-whether or not it was chosen. `plans` is what auto decided in each turn and what it was promised.
+Needs root. Hosts are on a bridge without limits (veth pairs: memory copies, as on loopback). Dense, auto and
+plain take turns, so that all see the same machine; the figure is the median over all their steps. auto
+decides anew in every turn and gets the buckets that it chose. `plain` is what auto gives for "do not
+compress" (with DDP's own buckets, as dense), timed whether or not it was chosen. `plans` is what auto decided
+in each turn and what it was promised.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exchange alone: a selection of ResNet-50's size at density 0.001 (25,558 pairs) through every aggregator."""
+"""The exchange alone: ResNet-50's size at density 0.001 (25,558 pairs) through every aggregator."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def cases(pairs: Sequence[int] = (PAIRS,)) -> list[dict[str, Any]]:
 def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
     """Yields one record.
 
-    Keys: `exchange_s` (median over `repeats` exchanges, each the slowest rank's), `counted_bytes` and `interface_bytes`
-    (sent per exchange by the rank that sends most).
+    Keys: `exchange_s` (median over `repeats` exchanges, each the slowest rank's), `counted_bytes` and
+    `interface_bytes` (sent per exchange by the rank that sends most).
     """
     _, aggregator, _ = parts(case["scheme"], 0.001)
     transport = make(aggregator.requested, timeout_s=60.0)
@@ -70,7 +70,7 @@ def _pairs(k: int, seed: int) -> SparseGrad:
 
 
 def over_bound(record: Record) -> float:
-    """Time over the bytes that one rank sends at most, divided by the bandwidth (for gTop-k: rounds times bytes)."""
+    """Time over its bound: the bytes that one rank sends at most, divided by the bandwidth."""
     return float(record["exchange_s"] / (record["counted_bytes"] * 8e-6 / NETWORKS[record["network"]]))
 
 

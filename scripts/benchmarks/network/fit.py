@@ -1,9 +1,9 @@
-"""`scripts/bench fit`: costs of the cost model from bare exchanges at P = 2..8, and what the model says up to P = 1024.
+"""`scripts/bench fit`: costs of the cost model from bare exchanges at P = 2..8, drawn up to P = 1024.
 
-Needs root. Costs are fitted for each transport, on both networks together, by non-negative least squares over relative
-errors, so that short exchanges count as much as long ones. Bandwidth is not fitted: it is what tc was told. All ranks
-share the cores of the machine that measured, which the file names: CPU work counts with `crowding = P / cores` where P is
-larger. In the extrapolation every rank has a core of its own.
+Needs root. Costs are fitted for each transport, on both networks together, by non-negative least squares over
+relative errors, so that short exchanges count as much as long ones. Bandwidth is not fitted: it is what tc
+was told. All ranks share the cores of the machine that measured, which the file names: CPU work counts with
+`crowding = P / cores` where P is larger. In the extrapolation every rank has a core of its own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _split(row: Record, cores: int) -> tuple[dict[str, float], float]:
 
 @dataclass(frozen=True)
 class Fit:
-    """The fit of one transport: its costs, its rows, and each one's relative error (0.1: predicted 10 % too long)."""
+    """The fit of one transport: costs, rows, and each row's relative error (0.1: predicted 10 % too long)."""
 
     costs: Costs
     rows: Sequence[Record]
@@ -168,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures (or reads), writes, fits and draws; where a job failed, nothing is fitted without `--reuse`."""
+    """Measures (or reads), writes, fits and draws. Where a job failed, only `--reuse` fits."""
     if not options.reuse:
         status = study.run(jobs(options), options, told)
         if status:

@@ -1,4 +1,4 @@
-"""`scripts/bench network`: DDP steps and bare exchanges across a network with a real limit, ours beside torch's own.
+"""`scripts/bench network`: DDP steps and bare exchanges across a limited network, ours beside torch's own.
 
     scripts/bench network --quick                          # 4 ranks, one model, few steps: five minutes
     scripts/bench network --json FILE --plot FILE.png      # everything: an hour and a half

@@ -1,9 +1,9 @@
 """Stand-ins with the parameter shapes of real networks and a cheap backward.
 
-Step times here are about communication. Each stand-in has the parameters of the named network, layer by layer, and goes
-through DDP as any model does. Its backward hands out slices of one pool of normal random numbers as gradients instead of
-computing them, so that 8 ranks fit on two cores. `delay_s` adds a pause to backward, spread over
-the parameters by size, in which the CPU is free, as when a device computes.
+Step times here are about communication. Each stand-in has the parameters of the named network, layer by
+layer, and goes through DDP as any model does. Its backward hands out slices of one pool of normal random
+numbers as gradients instead of computing them, so that 8 ranks fit on two cores. `delay_s` adds a pause to
+backward, spread over the parameters by size, in which the CPU is free, as when a device computes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def numel(shapes: list[Shape]) -> int:
 
 
 class StandIn(nn.Module):
-    """Parameters of the given shapes; `forward()` gives a scalar whose backward fills them with random gradients.
+    """Parameters of the given shapes; the backward of `forward()`'s scalar fills them with random gradients.
 
     Args:
         shapes: of the parameters, in forward order.

@@ -1,8 +1,8 @@
-"""`scripts/bench overlap`: 10 buckets of one model, sent while backward runs and after it; and one step's trace, drawn.
+"""`scripts/bench overlap`: 10 buckets sent while backward runs, and after it; one step's trace, drawn.
 
-Needs root. Backward pauses for `--backward-ms` in all, in which the CPU is free, as when a device computes. Exposed
-communication is the step's time less that of a hook that sends nothing. "After" is the same hook with its buckets held
-back until the last one is there. Torch's profiler records rank 0.
+Needs root. Backward pauses for `--backward-ms` in all, in which the CPU is free, as when a device computes.
+Exposed communication is the step's time less that of a hook that sends nothing. "After" is the same hook with
+its buckets held back until the last one is there. Torch's profiler records rank 0.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COLORS = {"backward": "#999999", "select": "#2f855a", "exchange": "#2b6cb0", "w
 
 
 def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
-    """Yields the step times of each way (`seconds`: the slowest rank's), then rank 0's trace of one overlapped step.
+    """Yields the step times of each way (`seconds`: the slowest rank's), then rank 0's trace of one step.
 
     `trace` is a list of `(name, begin, end)` in ms.
     """

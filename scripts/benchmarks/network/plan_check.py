@@ -1,7 +1,8 @@
-"""`scripts/bench plan-check`: what the planner predicts beside what it takes, on loopback, dense and top-k, gloo and MPI.
+"""`scripts/bench plan-check`: what the planner predicts beside what it takes, on loopback.
 
-Turn by turn every rank probes and then times the steps it has just predicted, so that both see the same machine. A step is
-all buckets of a bare gradient through a `SparseState`, without backward; its time is the slowest rank's.
+Turn by turn every rank probes and then times the steps it has just predicted, so that both see the same
+machine. A step is all buckets of a bare gradient through a `SparseState`, without backward; its time is the
+slowest rank's.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
 def summary(row: dict[str, Any]) -> Record:
     """The record of a case's turns.
 
-    `predicted_s` and `least_s` are the least over all turns: a quiet machine's, and the probe takes the least of its
-    measurements too. `median_s` and `probe_s` are medians over turns. `least_ratio` and `largest_ratio` are predicted over
-    least of single turns, which the record does not hold.
+    `predicted_s` and `least_s` are the least over all turns: a quiet machine's, and the probe takes the least
+    of its measurements too. `median_s` and `probe_s` are medians over turns. `least_ratio` and
+    `largest_ratio` are predicted over least of single turns, which the record does not hold.
     """
     ratios = sorted(p / m for p, m in zip(row["predicted_s"], row["least_s"], strict=True))
     return {

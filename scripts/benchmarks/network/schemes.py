@@ -21,8 +21,8 @@ PLAIN = "plain"
 """What the planner gives for "do not compress": ours without selector and memory."""
 MPI_SUFFIX = "-mpi"
 SCHEMES = ("none", *PEERS, *OURS, AUTO, *(name + MPI_SUFFIX for name in OURS))
-"""`none` communicates nothing; a name of ours alone uses gloo, with `-mpi` MPI; `auto` is what the planner chooses among
-them over gloo; the rest is torch's own over gloo."""
+"""`none` communicates nothing. A name of ours alone uses gloo, with `-mpi` MPI. `auto` is what the planner
+chooses among them over gloo. The rest is torch's own over gloo."""
 
 
 @dataclass
@@ -47,9 +47,9 @@ def attach(
 ) -> Attached:
     """Wraps `module` and registers the scheme's hook. A collective call.
 
-    PowerSGD gets one bucket: with more it hangs on gloo. The others get DDP's default layout unless `bucket_mb` says
-    otherwise; `auto` then gets the buckets that it chose. `memory` is given to a scheme of ours; None: its own. `auto` and
-    `plain` take neither `density` nor `memory`.
+    PowerSGD gets one bucket: with more it hangs on gloo. The others get DDP's default layout unless
+    `bucket_mb` says otherwise; `auto` then gets the buckets that it chose. `memory` is given to a scheme of
+    ours; None: its own. `auto` and `plain` take neither `density` nor `memory`.
 
     Raises:
         ValueError: an unknown scheme.
@@ -63,7 +63,7 @@ def attach(
     elif scheme == AUTO and cap is None:
         cap = state.plan.bucket_mb
     options: dict[str, Any] = {} if cap is None else {"bucket_cap_mb": cap}
-    # Every rank starts from the same parameters: sending them would take longer than the steps on a slow network.
+    # Every rank starts from the same parameters: on a slow network sending them takes longer than the steps.
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False, **options)
     if state is None:
         _attach_peer(scheme, model)
@@ -73,7 +73,10 @@ def attach(
 
 
 def parts(scheme: str, density: float, memory: Memory | None = None) -> Parts:
-    """Selector, exchange and memory of a name in `OURS`, with or without `MPI_SUFFIX`; `memory` None: the scheme's own."""
+    """Selector, exchange and memory of a name in `OURS`, with or without `MPI_SUFFIX`.
+
+    `memory` None: the scheme's own.
+    """
     transport = "mpi" if scheme.endswith(MPI_SUFFIX) else "distributed"
     return make_parts(scheme.removesuffix(MPI_SUFFIX), density, transport, memory=memory)
 
@@ -94,7 +97,8 @@ def _attach_peer(scheme: str, model: DistributedDataParallel) -> None:
     elif scheme in ("fp16", "bf16"):
         compress = getattr(default_hooks, f"{scheme}_compress_hook")
 
-        def renamed(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses the bf16 hook by its name without NCCL
+        # DDP refuses the bf16 hook by its name without NCCL.
+        def renamed(state, bucket):  # type: ignore[no-untyped-def]
             return compress(state, bucket)
 
         model.register_comm_hook(None, renamed)

@@ -1,4 +1,4 @@
-"""One training step: DDP with a scheme on a stand-in model, step by step, with our phases and the bytes that crossed."""
+"""Training steps of DDP with a scheme on a stand-in model: time, our phases, and the bytes that crossed."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Case:
 def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
     """Yields one record: median step time of the slowest rank, phases and bytes likewise.
 
-    Keys: `step_s` (median of `steps`, each the slowest rank's), `interface_bytes` (sent per rank and step, the largest
-    over ranks). For schemes of ours also `select_s`, `exchange_s`, `write_back_s` and `counted_bytes`, for `auto` its
-    `plan` (see `decided`) and the density that it chose.
+    Keys: `step_s` (median of `steps`, each the slowest rank's), `interface_bytes` (sent per rank and step,
+    the largest over ranks). For schemes of ours also `select_s`, `exchange_s`, `write_back_s` and
+    `counted_bytes`, for `auto` its `plan` (see `decided`) and the density that it chose.
     """
     wanted = Case(**case)
     timed = time_steps(wanted, rank)
@@ -93,7 +93,7 @@ def time_steps(case: Case, rank: int) -> Timed:
 
 
 def decided(plan: Any) -> dict[str, Any]:
-    """A planner's decision in plain values; `promised_s`: seconds added to a step, of each candidate at its best bucket."""
+    """A planner's decision in plain values. `promised_s`: seconds added to a step, by candidate."""
     promised = {f"{p.scheme} at {p.density:g}": p.step_s for p in plan.predictions}
     return {
         "scheme": plan.scheme,
@@ -131,7 +131,8 @@ def _step(model: Any, start: torch.Tensor) -> None:
 def bound_s(record: Record, compute_s: float) -> float:
     """The step without communication plus wire bytes over bandwidth.
 
-    Wire bytes are our own count for our schemes and the interface's for torch's hooks, whose bytes nobody counts.
+    Wire bytes are our own count for our schemes and the interface's for torch's hooks, whose bytes nobody
+    counts.
     """
     if record["scheme"] == "none":
         return compute_s
@@ -140,7 +141,7 @@ def bound_s(record: Record, compute_s: float) -> float:
 
 
 def starts(records: Sequence[Record]) -> dict[tuple[str, int, str], dict[str, Record]]:
-    """Records by (model, ranks, network), then by scheme. What stands together is from one start of the ranks."""
+    """Records by (model, ranks, network), then by scheme. Those of one key are of one start."""
     found: dict[tuple[str, int, str], dict[str, Record]] = {}
     for r in records:
         if r["bench"] == "step":
@@ -210,7 +211,7 @@ def plan_text(plan: dict[str, Any]) -> str:
 
 
 def plot(records: Sequence[Record], path: Path, model: str = "resnet50") -> None:
-    """Step times of `model` as bars, a panel for each network and number of ranks; the bound as a black line."""
+    """Step times of `model` as bars, the bound as a black line, a panel for each network and ranks."""
     panels = {
         key: schemes for key, schemes in starts(records).items() if key[0] == model and "none" in schemes
     }

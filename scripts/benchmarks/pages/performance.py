@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache, partial
 
 from ..harness.records import Record, load, one, select
-from ..harness.table import markdown, ms, number
+from ..harness.table import markdown, ms, number, paragraph
 from ..network import accuracy, auto, exchange, overlap, step
 from . import names
 
@@ -29,10 +29,10 @@ def lead() -> list[str]:
     """What the page says first."""
     slow, fast = starts()[_RESNET50, 4, "100mbit"], starts()[_RESNET50, 4, "1gbit"]
     times = [number(step.times_faster(s["gtopk"], s, "dense") or 0.0) for s in (slow, fast)]
-    return [
-        f"A step of ResNet-50's 25.6M parameters on 4 ranks is {times[0]} times faster with gTop-k at density 0.001 than with a",
-        f"dense all-reduce at 100 Mbit/s, and {times[1]} times faster at 1 Gbit/s.",
-    ]
+    return paragraph(
+        f"A step of ResNet-50's 25.6M parameters on 4 ranks is {times[0]} times faster with gTop-k at density "
+        f"0.001 than with a dense all-reduce at 100 Mbit/s, and {times[1]} times faster at 1 Gbit/s."
+    )
 
 
 def steps(ranks: int) -> list[str]:
@@ -57,7 +57,7 @@ _SHOWN = ("dense", "topk", "gtopk", "randomk", "fp16", "powersgd1")
 
 
 def models() -> list[str]:
-    """The other models: how many times faster than dense, and gTop-k's bound. An earlier version's rows bear a star."""
+    """The other models, times faster than dense, and gTop-k's bound. A star: of an earlier version."""
     rows = []
     for (model, ranks, network), schemes in starts().items():
         if model == _RESNET50:

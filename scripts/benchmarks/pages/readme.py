@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..harness.records import load, one
-from ..harness.table import markdown, ms, number
+from ..harness.table import markdown, ms, number, paragraph
 from ..network import accuracy, auto, step
 from . import names
 
@@ -45,10 +45,16 @@ def others() -> list[str]:
         for ranks in (2, 4)
     ]
     return [
-        f"- Time to accuracy: a 2-layer LSTM across 100 Mbit/s reaches training loss 3 in {gtopk} with gTop-k, in {powersgd} with",
-        f"  PowerSGD rank 2, in {fp16} with fp16.",
-        "- A link without a limit, gloo on a CPU: a step of ResNet-50 under `SparseState.auto` takes",
-        f"  {over[0]} (2 ranks) and {over[1]} (4 ranks) of dense's.",
+        *paragraph(
+            f"Time to accuracy: a 2-layer LSTM across 100 Mbit/s reaches training loss 3 in {gtopk} with "
+            f"gTop-k, in {powersgd} with PowerSGD rank 2, in {fp16} with fp16.",
+            "- ",
+        ),
+        *paragraph(
+            "A link without a limit, gloo on a CPU: a step of ResNet-50 under `SparseState.auto` takes "
+            f"{over[0]} (2 ranks) and {over[1]} (4 ranks) of dense's.",
+            "- ",
+        ),
     ]
 
 
