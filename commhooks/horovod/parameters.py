@@ -18,14 +18,14 @@ class Entry:
         name: its name, the same on all ranks.
         parameter: the Parameter itself.
         index: its place in the names' alphabetical order, the same on all ranks.
-        stream: 63 bits of the name's hash: what tells masks of one step apart.
+        mask_key: 63 bits of the name's hash. It tells masks of one step apart.
         step: exchanges of this parameter so far.
     """
 
     name: str
     parameter: Tensor
     index: int
-    stream: int
+    mask_key: int
     step: int = 0
 
 
@@ -41,7 +41,7 @@ class ParameterTable:
         pairs = list(check_named(named_parameters))
         places = {name: place for place, name in enumerate(sorted(name for name, _ in pairs))}
         # backward reaches the last parameter first
-        self.entries = [Entry(name, p, places[name], stream_of(name)) for name, p in reversed(pairs)]
+        self.entries = [Entry(name, p, places[name], mask_key_of(name)) for name, p in reversed(pairs)]
         self._start = 0
 
     def find(self, tensor: Tensor) -> Entry:
@@ -101,6 +101,6 @@ def check_named(named_parameters: Any) -> list[tuple[str, Tensor]]:
     return pairs
 
 
-def stream_of(name: str) -> int:
+def mask_key_of(name: str) -> int:
     """63 bits that depend on the name alone."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1

@@ -38,7 +38,7 @@ class PendingGradient:
 
     Attributes:
         entry: its parameter.
-        slot: the parameter's memory.
+        held: the parameter's memory.
         grad: the flat gradient, not yet overwritten.
         shape: of the gradient.
         pairs: what was taken out of the memory.
@@ -48,7 +48,7 @@ class PendingGradient:
     """
 
     entry: Entry
-    slot: BucketMemory
+    held: BucketMemory
     grad: Tensor
     shape: torch.Size
     pairs: SparseGrad
@@ -112,15 +112,14 @@ class CompressorCore:
         self._start_agreement()
         flat = tensor.detach().reshape(-1)
         k = self.selector.k(flat.numel(), entry.step)
-        slot, _ = self.memory.slot(Bucket(entry.index, flat, (entry.parameter,), (flat.numel(),)))
+        held, _ = self.memory.for_bucket(Bucket(entry.index, flat, (entry.parameter,), (flat.numel(),)))
         with self.current.phase("select"):
-            selected = self.memory.select(
-                slot, flat, self.selector, k, scale=None, step=entry.step, stream=entry.stream
-            )
+            operands = self.memory.operands(held, flat, scale=None)
+            selected = self.selector.select(operands, k, step=entry.step, mask_key=entry.mask_key)
             pairs = SparseGrad(selected.values, selected.indices, flat.numel())
             nonfinite = int(selected.report[1])
         self.current.dense_bytes += flat.numel() * flat.element_size()
-        pending = PendingGradient(entry, slot, flat, tensor.shape, pairs, nonfinite)
+        pending = PendingGradient(entry, held, flat, tensor.shape, pairs, nonfinite)
         self._pending[entry] = pending
         return pending
 
@@ -147,8 +146,8 @@ class CompressorCore:
         return result.view(pending.shape)
 
     def _throw_away(self, pending: PendingGradient, result: Tensor) -> None:
-        self.memory.restore(pending.slot, pending.pairs)
-        self.memory.undo(pending.slot, pending.grad, scale=None)
+        self.memory.restore(pending.held, pending.pairs)
+        self.memory.undo(pending.held, pending.grad, scale=None)
         self.current.nonfinite_buckets.append(pending.entry.index)
         text = f"{pending.entry.name}: {pending.nonfinite} non-finite gradient elements on this rank"
         if self.nonfinite == "skip":
@@ -159,7 +158,7 @@ class CompressorCore:
         if self.nonfinite == "error":
             for other in self._pending.values():
                 if not other.bad:
-                    self.memory.restore(other.slot, other.pairs)
+                    self.memory.restore(other.held, other.pairs)
             self._pending.clear()
             raise NonFiniteGradientError(f"rank {horovod().rank()}, {text}")
 
@@ -172,11 +171,11 @@ class CompressorCore:
             if pending.bad:
                 continue
             if thrown_away or not pending.finished:  # not finished: the user gave up on this step
-                self.memory.restore(pending.slot, pending.pairs)
+                self.memory.restore(pending.held, pending.pairs)
             else:
-                self.memory.mask_velocity(pending.slot, pending.pairs)
+                self.memory.mask_velocity(pending.held, pending.pairs)
                 if pending.rounding is not None:
-                    self.memory.restore(pending.slot, pending.rounding)
+                    self.memory.restore(pending.held, pending.rounding)
         self._pending.clear()
         self.nonfinite_steps += bool(self.current.nonfinite_buckets)
         self.last, self.current = self.current, StepFigures()

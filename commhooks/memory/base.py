@@ -1,8 +1,8 @@
-"""Memory: what a rank withholds from the average, per parameter, until it is sent.
+"""``Memory``: what a rank withholds from the average, per parameter, until it is sent.
 
-Conservation is its law. ``select`` adds the gradient and takes pairs out; whatever does not reach the model
-comes back by ``restore``; ``undo`` takes a gradient out again whose step is thrown away. Nothing else changes
-a residual.
+A memory obeys the conservation law. The fused pass adds the gradient to the residual and takes pairs out;
+:meth:`Memory.restore` puts back what does not reach the model; :meth:`Memory.undo` takes the gradient of a thrown-away
+step out again. Nothing else changes a residual.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
 from ..native import ops
-from ..native.fused import Selected
-from ..selection.selectors import Selector
+from ..native.fused import Fused
 from .parameter_memory import BucketMemory, ParameterMemory
 
 
 class Memory(ABC):
-    """How gradients are corrected before selection. One instance serves one Reducer."""
+    """How gradients are corrected before selection. One instance serves one Reducer.
+
+    Attributes:
+        table: the residuals and velocities of all parameters.
+    """
 
     table: ParameterMemory
 
-    def __getstate__(
-        self,
-    ) -> dict[str, Any]:  # parameters are never pickled; a state's dict holds what they own
+    def __getstate__(self) -> dict[str, Any]:
+        # Parameters are never pickled. A state's state_dict carries their residuals.
         return {**self.__dict__, "table": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -38,40 +41,36 @@ class Memory(ABC):
     def new_table(self) -> ParameterMemory:
         """An empty table of what this memory keeps of every parameter."""
 
-    @abstractmethod
-    def slot(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
-        """The bucket's flat memory, and whether its layout is new; carried over by parameter when it
-        changed."""
+    def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
+        """The bucket's memory, flat, and whether its layout is new. Parameters take their memory along."""
+        return self.table.for_bucket(bucket)
 
     @abstractmethod
     def describe(self) -> str:
         """Settings that all ranks must share, in one line."""
 
     @abstractmethod
-    def select(
-        self,
-        slot: BucketMemory,
-        grad: Tensor,
-        selector: Selector,
-        k: int,
-        *,
-        scale: Tensor | None,
-        step: int,
-        stream: int,
-    ) -> Selected:
-        """Corrects ``grad`` (n,) and takes ``k`` pairs out of the slot's residual, which is overwritten."""
+    def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
+        """What the fused pass works on: it corrects ``grad`` into ``held.residual`` and takes pairs out of it.
 
-    @abstractmethod
-    def accumulate(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> int:
-        """Corrects ``grad`` into the slot's residual and takes nothing out; returns the non-finite count."""
+        Args:
+            held: the bucket's memory; the pass overwrites it.
+            grad: shape ``(n,)``; only read.
+            scale: one float32 element, a factor of the gradient; None: 1.
+        """
 
-    def restore(self, slot: BucketMemory, pairs: SparseGrad) -> None:
+    def accumulate(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> int:
+        """Corrects ``grad`` into ``held.residual`` and takes nothing out; returns how many elements were not finite."""
+        nothing = torch.empty(0, dtype=torch.int32, device=grad.device)
+        return int(ops.select_indices(self.operands(held, grad, scale=scale), nothing).report[1])
+
+    def restore(self, held: BucketMemory, pairs: SparseGrad) -> None:
         """Puts pairs back that did not reach the model."""
-        ops.scatter_add(slot.residual, pairs.values, pairs.indices)
+        ops.scatter_add(held.residual, pairs.values, pairs.indices)
 
-    def mask_velocity(self, slot: BucketMemory, contributed: SparseGrad | None) -> None:
-        """Momentum factor masking at what contributed, when it is on."""
+    def mask_velocity(self, held: BucketMemory, contributed: SparseGrad) -> None:
+        """Zeroes the velocity where a value contributed, if factor masking is on."""
 
     @abstractmethod
-    def undo(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
-        """Takes ``grad`` out of the slot again, to rounding, after every pair it gave was restored."""
+    def undo(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
+        """Takes ``grad`` out of the memory again, to rounding. Pairs that were taken out must be restored before."""

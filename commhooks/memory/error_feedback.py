@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
-from ..native import ops
-from ..native.fused import Fused, Selected
-from ..selection.selectors import Selector
+from ..native.fused import Fused
 from .base import Memory
 from .parameter_memory import BucketMemory, ParameterMemory
 
@@ -69,54 +67,37 @@ class ErrorFeedback(Memory):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizer": None}
 
-    def slot(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
-        slot, is_new = self.table.slot(bucket)
+    def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
+        held, is_new = self.table.for_bucket(bucket)
         if self.rescales:
-            self._follow_lr(slot)
-        return slot, is_new
+            self._follow_lr(held)
+        return held, is_new
 
-    def select(
-        self,
-        slot: BucketMemory,
-        grad: Tensor,
-        selector: Selector,
-        k: int,
-        *,
-        scale: Tensor | None,
-        step: int,
-        stream: int,
-    ) -> Selected:
-        return selector.select(self._fused(slot, grad, scale), k, step=step, stream=stream)
+    def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
+        factor = self._factor(grad, scale)
+        return Fused(grad, held.residual, held.velocity, self.momentum, 1.0, factor, held.segments)
 
-    def accumulate(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> int:
-        nothing = torch.empty(0, dtype=torch.int32, device=grad.device)
-        return int(ops.select_indices(self._fused(slot, grad, scale), nothing).report[1])
+    def mask_velocity(self, held: BucketMemory, contributed: SparseGrad) -> None:
+        if self.factor_masking and held.velocity is not None:
+            held.velocity[contributed.indices[contributed.used].long()] = 0.0
 
-    def mask_velocity(self, slot: BucketMemory, contributed: SparseGrad | None) -> None:
-        if self.factor_masking and slot.velocity is not None and contributed is not None:
-            slot.velocity[contributed.indices[contributed.used].long()] = 0.0
-
-    def undo(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
-        gradient = _scaled(grad, self._scale(slot, grad, scale))
+    def undo(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
+        gradient = _scaled(grad, self._factor(grad, scale))
         gradient[~gradient.isfinite()] = 0.0
-        active = slot.active(grad)
-        if slot.velocity is None:
-            slot.residual.sub_(gradient if active is None else gradient * active)
+        active = held.active(grad)
+        if held.velocity is None:
+            held.residual.sub_(gradient if active is None else gradient * active)
             return
-        before = (slot.velocity - gradient) / self.momentum
+        before = (held.velocity - gradient) / self.momentum
         if active is None:
-            slot.residual.sub_(slot.velocity)
-            slot.velocity.copy_(before)
+            held.residual.sub_(held.velocity)
+            held.velocity.copy_(before)
         else:
-            slot.residual.sub_(slot.velocity * active)
-            slot.velocity.copy_(torch.where(active, before, slot.velocity))
+            held.residual.sub_(held.velocity * active)
+            held.velocity.copy_(torch.where(active, before, held.velocity))
 
-    def _fused(self, slot: BucketMemory, grad: Tensor, scale: Tensor | None) -> Fused:
-        scale = self._scale(slot, grad, scale)
-        return Fused(grad, slot.residual, slot.velocity, self.momentum, 1.0, scale, slot.segments)
-
-    def _scale(self, slot: BucketMemory, grad: Tensor, scale: Tensor | None) -> Tensor | None:
-        """The given scale times what clipping asks for: one element, so that no device is waited for."""
+    def _factor(self, grad: Tensor, scale: Tensor | None) -> Tensor | None:
+        """``scale`` times the factor that clipping asks for: one element, so that no device is waited for."""
         if self.clip_norm is None:
             return scale
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
@@ -125,14 +106,14 @@ class ErrorFeedback(Memory):
         clip: Tensor = (self.clip_norm / norm).clamp(max=1.0).nan_to_num(1.0).reshape(1)
         return clip if scale is None else clip * scale
 
-    def _follow_lr(self, slot: BucketMemory) -> None:
+    def _follow_lr(self, held: BucketMemory) -> None:
         """Multiplies residuals by (last rate / present rate), parameter by parameter."""
         if self.optimizer is None:
             raise ValueError(
                 "rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading"
             )
         rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
-        for key, view in zip(slot.keys, slot.residual_views(), strict=True):
+        for key, view in zip(held.keys, held.residual_views(), strict=True):
             rate = rates.get(key)
             if rate is None:
                 raise ValueError(f"rescale_with_lr: {self.table.name_of(key)} is not in the given optimizer")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..gradient.bucket import Bucket
-from ..native import ops
-from ..native.fused import Fused, Selected
-from ..selection.selectors import Selector
+from ..native.fused import Fused
 from .base import Memory
 from .parameter_memory import BucketMemory, ParameterMemory
 
@@ -27,27 +24,13 @@ class NoMemory(Memory):
 
     __repr__ = describe
 
-    def slot(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
-        slot, is_new = self.table.slot(bucket)
-        slot.residual.zero_()
-        return slot, is_new
+    def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
+        held, is_new = self.table.for_bucket(bucket)
+        held.residual.zero_()
+        return held, is_new
 
-    def select(
-        self,
-        slot: BucketMemory,
-        grad: Tensor,
-        selector: Selector,
-        k: int,
-        *,
-        scale: Tensor | None,
-        step: int,
-        stream: int,
-    ) -> Selected:
-        return selector.select(Fused(grad, slot.residual, scale_tensor=scale), k, step=step, stream=stream)
+    def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
+        return Fused(grad, held.residual, scale_tensor=scale)
 
-    def accumulate(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> int:
-        nothing = torch.empty(0, dtype=torch.int32, device=grad.device)
-        return int(ops.select_indices(Fused(grad, slot.residual, scale_tensor=scale), nothing).report[1])
-
-    def undo(self, slot: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
-        slot.residual.zero_()
+    def undo(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
+        held.residual.zero_()

@@ -1,4 +1,4 @@
-"""Slots: one flat residual (and velocity) for each bucket, owned by its parameters."""
+"""Residuals and velocities: flat for each bucket, owned by the bucket's parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class BucketMemory:
-    """The memory of one bucket layout: flat float32 tensors and where each parameter lies in them."""
+    """One bucket's memory.
+
+    Attributes:
+        keys, numels: the bucket's parameters and their numbers of elements, in the buffer's order.
+        segments: shape ``(parameters + 1,)``, int64: where each parameter begins, and ``n``.
+        residual: shape ``(n,)``, float32.
+        velocity: the same, or None.
+    """
 
     def __init__(self, bucket: Bucket, with_velocity: bool) -> None:
         self.keys, self.numels = bucket.keys, bucket.numels
@@ -47,34 +54,41 @@ class BucketMemory:
 
 
 class ParameterMemory:
-    """All slots of a memory, each parameter's place in them, and what was loaded but not yet claimed."""
+    """Every parameter's residual and velocity.
+
+    They lie in the memory of the parameter's bucket. What was loaded waits by name until its parameter is first seen.
+
+    Attributes:
+        names: of the parameters, for state dicts and messages.
+        last_lr: the learning rate whose units a parameter's residual has, where it follows the rate.
+    """
 
     def __init__(self, with_velocity: bool, with_residual: bool = True) -> None:
         self.with_velocity, self.with_residual = with_velocity, with_residual
         self.names: dict[Hashable, str] = {}
         self.last_lr: dict[Hashable, float] = {}
-        self._slots: dict[int, BucketMemory] = {}
+        self._of_bucket: dict[int, BucketMemory] = {}
         self._place: dict[Hashable, tuple[BucketMemory, int]] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
         self._loaded_lr: dict[str, float] = {}
 
-    def slot(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
-        """The slot of this bucket; a new one takes over its parameters' memory from wherever it was."""
-        slot = self._slots.get(bucket.index)
-        if slot is not None and _same_keys(slot.keys, bucket.keys) and self._owns(slot, all):
-            return slot, False
+    def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
+        """The bucket's memory, and whether its layout is new. A new one takes its parameters' memory over."""
+        held = self._of_bucket.get(bucket.index)
+        if held is not None and _same_keys(held.keys, bucket.keys) and self._owns(held, all):
+            return held, False
         self._check_loaded_names()
-        slot = BucketMemory(bucket, self.with_velocity)
-        for position, key in enumerate(slot.keys):
-            self._claim(slot, position, key)
-        self._slots[bucket.index] = slot
-        # The new layout may have fewer buckets: a slot whose parameters have all moved on is stale.
-        self._slots = {i: s for i, s in self._slots.items() if self._owns(s, any)}
-        return slot, True
+        held = BucketMemory(bucket, self.with_velocity)
+        for position, key in enumerate(held.keys):
+            self._claim(held, position, key)
+        self._of_bucket[bucket.index] = held
+        # The new layout may have fewer buckets. Memory that no parameter lies in any more is dropped.
+        self._of_bucket = {i: s for i, s in self._of_bucket.items() if self._owns(s, any)}
+        return held, True
 
-    def _owns(self, slot: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
-        """Whether ``all`` or ``any`` of the slot's parameters (still) lie in it."""
-        return not slot.keys or how(self._place[key][0] is slot for key in slot.keys)
+    def _owns(self, held: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
+        """Whether ``all`` or ``any`` of its parameters still lie in ``held``."""
+        return not held.keys or how(self._place[key][0] is held for key in held.keys)
 
     def known(self, key: Hashable) -> bool:
         """Whether the parameter has a place already."""
@@ -95,7 +109,7 @@ class ParameterMemory:
                 f"model's are like {next(iter(self.names.values()))!r}): rename the state's keys, or drop them"
             )
 
-    def _claim(self, slot: BucketMemory, position: int, key: Hashable) -> None:
+    def _claim(self, held: BucketMemory, position: int, key: Hashable) -> None:
         name = self.names.get(key, key if isinstance(key, str) else None)
         if name is None and any(self._loaded.values()):
             raise ValueError(
@@ -103,10 +117,10 @@ class ParameterMemory:
                 "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
             )
         old = self._place.get(key)
-        for kind, target in (("residual", slot.residual), ("velocity", slot.velocity)):
+        for kind, target in (("residual", held.residual), ("velocity", held.velocity)):
             if target is None:
                 continue
-            view = slot.view(target, position)
+            view = held.view(target, position)
             loaded = self._loaded[kind].pop(name, None) if name is not None else None
             if loaded is not None:
                 if loaded.numel() != view.numel():
@@ -118,46 +132,59 @@ class ParameterMemory:
                 _take_over(view, old[0].view(getattr(old[0], kind), old[1]))
         if name is not None and name in self._loaded_lr:
             self.last_lr[key] = self._loaded_lr.pop(name)
-        self._place[key] = (slot, position)
+        self._place[key] = (held, position)
 
     def residual_norm(self) -> float:
-        """L2 norm of all residuals of this rank."""
-        views = (slot.view(slot.residual, position) for slot, position in self._place.values())
-        squares = [float(view.double().square().sum()) for view in views]
-        return math.sqrt(sum(squares))
+        """L2 norm of all residuals of this rank. Waits once for each device."""
+        squares: dict[torch.device, list[Tensor]] = {}
+        for held in {id(held): held for held, _ in self._place.values()}.values():
+            whole = self._owns(held, all)
+            views = (
+                [held.residual]
+                if whole
+                else [
+                    held.view(held.residual, i)
+                    for i, key in enumerate(held.keys)
+                    if self._place[key][0] is held
+                ]
+            )
+            norms = [torch.linalg.vector_norm(view, dtype=torch.float64) for view in views]
+            squares.setdefault(held.residual.device, []).extend(norms)
+        return math.hypot(
+            *(float(torch.linalg.vector_norm(torch.stack(norms))) for norms in squares.values())
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name:
-        float}}``."""
+        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name: float}}``."""
         state: dict[str, Any] = {kind: dict(loaded) for kind, loaded in self._loaded.items()}
         state["last_lr"] = dict(self._loaded_lr)
-        for key, (slot, position) in self._place.items():
+        for key, (held, position) in self._place.items():
             name = self.names.get(key, key if isinstance(key, str) else None)
             if name is None:
                 raise ValueError(
                     f"state_dict needs the parameters' names ({self.name_of(key)}): attach the state with "
                     "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
                 )
-            state["residual"][name] = slot.view(slot.residual, position).clone()
-            if slot.velocity is not None:
-                state["velocity"][name] = slot.view(slot.velocity, position).clone()
+            state["residual"][name] = held.view(held.residual, position).clone()
+            if held.velocity is not None:
+                state["velocity"][name] = held.view(held.velocity, position).clone()
             if key in self.last_lr:
                 state["last_lr"][name] = self.last_lr[key]
         return state
 
     def forget(self) -> None:
-        """Starts anew: residuals and velocities become zero, the layout and the parameters' places stay."""
-        for slot in self._slots.values():
-            slot.residual.zero_()
-            if slot.velocity is not None:
-                slot.velocity.zero_()
+        """Residuals and velocities become zero. The layout stays."""
+        for held in self._of_bucket.values():
+            held.residual.zero_()
+            if held.velocity is not None:
+                held.velocity.zero_()
         self.last_lr.clear()
         self._loaded = {"residual": {}, "velocity": {}}
         self._loaded_lr = {}
 
     def load(self, state: dict[str, Any]) -> None:
         """Replaces everything: each tensor waits until its parameter is seen first."""
-        self._slots.clear()
+        self._of_bucket.clear()
         self._place.clear()
         self.last_lr.clear()
         self._loaded = {
@@ -180,8 +207,8 @@ def _take_over(view: Tensor, source: Tensor) -> None:
     """Copies ``source`` into ``view`` (n,); ``source`` may be freed right afterwards."""
     view.copy_(source.reshape(-1))
     if source.is_cuda:
-        # Loaded state was made on the main stream, an old slot perhaps on the stream of an earlier worker. The allocator
-        # must not hand its memory out again there while the copy on this stream is still on its way.
+        # ``source`` was made on another stream: loaded tensors on the main one, a bucket's memory on an earlier thread's.
+        # The allocator must not hand its memory out on that stream before the copy on this stream is done.
         source.record_stream(torch.cuda.current_stream(source.device))
 
 

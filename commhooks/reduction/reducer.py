@@ -134,14 +134,14 @@ class Reducer:
             self._reduce_plain(bucket, context)
             return
         k = self.selector.k(bucket.numel, self.step) if self.selector is not None else bucket.numel
-        slot, is_new = self.memory.slot(bucket)
+        held, is_new = self.memory.for_bucket(bucket)
         if is_new:
             self._agree(bucket, k, scale, context)
         self._current.dense_bytes += bucket.numel * bucket.buffer.element_size()
         if self._goes_dense(bucket.numel, k):
-            self._reduce_dense(bucket, slot, scale, context)
+            self._reduce_dense(bucket, held, scale, context)
         else:
-            self._reduce_sparse(bucket, slot, k, scale, context)
+            self._reduce_sparse(bucket, held, k, scale, context)
         if bucket.is_last:
             self.finish_step()
 
@@ -251,59 +251,58 @@ class Reducer:
         return scale / self.transport.world_size if self.average else scale
 
     def _reduce_sparse(
-        self, bucket: Bucket, slot: BucketMemory, k: int, scale: float, context: Context
+        self, bucket: Bucket, held: BucketMemory, k: int, scale: float, context: Context
     ) -> None:
         assert self.selector is not None
         memory, figures, transport = self.memory, self._current, self.transport
         inverse = _inverse(scale, bucket.buffer)
         with figures.phase("select"):
-            selected = memory.select(
-                slot, bucket.buffer, self.selector, k, scale=inverse, step=self.step, stream=bucket.index
-            )
+            operands = memory.operands(held, bucket.buffer, scale=inverse)
+            selected = self.selector.select(operands, k, step=self.step, mask_key=bucket.index)
             report = selected.report.tolist()
             pairs = SparseGrad(selected.values, selected.indices, bucket.numel)
             figures.misses += report[2]
         with figures.phase("exchange"), figures.traffic(transport.counters):
             out = self.aggregator.aggregate(transport, pairs, report[1] > 0, context)
         if out.nonfinite:
-            memory.restore(slot, pairs)
-            memory.undo(slot, bucket.buffer, scale=inverse)
+            memory.restore(held, pairs)
+            memory.undo(held, bucket.buffer, scale=inverse)
             self._throw_away(bucket, report[1])
             return
         with figures.phase("write_back"):
             if out.refused is not None:
-                memory.restore(slot, out.refused)
+                memory.restore(held, out.refused)
             if self._measures_delta:
-                self._delta.add(transport, slot.residual, out, k, context.tag)
+                self._delta.add(transport, held.residual, out, k, context.tag)
             factor = self._factor(scale)
             share = factor * transport.world_size
             rounding = write_sparse(bucket.buffer, out.values, out.indices, factor, share)
-        self._keep_until_known(slot, out, rounding, masks=k < bucket.numel)
+        self._keep_until_known(held, out, rounding, masks=k < bucket.numel)
 
     def _keep_until_known(
-        self, slot: BucketMemory, out: Aggregated, rounding: SparseGrad | None, masks: bool
+        self, held: BucketMemory, out: Aggregated, rounding: SparseGrad | None, masks: bool
     ) -> None:
         memory, contributed = self.memory, out.contributed
 
         def commit() -> None:
             if masks:
-                memory.mask_velocity(slot, contributed)
+                memory.mask_velocity(held, contributed)
             if rounding is not None:
-                memory.restore(slot, rounding)
+                memory.restore(held, rounding)
 
-        self._written.append(_Written(commit, lambda: memory.restore(slot, contributed)))
+        self._written.append(_Written(commit, lambda: memory.restore(held, contributed)))
 
-    def _reduce_dense(self, bucket: Bucket, slot: BucketMemory, scale: float, context: Context) -> None:
+    def _reduce_dense(self, bucket: Bucket, held: BucketMemory, scale: float, context: Context) -> None:
         memory, figures, transport = self.memory, self._current, self.transport
         inverse = _inverse(scale, bucket.buffer)
         with figures.phase("select"):
-            bad = memory.accumulate(slot, bucket.buffer, scale=inverse)
-            active = slot.active(bucket.buffer)
-            sent = slot.residual if active is None else slot.residual * active
+            bad = memory.accumulate(held, bucket.buffer, scale=inverse)
+            active = held.active(bucket.buffer)
+            sent = held.residual if active is None else held.residual * active
         with figures.phase("exchange"), figures.traffic(transport.counters):
             total, thrown_away = summed(transport, sent, bad > 0, context)
         if thrown_away:
-            memory.undo(slot, bucket.buffer, scale=inverse)
+            memory.undo(held, bucket.buffer, scale=inverse)
             self._throw_away(bucket, bad)
             return
         with figures.phase("write_back"):
@@ -312,8 +311,8 @@ class Reducer:
             rounding = write_dense(bucket.buffer, total, factor, share)
 
         def commit() -> None:  # until then the residual still holds all that was sent
-            kept = slot.residual.new_zeros(()) if active is None else slot.residual * ~active
-            slot.residual.copy_(kept if rounding is None else kept + rounding)
+            kept = held.residual.new_zeros(()) if active is None else held.residual * ~active
+            held.residual.copy_(kept if rounding is None else kept + rounding)
 
         self._written.append(_Written(commit, lambda: None))
 

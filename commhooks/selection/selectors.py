@@ -14,7 +14,7 @@ from .density import DensitySchedule, as_schedule
 
 
 class Selector(ABC):
-    """Takes k places out of the corrected gradient, in one fused pass with the memory update.
+    """Takes k places out of the corrected gradient, in the same pass over memory that corrects it.
 
     Attributes:
         shared_mask: whether every rank selects the same indices, so that they need not travel.
@@ -31,14 +31,15 @@ class Selector(ABC):
         return min(numel, max(1, wanted))
 
     @abstractmethod
-    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
-        """Updates the memory in ``fused`` and takes ``k`` pairs out of its residual.
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
+        """Updates the memory in ``operands`` and takes ``k`` pairs out of its residual.
 
         Args:
-            fused: gradient and memory of one bucket; ``residual`` and ``velocity`` are overwritten.
+            operands: gradient and memory of one bucket; ``residual`` and ``velocity`` are overwritten.
             k: pairs wanted.
             step: exchanges so far, the same on all ranks.
-            stream: what tells buckets apart at one step, the same on all ranks.
+            mask_key: the bucket's number or the hash of a name, which differs between the buckets of a step and is
+                the same on all ranks.
 
         Returns:
             values ``(k,)`` float32, indices ``(k,)`` int32 ascending, and the report (count, non-finite,
@@ -59,30 +60,31 @@ class TopK(Selector):
         density: k/n in (0, 1], or a schedule such as ``ExponentialWarmup``.
     """
 
-    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
-        return ops.select_topk(fused, k, seed=_sampling_seed(step, stream))
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
+        return ops.select_topk(operands, k, seed=_sampling_seed(step, mask_key))
 
 
 class ThresholdTopK(Selector):
     """About the k largest magnitudes: all that reach a threshold estimated from a sample, at most k of them.
 
-    When more than k reach the threshold (many are equal, say), the ones that are taken start at a place that
-    changes with the step, so that none is passed over for ever; the rest stays in the residual.
+    When more than k magnitudes reach the threshold, because many are equal, say, the first k from a starting place on
+    are taken. The place changes with the step, so that no element is passed over for ever. The rest stays in the
+    residual.
     """
 
-    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
-        seed = _sampling_seed(step, stream)
-        # The estimate is a magnitude of the sample, and what equals it must pass: the largest may be alone.
-        threshold = _next_below(ops.sample_threshold(fused, k, seed=seed))
-        start = (seed * 2_654_435_761) % max(1, fused.grad.numel())
-        return ops.select_threshold(fused, threshold, k, start=start)
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
+        seed = _sampling_seed(step, mask_key)
+        # The estimate is a magnitude of the sample. It must pass itself: the largest magnitude may be alone.
+        threshold = _next_below(ops.sample_threshold(operands, k, seed=seed))
+        start = (seed * 2_654_435_761) % max(1, operands.grad.numel())
+        return ops.select_threshold(operands, threshold, k, start=start)
 
 
 class RandomK(Selector):
     """k places at random, the same on every rank, without replacement.
 
-    The mask comes from a private counter-based generator keyed by (seed, step, stream); torch's generators
-    are never touched. M-DSGD's convergence theory covers it as it covers top-k.
+    The mask comes from a counter-based generator of our own, keyed by (seed, step, mask_key). Torch's generators
+    are not touched. M-DSGD's convergence theory covers it as it covers top-k.
 
     Args:
         density: k/n in (0, 1], or a schedule.
@@ -97,10 +99,10 @@ class RandomK(Selector):
             raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
         self.seed = seed
 
-    def select(self, fused: Fused, k: int, *, step: int, stream: int) -> Selected:
-        grad = fused.grad
-        indices = ops.random_indices(self.seed, step, stream, grad.numel(), k, grad.device)
-        return ops.select_indices(fused, indices)
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
+        grad = operands.grad
+        indices = ops.random_indices(self.seed, step, mask_key, grad.numel(), k, grad.device)
+        return ops.select_indices(operands, indices)
 
     def describe(self) -> str:
         return f"RandomK(density={self.schedule!r}, seed={self.seed})"
@@ -114,5 +116,5 @@ def _next_below(magnitude: float) -> float:
     return float(torch.nextafter(value, zero))
 
 
-def _sampling_seed(step: int, stream: int) -> int:
-    return (step * 1_000_003 + stream) & 0x7FFF_FFFF_FFFF_FFFF
+def _sampling_seed(step: int, mask_key: int) -> int:
+    return (step * 1_000_003 + mask_key) & 0x7FFF_FFFF_FFFF_FFFF

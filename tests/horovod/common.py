@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from commhooks.horovod.parameters import stream_of
+from commhooks.horovod.parameters import mask_key_of
 from commhooks.native import ops
 
 STEPS = 5
@@ -143,7 +143,7 @@ def oracle(
                 if scheme == "topk":
                     where = c.abs().argsort(descending=True, stable=True)[:k]
                 else:
-                    where = ops.random_indices(seed, step, stream_of(name), c.numel(), k).long()
+                    where = ops.random_indices(seed, step, mask_key_of(name), c.numel(), k).long()
                 mask = torch.zeros_like(c)
                 mask[where] = 1.0
                 update[name] += mask * c

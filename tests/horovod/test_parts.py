@@ -97,12 +97,12 @@ def test_a_gather_beside_join_is_refused_by_name(monkeypatch):
 
 
 def test_masks_depend_on_the_name_alone():
-    from commhooks.horovod.parameters import ParameterTable, stream_of
+    from commhooks.horovod.parameters import ParameterTable, mask_key_of
 
-    assert stream_of("layer.weight") == 9063835677411732693  # a constant: the same on every machine and day
+    assert mask_key_of("layer.weight") == 9063835677411732693  # a constant: the same on every machine and day
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    one = {e.name: (e.index, e.stream) for e in ParameterTable([("a", a), ("b", b)]).entries}
-    two = {e.name: (e.index, e.stream) for e in ParameterTable([("b", b), ("a", a)]).entries}
+    one = {e.name: (e.index, e.mask_key) for e in ParameterTable([("a", a), ("b", b)]).entries}
+    two = {e.name: (e.index, e.mask_key) for e in ParameterTable([("b", b), ("a", a)]).entries}
     assert one == two and one["a"][1] != one["b"][1]
 
 

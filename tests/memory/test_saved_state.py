@@ -9,6 +9,7 @@ import torch
 from ranks import ALL_SCHEMES, BUCKETS, NAMES, integers, memory_of, reducer, step
 
 from commhooks import Bucket, Dense, ErrorFeedback, GTopK, Reducer, TopK
+from commhooks.memory.parameter_memory import ParameterMemory
 from commhooks.memory.resharding import redistributed
 from commhooks.transports import in_process
 
@@ -130,9 +131,9 @@ def test_unpickled_rescaling_asks_for_its_optimizer() -> None:
     memory = pickle.loads(pickle.dumps(ErrorFeedback(rescale_with_lr=optimizer)))
     bucket = Bucket(0, torch.ones(4), (parameter,), (4,))
     with pytest.raises(ValueError, match="set memory.optimizer again"):
-        memory.slot(bucket)
+        memory.for_bucket(bucket)
     memory.optimizer = optimizer
-    memory.slot(bucket)
+    memory.for_bucket(bucket)
 
 
 def make_one(transport):
@@ -230,12 +231,32 @@ def test_memory_on_a_gpu_outlives_the_copy_on_the_workers_stream(monkeypatch):
     table = ErrorFeedback(0.9).table
     loaded = {name: torch.full((n,), 2.0).as_subclass(OnGpu) for name, n in (("p", 3), ("q", 4))}
     table.load({"residual": loaded, "velocity": {name: t.clone() for name, t in loaded.items()}})
-    slot, _ = table.slot(Bucket(0, torch.zeros(7), ("p", "q"), (3, 4)))
+    held, _ = table.for_bucket(Bucket(0, torch.zeros(7), ("p", "q"), (3, 4)))
     assert OnGpu.told == [(n, "the worker's") for n in (3, 3, 4, 4)]
-    assert slot.residual.tolist() == slot.velocity.tolist() == [2.0] * 7
+    assert held.residual.tolist() == held.velocity.tolist() == [2.0] * 7
 
     OnGpu.told.clear()
-    slot.residual, slot.velocity = slot.residual.as_subclass(OnGpu), slot.velocity.as_subclass(OnGpu)
-    moved, is_new = table.slot(Bucket(0, torch.zeros(7), ("q", "p"), (4, 3)))  # DDP lays its buckets anew
+    held.residual, held.velocity = held.residual.as_subclass(OnGpu), held.velocity.as_subclass(OnGpu)
+    moved, is_new = table.for_bucket(
+        Bucket(0, torch.zeros(7), ("q", "p"), (4, 3))
+    )  # DDP lays its buckets anew
     assert is_new and moved.residual.tolist() == [2.0] * 7
     assert OnGpu.told == [(n, "the worker's") for n in (4, 4, 3, 3)]
+
+
+def test_the_residual_norm_waits_for_the_device_once(monkeypatch):
+    """Whoever logs stats() at every step must not pay a wait for each of a model's parameters."""
+    table, expected = ParameterMemory(with_velocity=False), 0.0
+    for index in range(3):
+        names = tuple(f"b{index}.p{i}" for i in range(20))
+        held, _ = table.for_bucket(Bucket(index, torch.zeros(100), names, (5,) * 20))
+        held.residual.normal_(generator=torch.Generator().manual_seed(index))
+        expected += float(held.residual.double().square().sum())
+    # Two parameters move on to a bucket of their own: what stays of the old memory does not count twice.
+    moved, _ = table.for_bucket(Bucket(3, torch.zeros(10), ("b0.p3", "b1.p0"), (5, 5)))
+    assert moved.residual.any()
+    waits = []
+    plain = torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: waits.append(1) or plain(tensor))
+    norm = table.residual_norm()
+    assert norm == pytest.approx(expected**0.5, rel=1e-12) and len(waits) == 1

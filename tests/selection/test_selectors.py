@@ -111,7 +111,7 @@ def test_what_a_threshold_takes_is_at_least_what_it_leaves():
     generator = torch.Generator().manual_seed(4)
     for n in (200, 70_000):
         fused = Fused(torch.randn(n, generator=generator), torch.zeros(n))
-        selected = ThresholdTopK(0.01).select(fused, n // 100, step=0, stream=0)
+        selected = ThresholdTopK(0.01).select(fused, n // 100, step=0, mask_key=0)
         if int(selected.report[0]) < n // 100:
             taken = selected.values[: int(selected.report[0])].abs()
             assert float(taken.min()) >= float(fused.residual.abs().max())
@@ -122,7 +122,7 @@ def test_equal_gradients_pass_the_threshold_under_another_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
         fused = Fused(torch.ones(1000, dtype=torch.float32), torch.zeros(1000, dtype=torch.float32))
-        selected = ThresholdTopK(0.1).select(fused, 100, step=0, stream=0)
+        selected = ThresholdTopK(0.1).select(fused, 100, step=0, mask_key=0)
     finally:
         torch.set_default_dtype(torch.float32)
     assert int(selected.report[0]) == 100
