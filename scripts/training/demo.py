@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
+from benchmarks.harness.records import save
+
 from .log import count, read, table
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--model", default="resnet20", choices=("resnet20", "mlp"))
     p.add_argument("--output", type=Path, default=Path("demo.png"), help="the figure (demo.png)")
     p.add_argument("--keep", type=Path, metavar="DIR", help="keep the logs here")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the table's records there, one a line")
     options = p.parse_args(arguments)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="commhooks-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"demo: {entry.name} ({number + 1} of {len(ENTRIES)})", file=sys.stderr, flush=True)
         logs[entry.name] = folder / f"{number}-{entry.options[1]}.jsonl"
         train(entry, options, logs[entry.name])
-    records = {name: read(path) for name, path in logs.items()}
-    print(f"\n{title(records, options)}\n")
-    print(render(records), flush=True)
-    draw(records, options.output, title(records, options))
+    runs = {name: read(path) for name, path in logs.items()}
+    records = [record(name, run) for name, run in runs.items()]
+    if options.json:
+        save(records, options.json)
+    print(f"\n{title(runs, options)}\n")
+    print(table(HEAD, rows(records)), flush=True)
+    draw(runs, options.output, title(runs, options))
     if options.keep is None:
         shutil.rmtree(folder)
     print(f"\nfigure: {options.output} ({time.monotonic() - started:.0f} s in all)")
@@ -105,44 +111,44 @@ def train(entry: Entry, options: Any, log: Path) -> None:
         sys.exit(f"demo: the run under {entry.name!r} failed with status {status}")
 
 
-def title(records: dict[str, list[dict[str, Any]]], options: Any) -> str:
+def title(runs: dict[str, list[dict[str, Any]]], options: Any) -> str:
     """What was trained, in a line."""
-    start = next(iter(records.values()))[0]
+    start = next(iter(runs.values()))[0]
     return (
         f"{start['options']['model']} ({start['parameters']:,} parameters) on digits, {options.ranks} ranks, "
         f"{options.epochs} epochs of {start['steps_per_epoch']} steps"
     )
 
 
-def render(records: dict[str, list[dict[str, Any]]]) -> str:
-    """The table: ratio is dense bytes over bytes sent, both a step and rank."""
-    rows = []
-    dense = _end(next(iter(records.values())))["bytes_sent_per_step"]
-    for name, run in records.items():
-        end = _end(run)
-        last = [record["loss"] for record in run if record["event"] == "step"][-5:]
-        sent = end["bytes_sent_per_step"]
-        rows.append(
-            (
-                name,
-                f"{end['density']:g}",
-                f"{sum(last) / len(last):.3f}",
-                f"{end['test_loss']:.3f}",
-                f"{end['test_accuracy']:.1%}",
-                count(sent),
-                f"{dense / sent:.1f}" if sent else "-",
-            )
+def record(name: str, run: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run's line of the table. `train_loss` is the mean of the last five steps, bytes are a step's and rank's."""
+    end = next(event for event in run if event["event"] == "end")
+    last = [event["loss"] for event in run if event["event"] == "step"][-5:]
+    kept = {key: end[key] for key in ("density", "test_loss", "test_accuracy", "bytes_sent_per_step")}
+    return {"bench": "demo", "scheme": name, "train_loss": sum(last) / len(last), **kept}
+
+
+HEAD = ("scheme", "density", "train loss", "test loss", "test accuracy", "bytes a step", "ratio")
+
+
+def rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table's rows: `ratio` is the first scheme's bytes over those of each."""
+    dense = records[0]["bytes_sent_per_step"]
+    return [
+        (
+            r["scheme"],
+            f"{r['density']:g}",
+            f"{r['train_loss']:.3f}",
+            f"{r['test_loss']:.3f}",
+            f"{r['test_accuracy']:.1%}",
+            count(r["bytes_sent_per_step"]),
+            f"{dense / r['bytes_sent_per_step']:.1f}" if r["bytes_sent_per_step"] else "-",
         )
-    return table(
-        ("scheme", "density", "train loss", "test loss", "test accuracy", "bytes a step", "ratio"), rows
-    )
+        for r in records
+    ]
 
 
-def _end(run: list[dict[str, Any]]) -> dict[str, Any]:
-    return next(record for record in run if record["event"] == "end")
-
-
-def draw(records: dict[str, list[dict[str, Any]]], path: Path, heading: str) -> None:
+def draw(runs: dict[str, list[dict[str, Any]]], path: Path, heading: str) -> None:
     """Training loss against the step and against megabytes sent, one line a scheme."""
     import matplotlib
 
@@ -150,14 +156,14 @@ def draw(records: dict[str, list[dict[str, Any]]], path: Path, heading: str) -> 
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for (name, run), style in zip(records.items(), ("k-", "C0-", "C1--", "C2-")):
-        steps = [record for record in run if record["event"] == "step"]
-        loss = smooth([record["loss"] for record in steps])
+    for (name, run), style in zip(runs.items(), ("k-", "C0-", "C1--", "C2-")):
+        steps = [event for event in run if event["event"] == "step"]
+        loss = smooth([event["loss"] for event in steps])
         sent, total = [], 0.0
-        for record in steps:
-            total += record["bytes_sent"]
+        for event in steps:
+            total += event["bytes_sent"]
             sent.append(total / 1e6)
-        left.plot([record["step"] for record in steps], loss, style, label=name, linewidth=1.6)
+        left.plot([event["step"] for event in steps], loss, style, label=name, linewidth=1.6)
         right.plot(sent, loss, style, label=name, linewidth=1.6)
     left.set(xlabel="step", ylabel="training loss (mean over ranks, smoothed)", yscale="log")
     right.set(xlabel="megabytes sent by a rank", xscale="log")

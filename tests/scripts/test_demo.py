@@ -3,8 +3,9 @@
 import sys
 
 import pytest
+from benchmarks.harness.records import load
 from launch import ROOT, run
-from training.demo import ENTRIES
+from training.demo import ENTRIES, rows
 
 
 @pytest.mark.mpi
@@ -12,10 +13,17 @@ from training.demo import ENTRIES
 def test_the_demo_prints_its_table_and_draws_its_figure(tmp_path):
     figure = tmp_path / "drawn" / "demo.png"
     command = [str(ROOT / "scripts" / "demo"), "--model", "mlp", "--epochs", "1", "--ranks", "2"]
-    command += ["--output", str(figure), "--keep", str(tmp_path / "logs")]
+    command += [
+        "--output",
+        str(figure),
+        "--keep",
+        str(tmp_path / "logs"),
+        "--json",
+        str(tmp_path / "demo.jsonl"),
+    ]
     done = run(command, timeout=240, env={"COMMHOOKS_PYTHON": sys.executable}, cwd=tmp_path)
-    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if "|" in line]
-    table = {row[1]: row[2:-1] for row in rows[2:]}
+    cells = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if "|" in line]
+    table = {row[1]: row[2:-1] for row in cells[2:]}
     assert list(table) == [entry.name for entry in ENTRIES] and len(table) == 4, done.show()
     assert [table[name][0] for name in table] == ["1", "0.01", "0.01", "0.05"], done.show()
     sent = [int(row[4].replace(",", "")) for row in table.values()]
@@ -23,4 +31,7 @@ def test_the_demo_prints_its_table_and_draws_its_figure(tmp_path):
     assert all(float(row[3].rstrip("%")) > 30.0 for row in table.values()), done.show()  # ten digits
     assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 10_000
     assert len(list((tmp_path / "logs").glob("*.jsonl"))) == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn", "logs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.jsonl", "drawn", "logs"]
+    records = load(tmp_path / "demo.jsonl")
+    assert [row[:2] for row in rows(records)] == [(name, table[name][0]) for name in table]
+    assert [row[-2] for row in rows(records)] == [row[4] for row in table.values()]

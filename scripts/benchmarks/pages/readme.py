@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..harness.records import load, one
+from training import demo
+
+from ..harness.records import ROOT, load, one
 from ..harness.table import markdown, ms, number, paragraph
 from ..network import accuracy, auto, step
 from . import names
@@ -58,4 +60,9 @@ def others() -> list[str]:
     ]
 
 
-TABLES = {"steps": steps, "others": others}
+def demonstration() -> list[str]:
+    """What `scripts/demo` prints."""
+    return markdown(demo.HEAD, demo.rows(load(ROOT / "docs" / "results" / "demo.jsonl")))
+
+
+TABLES = {"demo": demonstration, "steps": steps, "others": others}
