@@ -36,7 +36,8 @@ from commhooks.native import abi, cuda, reference
 from commhooks.native.fused import Fused
 
 #: In this order: the bucket of 25 MB and the largest size are what the aims are about.
-SIZES = (6_553_600, 100_000_000, 25_000_000, 1_000_000)
+AIMED = (6_553_600, 100_000_000, 25_000_000)
+SIZES = (*AIMED, 1_000_000)
 DENSITIES = (0.001, 0.01)
 MERGED = (25_000, 250_000)
 _FEW = 5  # repetitions of what is slow and only a rival
@@ -119,8 +120,16 @@ class Bench:
         )
         return found | {"cub": cub}
 
-    def as_hooks_call_it(self, numel: int, density: float) -> None:
-        """Segments (the hooks always pass them), with velocity, with bfloat16 gradients, and with a segment inactive."""
+    def with_segments(self, numel: int, density: float) -> None:
+        """select_topk as the hooks call it: they always pass segments."""
+        operands = replace(
+            Operands.make("gaussian", numel, self.device), segments=segments_of(numel, self.device)
+        )
+        labels = {"data": "gaussian, segments", "numel": numel, "density": density}
+        self.topk(labels, operands, max(1, round(density * numel)))
+
+    def variants(self, numel: int, density: float) -> None:
+        """Segments with velocity, with bfloat16 gradients, and with a segment inactive."""
         k = max(1, round(density * numel))
         plain = replace(
             Operands.make("gaussian", numel, self.device), segments=segments_of(numel, self.device)
@@ -128,7 +137,6 @@ class Bench:
         halves = replace(plain, gradients=[gradient.bfloat16() for gradient in plain.gradients])
         velocities = [torch.zeros(numel, device=self.device) for _ in plain.gradients]
         cases: Iterable[tuple[str, Operands, Model | None]] = (
-            ("gaussian, segments", plain, None),
             ("gaussian, segments, velocity", replace(plain, velocities=velocities), WITH_VELOCITY),
             ("gaussian, segments, bfloat16", halves, HALF_GRADIENT),
             ("gaussian, segment inactive", plain, None),
@@ -139,9 +147,10 @@ class Bench:
                     gradient[int(operands.segments[-2]) :] = 0.0
             self.topk({"data": data, "numel": numel, "density": density}, operands, k, model)
 
-    def misses(self, numel: int, density: float, dense: dict[str, float]) -> None:
+    def misses(self, numel: int, density: float) -> None:
         """A gradient on which no guess can hold: all magnitudes but k / 2 equal. The residual is zeroed untimed."""
         k = max(1, round(density * numel))
+        dense = self.dense(Operands.make("gaussian", numel, self.device))
         gradient = torch.full((numel,), 1e-3, device=self.device)
         gradient[:: max(1, 2 * numel // k)] = 1.0
         residual = torch.zeros(numel, device=self.device)
@@ -254,19 +263,35 @@ class Bench:
         labels = {"kernel": "merge_topk", "data": "gaussian", "numel": numel, "density": density}
         self.table.time(labels, ms, baselines)
 
+    def aimed_at(self, numel: int, density: float) -> None:
+        """What the project's aims are about: select_topk on gaussian gradients, plain and with segments."""
+        operands = Operands.make("gaussian", numel, self.device)
+        k = max(1, round(density * numel))
+        check.topk_at_full_size(operands.gradients[0], k)
+        self.topk({"data": "gaussian", "numel": numel, "density": density}, operands, k)
+        del operands
+        self.with_segments(numel, density)
+        self.table.save()
+
+    def beside(self, numel: int, density: float) -> None:
+        """The other kernels, and select_topk where its guess fails, with options, and on clustered gradients."""
+        operands = Operands.make("gaussian", numel, self.device)
+        k = max(1, round(density * numel))
+        labels, dense = {"data": "gaussian", "numel": numel, "density": density}, self.dense(operands)
+        self.others(labels, operands, k, dense)
+        self.sparse(labels, operands, k, dense)
+        del operands
+        self.misses(numel, density)
+        self.variants(numel, density)
+        self.selections("clustered", numel, density)
+
     def selections(self, kind: str, numel: int, density: float, run: RealRun | None = None) -> None:
-        """One kind of gradient at one size and density: all kernels on gaussian ones, select_topk on the others."""
+        """select_topk on clustered, heavy-tailed or real gradients."""
         k = max(1, round(density * numel))
         operands = Operands.make(kind, numel, self.device, run)
         labels = {"data": kind if run is None else run.name, "numel": numel, "density": density}
         check.topk_at_full_size(operands.gradients[0], k)
-        dense = self.topk(labels, operands, k)
-        if kind == "gaussian":
-            self.others(labels, operands, k, dense)
-            self.sparse(labels, operands, k, dense)
-            del operands
-            self.misses(numel, density, dense)
-            self.as_hooks_call_it(numel, density)
+        self.topk(labels, operands, k)
         self.table.save()
 
 
@@ -286,15 +311,16 @@ def torch_merge(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b
     return union[torch.topk(total.abs(), k, sorted=False).indices.sort().values]
 
 
-def measure(bench: Bench, sizes: Iterable[int], densities: Iterable[float] = DENSITIES) -> None:
-    """All cases; gaussian data first, then merges, real gradients and heavy-tailed ones."""
-    sizes, densities = list(sizes), list(densities)
+def aims(bench: Bench, sizes: Iterable[int], densities: Iterable[float] = DENSITIES) -> None:
+    """The cases that the project's aims are about."""
     for numel in sizes:
         for density in densities:
-            bench.selections("gaussian", numel, density)
-    for k in MERGED:
-        for density in densities:
-            bench.merge(k, density)
+            bench.aimed_at(numel, density)
+
+
+def rest(bench: Bench, sizes: Iterable[int], densities: Iterable[float] = DENSITIES) -> None:
+    """All other cases: real gradients first, then the other kernels, merges, and heavy-tailed gradients."""
+    sizes, densities = list(sizes), list(densities)
     for density in densities:
         trained = train(density, bench.device)
         labels = {"kernel": "select_topk", "data": trained.name, "numel": trained.gradients[0].numel()}
@@ -302,6 +328,12 @@ def measure(bench: Bench, sizes: Iterable[int], densities: Iterable[float] = DEN
         bench.table.add(hits, trained.hits / trained.steps)
         for numel in sizes:
             bench.selections("real", numel, density, trained)
+    for numel in sizes:
+        for density in densities:
+            bench.beside(numel, density)
+    for k in MERGED:
+        for density in densities:
+            bench.merge(k, density)
     for numel in sizes:
         for density in densities:
             bench.selections("heavy", numel, density)
@@ -323,5 +355,7 @@ def run(options: argparse.Namespace) -> int:
         cub=Cub(options.cub) if options.cub is not None else None,
         repeats=options.repeats,
     )
-    measure(bench, options.sizes or ((SIZES[0], SIZES[3]) if options.quick else SIZES))
+    sizes = options.sizes or ((SIZES[0], SIZES[3]) if options.quick else SIZES)
+    aims(bench, sizes)
+    rest(bench, sizes)
     return 0

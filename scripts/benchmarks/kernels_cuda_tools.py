@@ -16,6 +16,7 @@ from commhooks.native.fused import Fused
 
 ROTATE_BYTES = 256 * 2**20  # well beyond the cache of any device
 MOMENTUM = 0.9
+CLUSTER = 500  # clustered: that part of a bucket is a hundred times larger, as an embedding's or a last layer's gradient
 #: Sizes of parameters, over and over: convolutions with their scales and shifts, as in ResNet-50.
 _PARAMETERS = (589_824, 256, 256, 262_144, 1024, 1024)
 Turn = Callable[[int], object]
@@ -64,7 +65,7 @@ class Operands:
 
     @classmethod
     def make(cls, kind: str, numel: int, device: str, run: RealRun | None = None) -> Operands:
-        """Gaussian, heavy-tailed or real (those of ``run``) gradients in float32, and zero residuals."""
+        """Gaussian, clustered, heavy-tailed or real (those of ``run``) gradients in float32, and zero residuals."""
         count = max(2, min(16, -(-ROTATE_BYTES // (8 * numel))))
         generator = torch.Generator(device).manual_seed(numel)
         gradients = [torch.empty(numel, device=device) for _ in range(count)]
@@ -73,6 +74,9 @@ class Operands:
                 tiled(run.gradients[turn % len(run.gradients)].to(device), gradient)
             elif kind == "heavy":
                 heavy(gradient, generator)
+            elif kind == "clustered":
+                gradient.normal_(0, 0.01, generator=generator)
+                gradient[numel // 2 : numel // 2 + max(1, numel // CLUSTER)] *= 100.0
             else:
                 gradient.normal_(0, 0.01, generator=generator)
         return cls(gradients, [torch.zeros(numel, device=device) for _ in range(count)])

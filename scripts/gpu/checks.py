@@ -1,179 +1,315 @@
-"""The checks of gpu_check: each takes the report that runs its commands and returns a line on what it saw."""
+"""The checks of gpu_check, one a function, and the table that says in which order and for how long they run."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
-import shutil
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from benchmarks.harness.records import load
+from gpu import build
+from gpu.machine import ROOT, tool
+from gpu.runner import STEP, Check, Job, Skipped
 
-from gpu.report import Report, Skipped, TimedOut
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "gpu"
-LIBRARY = BUILD / "libcommhooks_cuda.so"
-FIGURES = BUILD / "kernels.jsonl"
-#: In the mangled name of each of our kernels, and of no other.
-NAMESPACE = "commhooks"
-
-
-def tool(name: str) -> str | None:
-    """A program on PATH, beside this Python, or of the CUDA toolkit."""
-    cuda = [folder for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if folder]
-    folders = [
-        str(Path(sys.executable).parent),
-        *(f"{c}/{part}" for c in cuda for part in ("bin", "compute-sanitizer")),
-    ]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+NAMESPACE = "commhooks"  # in the mangled name of each of our kernels, and of no other
+PATHS = (ROOT, ROOT / "scripts", ROOT / "tests", ROOT / "tests" / "native")
+NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
+NCU_METRICS = (
+    "Duration",
+    "DRAM Throughput",
+    "Compute (SM) Throughput",
+    "Achieved Occupancy",
+    "Theoretical Occupancy",
+)
 
 
-def run(report: Report, command: list[str], limit_s: float, **environment: str) -> str:
-    """A command in the checkout, with the library that was built here."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return report.run(
-        command, limit_s, ROOT, {"PYTHONPATH": paths, "COMMHOOKS_LIBRARY_DIR": str(BUILD), **environment}
+def environment(job: Job) -> dict[str, str]:
+    """For every Python program: the checkout, the libraries that were built here, stacks when it is ended."""
+    paths = [str(path) for path in PATHS] + [os.environ.get("PYTHONPATH", "")]
+    given = {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1" if job.dry else "4",
+    }
+    return given if job.dry else {**given, "COMMHOOKS_LIBRARY_DIR": str(build.libraries(job.runner))}
+
+
+def where(job: Job) -> list[str]:
+    """A program's options in a dry run."""
+    return ["--dry-run", "--library", str(build.emulated(job.runner))] if job.dry else []
+
+
+def needs_kernels(job: Job) -> None:
+    """Raises Skipped in a dry run on a machine that cannot emulate the kernels."""
+    if job.dry and not build.emulated(job.runner).is_file():
+        raise Skipped("no GPU, and no emulator")
+
+
+def program(job: Job, name: str, *arguments: str, result: str = "", behind: Sequence[str] = ()) -> str:
+    """Output of ``gpu.programs.NAME``, perhaps behind a tool. ``result``: the name of its figures."""
+    command = [*behind, sys.executable, "-m", f"gpu.programs.{name}", *arguments, *where(job)]
+    if result:
+        command += ["--json", str(job.result(result))]
+    return job.run(command, **environment(job))
+
+
+def last_line(text: str) -> str:
+    """The summary that every program ends with."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def smoke(job: Job) -> str:
+    """Every kernel and path once, against the reference on the CPU."""
+    return last_line(cuda_runs(job, "few" if job.dry else "small"))
+
+
+def cuda_runs(job: Job, what: str, *behind: str, **more: str) -> str:
+    """``tests/native/cuda_runs.py``, perhaps behind a sanitizer."""
+    needs_kernels(job)
+    command = [*behind, sys.executable, str(ROOT / "tests" / "native" / "cuda_runs.py"), what]
+    device = (
+        ["--device", "cpu", "--library", str(build.emulated(job.runner))] if job.dry else ["--device", "cuda"]
+    )
+    return job.run([*command, *device], **environment(job), **more)
+
+
+def nccl(job: Job) -> str:
+    """Every NCCL call of the transport, from a rank to itself."""
+    return last_line(program(job, "nccl_self"))
+
+
+def aims(job: Job) -> str:
+    """The part of the benchmark that the targets are about."""
+    needs_kernels(job)
+    arguments, about = ([], "without CUB") if job.dry else build.rival(job)
+    return (
+        f"{last_line(program(job, 'benchmark', 'aims', *arguments, result='benchmark-aims.jsonl'))}, {about}"
     )
 
 
-def generator() -> tuple[str, list[str]] | None:
-    """A build tool for CMake that is here and CMake's arguments for it; None: nvcc has to do without."""
-    for name, arguments in (("ninja", ["-G", "Ninja"]), ("make", ["-G", "Unix Makefiles"])):
-        found = tool(name)
-        if found is not None:
-            return name, [*arguments, f"-DCMAKE_MAKE_PROGRAM={found}"]
-    return None
+def split(job: Job) -> str:
+    """The device's time by kernel."""
+    needs_kernels(job)
+    return last_line(program(job, "split", result="split.json"))
 
 
-def build(report: Report, capability: tuple[int, int]) -> str:
-    """CMake with Ninja or make; nvcc alone where there is neither, or where CMake cannot configure."""
-    nvcc = tool("nvcc")
-    if nvcc is None:
-        raise RuntimeError("no nvcc on PATH or in /usr/local/cuda")
-    target = f"{capability[0]}{capability[1]}"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    cmake, by = tool("cmake"), generator()
-    jobs, why = str(os.cpu_count() or 1), "no CMake, or neither Ninja nor make"
-    if cmake is not None and by is not None:
-        folder = BUILD / f"cmake-{by[0]}"
-        configure = [
-            cmake,
-            "-S",
-            str(ROOT / "csrc" / "cuda"),
-            "-B",
-            str(folder),
-            *by[1],
-            "-DCMAKE_BUILD_TYPE=Release",
-        ]
-        configure += [f"-DCOMMHOOKS_CUDA_ARCHITECTURES={target}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-        try:
-            run(report, configure, 40)
-        except RuntimeError as error:
-            why = f"CMake could not configure: {str(error)[-500:]}"
-        else:
-            run(report, [cmake, "--build", str(folder), "-j", jobs], 90)
-            shutil.copy2(folder / LIBRARY.name, LIBRARY)
-            return f"CMake with {by[0]}, sm_{target}"
-    sources = [str(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    run(
-        report,
-        [nvcc, "-std=c++17", "-O3", "-shared", "-cudart=static", "-fmad=false", f"-arch=sm_{target}",
-         "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT}/csrc/cuda", f"-I{ROOT}/csrc/include",
-         "--threads", jobs, "-o", str(LIBRARY), *sources], 100,
-    )  # fmt: skip
-    return f"nvcc, sm_{target} ({why})"
+def ncu(job: Job) -> str:
+    """What limits sample, pass and finish, as Nsight Compute sees it."""
+    found = tool("ncu")
+    sections = [part for name in NCU_SECTIONS for part in ("--section", name)]
+    behind = [found or "ncu", "--profile-from-start", "off", "--clock-control", "none", *sections]
+    behind += ["--kernel-name", "regex:sample_kernel|pass_kernel|finish_kernel"]
+    if job.dry:
+        job.show([*behind, sys.executable, "-m", "gpu.programs.split", "--once"])
+        raise Skipped("no GPU; the program behind it is the one of the kernel split")
+    if found is None:
+        raise Skipped("no ncu")
+    seen = read_ncu(program(job, "split", "--once", behind=behind))
+    job.result("ncu.json").write_text(json.dumps(seen))
+    if not seen:
+        raise RuntimeError("ncu said nothing on our kernels: see its log")
+    return f"{sum(len(kernels) for kernels in seen.values())} kernels"
 
 
-def native_tests(report: Report) -> str:
-    """The kernels against the reference: by pytest, or the main comparisons without it."""
+def read_ncu(text: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics by case of split.py and by kernel, out of the details page, which ncu prints after the program's own output.
+
+    Cases and selections come in the same order, and a selection begins with its sample.
+    """
+    cases = [line.removeprefix(STEP).strip() for line in text.splitlines() if line.startswith(STEP)]
+    seen: dict[str, dict[str, dict[str, float]]] = {}
+    metrics: dict[str, float] = {}
+    for line in text.splitlines():
+        if found := re.match(r"\s{2}\S.*?(\w+)_kernel\b.*\bCC \d", line):
+            if found[1] == "sample" and cases:
+                seen[cases.pop(0)] = {}
+            metrics = {}
+            if seen:
+                seen[list(seen)[-1]][found[1]] = metrics
+        elif found := re.match(r"\s{4}(\S.*?)\s{2,}(\S+)\s+([\d.,]+)\s*$", line):
+            if found[1] in NCU_METRICS:
+                name = found[1] if found[2] == "%" else f"{found[1]}, {found[2]}"
+                metrics[name] = float(found[3].replace(",", ""))
+    return seen
+
+
+def resnet50(job: Job) -> str:
+    """Step time of ResNet-50 with the hooks and without."""
+    return last_line(program(job, "step_time", "resnet50", result="resnet50.json"))
+
+
+def gpt(job: Job) -> str:
+    """The same of a GPT."""
+    return last_line(program(job, "step_time", "gpt", result="gpt.json"))
+
+
+def host(job: Job) -> str:
+    """What a call costs Python."""
+    needs_kernels(job)
+    return last_line(program(job, "host_cost", result="host.json"))
+
+
+def stress(job: Job) -> str:
+    """The same selections again and again, by different paths."""
+    needs_kernels(job)
+    return last_line(program(job, "stress", result="stress.json"))
+
+
+def pytest(job: Job, chosen: str) -> str:
+    """``tests/native/test_cuda.py``, or a part of it; a hang is told by the test's name."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--durations=5",
+        "-k",
+        chosen,
+    ]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        command += ["--timeout=60", "--timeout-method=thread"]
     if importlib.util.find_spec("pytest") is None:
-        said = run(report, [sys.executable, "tests/native/cuda_runs.py", "all", "--device", "cuda"], 130)
-        return f"without pytest: {said.strip().splitlines()[-1]}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    said = run(report, [*command, "tests/native/test_cuda.py"], 130)
-    last = said.strip().splitlines()[-1]
+        raise Skipped("no pytest")
+    last = last_line(job.run([*command, "tests/native/test_cuda.py"], **environment(job))).strip("= ")
     if " passed" not in last:
-        raise RuntimeError(f"no test passed: {said[-3000:]}")
+        raise Skipped(f"no test ran: {last}")
     return last
 
 
-def ddp(report: Report) -> str:
-    return run(report, [sys.executable, "scripts/gpu/ddp_check.py"], 90).strip()
+def native_tests(job: Job) -> str:
+    """The kernels against the reference; without pytest the main comparisons."""
+    if importlib.util.find_spec("pytest") is None:
+        return f"without pytest: {last_line(cuda_runs(job, 'few' if job.dry else 'all'))}"
+    return pytest(job, "not cupy and not array_interface")
 
 
-def only_ours(report: Report, sanitizer: str) -> list[str]:
-    """Arguments that keep a sanitizer to our kernels: instrumenting all of torch's takes minutes."""
-    said = run(report, [sanitizer, "--help"], 20)
-    for option in ("--kernel-name", "--kernel-regex"):  # the latter is what older toolkits call it
-        if option in said:
-            return [option, f"kns={NAMESPACE}"]
-    return []
+def arrays(job: Job) -> str:
+    """Arrays of CuPy and by ``__cuda_array_interface__``, on several streams."""
+    if job.dry:
+        raise Skipped("no GPU; these are of the native tests")
+    return pytest(job, "cupy or array_interface")
 
 
-def sanitize(report: Report, kind: str, what: str, limit_s: float) -> str:
-    """One tool of compute-sanitizer on small sizes; memcheck must also see a fault that is made on purpose."""
+def ranks(job: Job) -> str:
+    """P = 2, 4, 5 ranks in one process on the device."""
+    return last_line(program(job, "ranks"))
+
+
+def ddp(job: Job) -> str:
+    """DDP over NCCL and gloo, one rank, against the CPU."""
+    return last_line(program(job, "ddp"))
+
+
+def two_ranks(job: Job) -> str:
+    """Two processes on one GPU over gloo, against the CPU."""
+    return last_line(program(job, "ddp", "--ranks", "2"))
+
+
+def horovod(job: Job) -> str:
+    """The Horovod adapter on the device; Horovod is a stand-in."""
+    return last_line(program(job, "horovod"))
+
+
+def rest(job: Job) -> str:
+    """The benchmark without what the targets are about."""
+    needs_kernels(job)
+    arguments, about = ([], "without CUB") if job.dry else build.rival(job)
+    return (
+        f"{last_line(program(job, 'benchmark', 'rest', *arguments, result='benchmark-rest.jsonl'))}, {about}"
+    )
+
+
+def sanitize(job: Job, kind: str, what: str) -> str:
+    """One tool of compute-sanitizer on our kernels; memcheck must also see a fault that is made on purpose."""
     found = tool("compute-sanitizer")
+    if job.dry:
+        job.show(
+            [
+                *sanitizer(kind, "compute-sanitizer", "--kernel-name"),
+                sys.executable,
+                "tests/native/cuda_runs.py",
+                what,
+            ]
+        )
+        raise Skipped("no GPU; the program behind it is the one of the smoke check")
     if found is None:
         raise Skipped("no compute-sanitizer")
-    command = [found, "--tool", kind, "--error-exitcode", "9", *only_ours(report, found)]
-    if kind == "memcheck":
-        command += ["--report-api-errors", "no"]
-    command += [sys.executable, "tests/native/cuda_runs.py"]
+    help_text = job.run([found, "--help"])
+    # Instrumenting all of torch's kernels takes minutes. Older toolkits have the second name.
+    option = next((name for name in ("--kernel-name", "--kernel-regex") if name in help_text), "")
+    behind = sanitizer(kind, found, option)
     # Without torch's cache each tensor is an allocation of its own, so that leaving it is seen.
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    said = run(report, [*command, what, "--device", "cuda"], limit_s, **alone)
+    said = cuda_runs(job, what, *behind, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if kind == "memcheck":
         try:
-            seen = run(report, [*command, "fault", "--device", "cuda"], limit_s, **alone)
+            seen = cuda_runs(job, "fault", *behind, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         except RuntimeError as error:  # the program fails of it too
             seen = str(error)
         if re.search(r"ERROR SUMMARY: [1-9]", seen) is None:
-            raise RuntimeError(
-                f"{' '.join(command)} did not see a read out of bounds in our kernel: {seen[-1000:]}"
-            )
+            raise RuntimeError(f"memcheck did not see a read out of bounds in our kernel: {seen[-1000:]}")
     return " ".join(said.strip().splitlines()[-2:])
 
 
-def find_cub() -> Path | None:
-    """Include folder with CUB's DeviceTopK, from the nvidia-cuda-cccl package or the toolkit."""
-    folders = [Path(entry) / "nvidia" / "cu13" / "include" / "cccl" for entry in sys.path]
-    nvcc = tool("nvcc")
-    if nvcc is not None:
-        folders.append(Path(nvcc).resolve().parents[1] / "include" / "cccl")
-    for folder in folders:
-        if (folder / "cub" / "device" / "device_topk.cuh").is_file():
-            return folder
-    return None
+def sanitizer(kind: str, found: str, option: str) -> list[str]:
+    """The sanitizer's part of the command; ``option`` keeps it to our kernels."""
+    command = [
+        found,
+        "--tool",
+        kind,
+        "--error-exitcode",
+        "9",
+        *([option, f"kns={NAMESPACE}"] if option else []),
+    ]
+    return command + (["--report-api-errors", "no"] if kind == "memcheck" else [])
 
 
-def build_rival(report: Report, capability: tuple[int, int]) -> tuple[list[str], str]:
-    """The benchmark's arguments for CUB, and what to say about it."""
-    include = find_cub()
-    if include is None:
-        return [], "without CUB: no header device_topk.cuh (nvidia-cuda-cccl >= 13.2.86)"
-    library = BUILD / "cub_rival.so"
-    command = [tool("nvcc") or "nvcc", "-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC"]
-    command += [f"-arch=sm_{capability[0]}{capability[1]}", f"-I{include}", "scripts/benchmarks/cub_rival.cu"]
-    try:
-        run(report, [*command, "-o", str(library)], 60)
-    except (RuntimeError, TimedOut) as error:
-        return [], f"without CUB, which did not compile: {str(error)[-500:]}"
-    return ["--cub", str(library)], f"with CUB from {include}"
+def _sanitizer(kind: str, what: str, limit_s: float) -> Check:
+    return Check(kind, lambda job: sanitize(job, kind, what), limit_s, "sanitizers")
 
 
-def benchmark(report: Report, quick: bool, capability: tuple[int, int]) -> str:
-    """`scripts/bench kernels --device cuda`; what it measured is kept, whether or not it comes to its end."""
-    FIGURES.unlink(missing_ok=True)
-    rival, about_rival = build_rival(report, capability)
-    command = [sys.executable, "scripts/bench", "kernels", "--device", "cuda", "--json", str(FIGURES), *rival]
-    print(run(report, command + (["--quick"] if quick else []), 150))
-    return f"{len(figures())} records, {about_rival}"
+#: In order of worth: what the targets need is through after two and a half minutes. Timings run alone; what only says right
+#: or wrong runs side by side.
+CHECKS = (
+    Check("build", build.build, 90),
+    Check("smoke", smoke, 40),
+    Check("NCCL to itself", nccl, 40),
+    Check("targets", aims, 90),
+    Check("kernel split", split, 30),
+    Check("ncu", ncu, 50),
+    Check("ResNet-50", resnet50, 70),
+    Check("GPT", gpt, 60),
+    Check("stress", stress, 60, "tests"),
+    Check("native tests", native_tests, 110, "tests"),
+    Check("CuPy and array interface", arrays, 60, "tests"),
+    Check("ranks on one device", ranks, 60, "tests"),
+    Check("DDP", ddp, 70, "tests"),
+    Check("two ranks on one GPU", two_ranks, 70, "tests"),
+    Check("Horovod", horovod, 40, "tests"),
+    Check("host cost", host, 25),
+    Check("benchmark, the rest", rest, 80),
+    _sanitizer("memcheck", "small", 100),
+    _sanitizer("racecheck", "few", 100),
+    _sanitizer("initcheck", "few", 100),
+    _sanitizer("synccheck", "few", 100),
+)
 
 
-def figures() -> list[dict[str, Any]]:
-    """The records that the benchmark of this run has saved so far."""
-    return load(FIGURES) if FIGURES.is_file() else []
+def named(only: list[str], skip: list[str]) -> list[Check]:
+    """The checks to run. The build goes first unless it is skipped: then what an earlier run built is used.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    names = [check.name for check in CHECKS]
+    for name in (*only, *skip):
+        if name not in names:
+            raise ValueError(f"no check is called {name!r}; there are: {', '.join(names)}")
+    wanted = {*only, "build"} if only else set(names)
+    return [check for check in CHECKS if check.name in wanted - set(skip)]

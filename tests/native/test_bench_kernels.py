@@ -16,7 +16,6 @@ from benchmarks.kernels import data as kernels_data
 from benchmarks.kernels.data import RealRun
 from benchmarks.kernels.records import BASELINES, KEYS, Records, bandwidth, copy_bandwidth, ratio
 from emulator import build as emulator
-from gpu.targets import targets
 from torch import Tensor
 
 from commhooks.native import abi, cuda
@@ -149,7 +148,10 @@ def test_every_cuda_case(emulated: None, tmp_path: Path, monkeypatch: pytest.Mon
     )
     table = Records("cuda", 0, tmp_path / "kernels.jsonl")
     bench = kernels_cuda.Bench(table, cub=TorchAsCub(), timer=two_calls, device="cpu", repeats=2)  # type: ignore[arg-type]
-    kernels_cuda.measure(bench, [80_000], [0.001])
+    kernels_cuda.aims(bench, [80_000], [0.001])
+    assert {r["data"] for r in table.records} == {"gaussian", "gaussian, segments"}
+    assert load(tmp_path / "kernels.jsonl") == rounded(table.records)
+    kernels_cuda.rest(bench, [80_000], [0.001])
     records = table.records
     assert load(tmp_path / "kernels.jsonl") == rounded(records)
     assert all(list(record) == ISSUE_KEYS for record in records)
@@ -164,7 +166,7 @@ def test_every_cuda_case(emulated: None, tmp_path: Path, monkeypatch: pytest.Mon
         assert "torch" in times[kernel, "gaussian"]
     assert {"torch", "torch.topk", "cub"} <= set(times["select_topk", "gaussian"])
     hooks = ("segments", "segments, velocity", "segments, bfloat16", "segment inactive")
-    for data in ("heavy", "real text", "missed", *(f"gaussian, {name}" for name in hooks)):
+    for data in ("heavy", "clustered", "real text", "missed", *(f"gaussian, {name}" for name in hooks)):
         assert "r+=g" in times["select_topk", data]
         assert ("select_topk", data, "misses") in seen
     value = {
@@ -190,20 +192,3 @@ def test_segments_fill_the_bucket() -> None:
     for numel in (1, 589_824, 589_825, 6_553_600):
         offsets = kernels_cuda_tools.segments_of(numel, "cpu")
         assert offsets[0] == 0 and offsets[-1] == numel and bool((offsets.diff() > 0).all())
-
-
-def test_targets_from_made_up_records() -> None:
-    table = Records("cuda", 0)
-    large = {"kernel": "select_topk", "data": "gaussian", "numel": 100_000_000, "density": 0.001}
-    table.time(large, 0.5, {"memcpy": 0.3, "torch.topk": 1.5})
-    table.time({**large, "data": "gaussian, segments", "numel": 6_553_600}, 0.07, {"memcpy": 0.05})
-    table.add({**large, "data": "real text", "metric": "hit_rate", "unit": "1"}, 0.995)
-    measured = {name.split(",")[0]: told["measured"] for name, told in targets(table.records).items()}
-    assert measured == {
-        "fraction of a copy's bandwidth": 0.9,
-        "times faster than torch.topk alone": 3.0,
-        "times faster than CUB and its passes": None,
-        "microseconds for a bucket of 25 MB as hooks pass it (segments)": 70.0,
-        "microseconds for a bucket of 25 MB without segments": None,
-        "lowest hit rate of the guess on real gradients": 0.995,
-    }

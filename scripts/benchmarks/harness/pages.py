@@ -23,6 +23,7 @@ PAGES = {
     "docs/performance.md": "benchmarks.pages.performance",
     "docs/cost-model.md": "benchmarks.pages.cost_model",
     "docs/kernels.md": "benchmarks.pages.kernels",
+    "docs/kernels-cuda.md": "benchmarks.pages.kernels_cuda",
 }
 _BLOCK = re.compile(r"<!-- rendered: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 

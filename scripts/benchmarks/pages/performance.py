@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+from gpu import page
+
 from ..harness.records import Record, load, one, select
 from ..harness.table import markdown, ms, number, paragraph
 from ..network import accuracy, auto, exchange, overlap, step
@@ -253,6 +255,7 @@ def accuracies(job: str) -> list[str]:
 
 
 TABLES = {
+    "gpu": page.figures,
     "lead": lead,
     "steps-4": partial(steps, 4),
     "steps-8": partial(steps, 8),

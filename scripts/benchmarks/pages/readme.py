@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from gpu import page
 from training import demo
 
 from ..harness.records import ROOT, load, one
@@ -65,4 +68,9 @@ def demonstration() -> list[str]:
     return markdown(demo.HEAD, demo.rows(load(ROOT / "docs" / "results" / "demo.jsonl")))
 
 
-TABLES = {"demo": demonstration, "steps": steps, "others": others}
+TABLES = {
+    "demo": demonstration,
+    "steps": steps,
+    "others": others,
+    "gpu": partial(page.state, figures="docs/performance.md"),
+}
