@@ -149,16 +149,14 @@ def starts(records: Sequence[Record]) -> dict[tuple[str, int, str], dict[str, Re
     return found
 
 
-def over_bound(record: Record, schemes: dict[str, Record]) -> float | None:
-    """Step over its bound; None where the step without communication was not measured."""
-    none = schemes.get("none")
-    return None if none is None else record["step_s"] / bound_s(record, none["step_s"])
+def over_bound(record: Record, schemes: dict[str, Record]) -> float:
+    """Step over its bound; the step without communication is of the same start."""
+    return float(record["step_s"] / bound_s(record, schemes["none"]["step_s"]))
 
 
-def times_faster(record: Record, schemes: dict[str, Record], than: str) -> float | None:
-    """How many times longer a step by scheme `than` takes; None where it was not measured."""
-    other = schemes.get(than)
-    return None if other is None else other["step_s"] / record["step_s"]
+def times_faster(record: Record, schemes: dict[str, Record], than: str) -> float:
+    """How many times longer a step by scheme `than` takes in the same start."""
+    return float(schemes[than]["step_s"] / record["step_s"])
 
 
 _HEAD = (
@@ -190,17 +188,14 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _row(record: Record, schemes: dict[str, Record]) -> list[str]:
-    def shown(value: float | None) -> str:
-        return "-" if value is None else number(value)
+    def scaled(key: str, factor: float) -> str:
+        return number(record[key] * factor) if key in record else "-"
 
-    def scaled(key: str, factor: float) -> float | None:
-        return record[key] * factor if key in record else None
-
-    cells = [record["scheme"], shown(record["step_s"] * 1e3)]
-    cells += [shown(scaled(f"{phase}_s", 1e3)) for phase in PHASES]
-    cells += [shown(scaled("interface_bytes", 1e-6)), shown(scaled("counted_bytes", 1e-6))]
-    cells.append(shown(over_bound(record, schemes)))
-    cells += [shown(times_faster(record, schemes, peer)) for peer in ("dense", "fp16", "powersgd1")]
+    cells = [record["scheme"], scaled("step_s", 1e3), *(scaled(f"{phase}_s", 1e3) for phase in PHASES)]
+    cells += [scaled("interface_bytes", 1e-6), scaled("counted_bytes", 1e-6)]
+    cells.append(number(over_bound(record, schemes)) if "none" in schemes else "-")
+    for peer in ("dense", "fp16", "powersgd1"):
+        cells.append(number(times_faster(record, schemes, peer)) if peer in schemes else "-")
     return [*cells, str(record["steps"])]
 
 

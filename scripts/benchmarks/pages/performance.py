@@ -30,7 +30,7 @@ def starts() -> dict[tuple[str, int, str], dict[str, Record]]:
 def lead() -> list[str]:
     """What the page says first."""
     slow, fast = starts()[_RESNET50, 4, "100mbit"], starts()[_RESNET50, 4, "1gbit"]
-    times = [number(step.times_faster(s["gtopk"], s, "dense") or 0.0) for s in (slow, fast)]
+    times = [number(step.times_faster(s["gtopk"], s, "dense")) for s in (slow, fast)]
     return paragraph(
         f"A step of ResNet-50's 25.6M parameters on 4 ranks is {times[0]} times faster with gTop-k at density "
         f"0.001 than with a dense all-reduce at 100 Mbit/s, and {times[1]} times faster at 1 Gbit/s."
@@ -46,8 +46,8 @@ def steps(ranks: int) -> list[str]:
         for schemes in columns:
             record = schemes[scheme]
             faster = step.times_faster(record, schemes, "dense")
-            cells += [ms(record["step_s"]), "" if scheme == "none" else number(faster or 0.0)]
-            cells.append(number(step.over_bound(record, schemes) or 0.0))
+            cells += [ms(record["step_s"]), "" if scheme == "none" else number(faster)]
+            cells.append(number(step.over_bound(record, schemes)))
         rows.append(cells)
     head = [f"{ranks} ranks"]
     for network in _SLOW:
@@ -70,8 +70,8 @@ def models() -> list[str]:
             names.MODELS[model] + star,
             ms(schemes["dense"]["step_s"]),
         ]
-        cells += [number(step.times_faster(schemes[s], schemes, "dense") or 0.0) for s in _SHOWN[1:]]
-        rows.append([*cells, number(step.over_bound(schemes["gtopk"], schemes) or 0.0)])
+        cells += [number(step.times_faster(schemes[s], schemes, "dense")) for s in _SHOWN[1:]]
+        rows.append([*cells, number(step.over_bound(schemes["gtopk"], schemes))])
     rows.sort(key=lambda row: (row[0].split(", ")[0], row[0].endswith("100 Mbit/s")))
     head = ("ranks, network", "model", "dense, ms", "top-k", "gTop-k", "random-k", "fp16", "PowerSGD rank 1")
     return markdown((*head, "gTop-k / bound"), rows, left=2)
@@ -84,7 +84,7 @@ def fast() -> list[str]:
         (
             names.SCHEMES[s],
             ms(schemes[s]["step_s"]),
-            number(step.times_faster(schemes[s], schemes, "dense") or 0.0),
+            number(step.times_faster(schemes[s], schemes, "dense")),
         )
         for s in ("none", *_SHOWN, "auto")
     ]
@@ -156,14 +156,14 @@ def _met(holds: bool) -> str:
 
 def _faster(network: str, wanted: float, than: str) -> Aim:
     schemes = starts()[_RESNET50, 4, network]
-    times = [step.times_faster(schemes[scheme], schemes, than) or 0.0 for scheme in _RIVALS]
+    times = [step.times_faster(schemes[scheme], schemes, than) for scheme in _RIVALS]
     aim = f"{names.NETWORKS[network]}: {wanted:g} times faster than {names.SCHEMES[than]}"
     return aim, " and ".join(map(number, times)), _met(min(times) >= wanted)
 
 
 def _bound(network: str, suffix: str) -> Aim:
     schemes = starts()[_RESNET50, 4, network]
-    over = [step.over_bound(schemes[scheme + suffix], schemes) or 0.0 for scheme in _RIVALS]
+    over = [step.over_bound(schemes[scheme + suffix], schemes) for scheme in _RIVALS]
     aim = f"{names.NETWORKS[network]}{', MPI' if suffix else ''}: at most 1.5 times the bound"
     return aim, " and ".join(map(number, over)), _met(max(over) <= 1.5)
 

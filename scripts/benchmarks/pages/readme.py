@@ -30,7 +30,7 @@ def steps() -> list[str]:
         for network in ("1gbit", "100mbit"):
             schemes = starts["resnet50", 4, network]
             record = schemes[scheme]
-            faster = number(step.times_faster(record, schemes, "dense") or 0.0)
+            faster = number(step.times_faster(record, schemes, "dense"))
             cells += [ms(record["step_s"]), f"**{faster}**" if "**" in name else faster]
         rows.append(cells)
     head = ["4 ranks"]
