@@ -10,6 +10,7 @@ from .errors import (
     PeerLostError,
     PeerTimeoutError,
     SettingsMismatchError,
+    StepOrderError,
 )
 from .exchange import AllGather, Dense, GTopK, SharedIndices
 from .gradient.bucket import Bucket
@@ -43,6 +44,7 @@ __all__ = [
     "SharedIndices",
     "SparseGrad",
     "SparseState",
+    "StepOrderError",
     "ThresholdTopK",
     "TopK",
     "merge",

@@ -19,3 +19,7 @@ class SettingsMismatchError(CommHooksError, ValueError):
 
 class NonFiniteGradientError(CommHooksError):
     """A gradient holds NaN or Inf and the policy is ``"error"``."""
+
+
+class StepOrderError(CommHooksError):
+    """Backward, ``zero_grad``, ``no_sync`` and ``step`` come in an order in which gradients would count twice or not at all."""

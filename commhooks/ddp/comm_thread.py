@@ -39,6 +39,17 @@ class CommThread:
             self._thread.start()
         self._tasks.put(task)
 
+    def wait(self) -> None:
+        """Returns when all tasks queued so far are done."""
+        if (
+            self._thread is not None
+            and self._thread.is_alive()
+            and self._thread is not threading.current_thread()
+        ):
+            done = threading.Event()
+            self._tasks.put(done.set)
+            done.wait()
+
     def close(self) -> None:
         """Lets queued tasks finish and joins the thread."""
         if self._thread is not None and self._thread.is_alive():

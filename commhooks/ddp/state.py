@@ -25,6 +25,7 @@ from ..selection.density import DensitySchedule
 from ..selection.selectors import Selector
 from ..transports import DEFAULT_TIMEOUT_S, Transport
 from .comm_thread import CommThread
+from .step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class SparseState:
     Attributes:
         error: what made the state fail, or None. A failed state raises it again at every later step.
         plan: what :meth:`auto` decided, or None.
+        watch: sees whether the averages are used, zeroed or accumulated.
     """
 
     _owner: weakref.ref[Any] | None
@@ -166,6 +168,7 @@ class SparseState:
         Returns:
             A future of ``buffer``; a failure is raised where the future's value is used.
         """
+        stale = self.watch.take(parameters)
         devices: list[Any] = [buffer.device] if buffer.device.type == "cuda" else []
         done: Future[Tensor] = Future(devices=devices)
         if self._passthrough or self.error is not None:
@@ -180,7 +183,11 @@ class SparseState:
                 if self.error is None:
                     with stream_after(ready, buffer.device):
                         bucket = self._bucket(buffer, index, parameters, is_last)
+                        held = bucket.take_out(stale)
                         self.reducer.reduce(bucket, self._loss_scale())
+                        bucket.put_back(held)
+                        if is_last:
+                            self.watch.end_step(bool(self.reducer.last.nonfinite_buckets))
                         done.set_result(buffer)
                         return
             except BaseException as error:
@@ -192,7 +199,11 @@ class SparseState:
 
     def set_names(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Names the parameters, for ``state_dict`` and messages; :func:`register` does it."""
-        self.reducer.memory.table.names.update({p: name for name, p in named_parameters})
+        named = list(named_parameters)
+        self.reducer.memory.table.names.update({p: name for name, p in named})
+        for name, parameter in named:
+            if parameter.requires_grad and parameter.is_leaf:
+                self.watch.add(parameter, name)
 
     def attach(self, owner: Any) -> None:
         """Claims the state for one model.
@@ -229,11 +240,17 @@ class SparseState:
     @contextmanager
     def passthrough(self) -> Iterator[None]:
         """Within it the hook hands each rank's own gradient back: nothing is sent, no memory is touched."""
-        self._passthrough = True
+        self._passthrough, self.watch.enabled = True, False
         try:
             yield
         finally:
-            self._passthrough = False
+            self._passthrough, self.watch.enabled = False, True
+
+    def reset(self) -> None:
+        """Forgets everything withheld: the memory is as at the start, the step 0. Call it on all ranks, between steps."""
+        self._thread.wait()
+        self.reducer.reset()
+        self.watch.forgive()
 
     def raise_error(self) -> None:
         """Raises what made the state fail, if it has failed."""
@@ -287,6 +304,7 @@ class SparseState:
     def _reset_runtime(self) -> None:
         self.error = None
         self._thread = CommThread("commhooks")
+        self.watch = StepWatch()
         self._owner = None
         self._passthrough = False
         self._steps_seen = 0
@@ -337,6 +355,7 @@ class SparseState:
 
 
 _RUNTIME = (
+    "watch",
     "_thread",
     "_owner",
     "_passthrough",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +54,27 @@ class Bucket:
     def numel(self) -> int:
         """Elements in the buffer."""
         return self.buffer.numel()
+
+    def take_out(self, positions: Sequence[int]) -> dict[int, Tensor]:
+        """Sets the segments at ``positions`` to zero: what lies there is no gradient of this step.
+
+        Returns:
+            Copies of those that held something, by position, for :meth:`put_back`.
+        """
+        held = {p: s.clone() for p in positions if bool((s := self._segment(p)).any())}
+        for position in held:
+            self._segment(position).zero_()
+        return held
+
+    def put_back(self, held: dict[int, Tensor]) -> None:
+        """Writes what :meth:`take_out` gave to segments that are still zero: no rank had a gradient there.
+
+        With ``gradient_as_bucket_view`` these are parameters' ``.grad``, which such a step leaves as they are.
+        """
+        for position, values in held.items():
+            if not bool(self._segment(position).any()):
+                self._segment(position).copy_(values)
+
+    def _segment(self, position: int) -> Tensor:
+        start = sum(self.numels[:position])
+        return self.buffer[start : start + self.numels[position]]

@@ -196,6 +196,12 @@ class Reducer:
         self.step = int(saved["step"])
         self.memory.table.load(saved)
 
+    def reset(self) -> None:
+        """Forgets what is withheld and starts at step 0. All ranks must do so between the same steps."""
+        self._forget_step()
+        self.step = 0
+        self.memory.table.forget()
+
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Loads this rank's state, or all ranks' states of a run with any world size.
 

@@ -1,0 +1,150 @@
+"""``StepWatch``: what a training program does with the gradients that the hook wrote.
+
+The hook takes the last bucket of a backward pass for the end of a step; a program means ``optimizer.step()``. Between the
+two, gradients are discarded, accumulated or left behind. A leaf hook on every parameter and a hook behind every
+``torch.optim`` step see it:
+
+- *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. Its bucket would
+  hold that average and the new gradient, and the average would enter the memory: :class:`~commhooks.StepOrderError`.
+- *discarded*: the average was zeroed before any optimizer stepped with it. What it had sent is in no residual and in no
+  model: a warning, once.
+- *stale*: a parameter that no backward pass reached has its old ``.grad`` copied into the bucket by DDP. It is not a
+  gradient of this step and is set to zero.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from ..errors import StepOrderError
+
+HELD = (
+    "the gradient of {name} still is the average of the last backward pass: this pass would average it again. Call "
+    "zero_grad() first; accumulate inside ddp_model.no_sync(); run a backward pass whose gradients of this model are "
+    "not wanted inside state.passthrough()"
+)
+DISCARDED = (
+    "gradients that the hook had averaged were zeroed before an optimizer stepped with them: what this step sent is lost. "
+    "If the last backward pass was not to count, call state.discard() (it needs SparseState(..., undoable=True)); if that "
+    "is known beforehand, run it inside state.passthrough(). Gradients that are taken elsewhere and used later are "
+    "lost to this check: then ignore it"
+)
+
+_watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
+_held_by: weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = weakref.WeakKeyDictionary()
+
+
+class StepWatch:
+    """Watches the parameters of one model. All methods but :meth:`end_step` are called on the thread of backward."""
+
+    def __init__(self) -> None:
+        self._watched: set[int] = set()
+        self._reached: set[int] = set()  # since their bucket was last taken
+        self._written: set[int] = set()  # and not reached by a backward pass since
+        self._stepped: set[int] = set()  # since they were written
+        self._names: dict[int, str] = {}
+        self._optimizer_seen = self._warned = self._thrown_away = False
+        self.enabled = True
+        """False while backward passes are not looked at (``passthrough``)."""
+        if not _watches:
+            _install()
+        _watches.add(self)
+
+    def take(self, parameters: Sequence[Any]) -> list[int]:
+        """Called with a bucket's parameters when the bucket is full; watches those that are new.
+
+        Returns:
+            Positions of the parameters that no backward pass reached since the last call.
+        """
+        stale = []
+        for position, parameter in enumerate(parameters):
+            key = id(parameter)
+            if key not in self._watched:
+                self.add(parameter)
+            elif key in self._reached:
+                self._reached.remove(key)
+            else:
+                stale.append(position)
+            if self.enabled:
+                self._written.add(key)
+                self._stepped.discard(key)
+        return stale
+
+    def add(self, parameter: Tensor, name: str | None = None) -> None:
+        """Watches one more parameter; ``name`` is for messages."""
+        key = id(parameter)
+        if name is not None:
+            self._names[key] = name
+        if key not in self._watched:
+            self._watched.add(key)
+            parameter.register_hook(  # type: ignore[no-untyped-call]
+                partial(_reached, weakref.ref(self), key, weakref.ref(parameter))
+            )
+
+    def end_step(self, thrown_away: bool) -> None:
+        """Told at the end of a step whether ranks voted it out: then its gradients may go without a step."""
+        self._thrown_away = thrown_away
+
+    def forgive(self) -> None:
+        """The last averages are not to be used: they may be zeroed, and the memory has forgotten them."""
+        self._stepped |= self._written
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether gradients were written that no optimizer has used, in a run where one has stepped before."""
+        return self._optimizer_seen and not self._thrown_away and bool(self._written - self._stepped)
+
+    def reached(self, key: int, parameter: Tensor) -> None:
+        """A gradient of the parameter is about to be added to its ``.grad``."""
+        self._reached.add(key)
+        if key not in self._written or not self.enabled:
+            return
+        # Gradients that are set to None cost nothing here; those that are zeroed in place are read once a step.
+        if parameter.grad is not None and bool(parameter.grad.detach().any()):
+            raise StepOrderError(
+                HELD.format(name=self._names.get(key, f"a parameter {tuple(parameter.shape)}"))
+            )
+        self._written.remove(key)
+        if key not in self._stepped and self._optimizer_seen and not self._thrown_away and not self._warned:
+            self._warned = True
+            warnings.warn(DISCARDED, stacklevel=2)
+
+    def stepped(self, held: frozenset[int]) -> None:
+        """An optimizer stepped that holds the parameters of these ids."""
+        mine = held & self._watched
+        if mine:
+            self._optimizer_seen = True
+            self._stepped |= mine
+
+
+def _reached(watch: weakref.ref[StepWatch], key: int, parameter: weakref.ref[Tensor], grad: Tensor) -> None:
+    here, tensor = watch(), parameter()
+    if here is not None and tensor is not None:
+        here.reached(key, tensor)
+
+
+def _install() -> None:
+    global _installed
+    if not _installed:
+        _installed = True
+        register_optimizer_step_post_hook(_after_step)
+
+
+_installed = False
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    known = _held_by.get(optimizer)
+    if known is None or known[0] != count:
+        known = (count, frozenset(id(p) for group in optimizer.param_groups for p in group["params"]))
+        _held_by[optimizer] = known
+    for watch in _watches:
+        watch.stepped(known[1])

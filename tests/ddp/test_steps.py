@@ -1,0 +1,298 @@
+"""What is a step: gradients that are discarded, accumulated or left behind between two backward passes.
+
+``W`` is a module whose gradient is its input, so that ``grad + residual`` can be held against the gradients that count.
+"""
+
+import warnings
+
+import pytest
+import torch
+from launch import spawn_gloo
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from commhooks import ErrorFeedback, SparseState, StepOrderError, register, sparse_hook
+
+
+class W(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+
+    def forward(self, g):
+        return (self.w * g).sum()
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, g, which):
+        return (getattr(self, which) * g).sum()
+
+
+def made(model=None, momentum=0.0, raw=False, state_options=None, **ddp_options):
+    ddp = DistributedDataParallel(W() if model is None else model, **ddp_options)
+    options = {"dense_crossover": False, "timeout_s": 20.0, **(state_options or {})}
+    state = SparseState.topk(0.25, memory=ErrorFeedback(momentum=momentum), **options)
+    if raw:
+        state.set_names(ddp.module.named_parameters())
+        ddp.register_comm_hook(state, sparse_hook)
+        return ddp, state
+    return ddp, register(ddp, state)
+
+
+def law(ddp, state):
+    return (ddp.module.w.grad + state.state_dict()["residual"]["w"]).tolist()
+
+
+def told(work):
+    """How often ``work`` warned of discarded gradients."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work()
+    return sum("zeroed before an optimizer" in str(w.message) for w in caught)
+
+
+PAIRS = [(a, b) for a in (True, False) for b in (False, True)]
+MODES = [(to_none, view, raw) for to_none in (True, False) for view in (False, True) for raw in (False, True)]
+
+
+def _accumulates(rank, size, to_none, view, raw):
+    ddp, _ = made(raw=raw, gradient_as_bucket_view=view)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
+    g = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    for _ in range(3):  # an ordinary loop goes on
+        optimizer.zero_grad(set_to_none=to_none)
+        ddp(g).backward()
+        optimizer.step()
+    try:
+        ddp(g).backward()  # onto the average of the last one
+    except StepOrderError as error:
+        return str(error)
+    return "nothing"
+
+
+def in_turn(rank, size, work, cases):
+    """What ``work`` returns for each case: process starts dominate."""
+    return [work(rank, size, *case) for case in cases]
+
+
+def each(work, cases):
+    """``(case, what the two ranks returned)`` for every case."""
+    return list(zip(cases, zip(*spawn_gloo(in_turn, 2, (work, cases)), strict=True), strict=True))
+
+
+def test_accumulation_without_no_sync_is_an_error_in_every_mode():
+    for mode, texts in each(_accumulates, MODES):
+        for text in texts:
+            assert "the gradient of" in text and "no_sync()" in text and "passthrough" in text, (mode, text)
+
+
+def _accumulates_by_no_sync(rank, size, to_none, view):
+    ddp, state = made(momentum=0.9, gradient_as_bucket_view=view)
+    g = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    laws = []
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
+    for _ in range(2):
+        state.reset()
+        optimizer.zero_grad(set_to_none=to_none)
+        with ddp.no_sync():
+            ddp(g).backward()
+        ddp(g).backward()
+        laws.append(law(ddp, state))
+        optimizer.step()
+    return laws, state.stats()["step"]
+
+
+def test_accumulation_inside_no_sync_is_one_step_of_the_sum():
+    for case, ranks in each(_accumulates_by_no_sync, PAIRS):
+        for laws, step in ranks:
+            assert laws == [[8.0, 6.0, 4.0, 2.0]] * 2, case
+            assert step == 1  # since the last reset
+
+
+def _no_sync_onto_an_average(rank, size):
+    ddp, _ = made()
+    ddp(torch.ones(4)).backward()
+    try:
+        with ddp.no_sync():
+            ddp(torch.ones(4)).backward()
+    except StepOrderError as error:
+        return str(error)
+
+
+def test_a_no_sync_pass_onto_an_average_is_an_error_too():
+    assert all("the gradient of w" in text for text in spawn_gloo(_no_sync_onto_an_average, 2))
+
+
+def _discards(rank, size, to_none, view):
+    ddp, state = made(gradient_as_bucket_view=view)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
+    g = torch.tensor([4.0, 3.0, 2.0, 1.0])
+
+    def used():
+        optimizer.zero_grad(set_to_none=to_none)
+        ddp(g).backward()
+        optimizer.step()
+
+    def discarded():
+        optimizer.zero_grad(set_to_none=to_none)
+        ddp(g).backward()
+
+    before_any_step = told(lambda: [discarded(), discarded()])
+    ordinary = told(lambda: [used(), used(), used()])
+    skipped = told(lambda: [discarded(), used()])
+    again = told(lambda: [discarded(), used()])
+    return before_any_step, ordinary, skipped, again
+
+
+def test_discarded_averages_are_warned_of_once():
+    for case, ranks in each(_discards, PAIRS):
+        assert ranks == ((0, 0, 1, 0),) * 2, case
+
+
+def _nothing_to_warn_of(rank, size):
+    ddp, state = made()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def scaled(g):
+        optimizer.zero_grad()
+        scaler.scale(ddp(g)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def run():
+        good, bad = torch.ones(4), torch.tensor([1.0, float("inf"), 1.0, 1.0])
+        for g in (good, bad, good, bad, bad, good):  # steps that the ranks voted out
+            scaled(g)
+        with state.passthrough():
+            ddp(good).backward()
+        scaled(good)
+
+    return told(run)
+
+
+def test_voted_out_steps_and_passthrough_warn_of_nothing():
+    assert spawn_gloo(_nothing_to_warn_of, 2) == [0, 0]
+
+
+def _other_optimizers(rank, size):
+    ddp, _ = made()
+    stranger = nn.Linear(3, 3)
+    other = torch.optim.SGD(stranger.parameters(), lr=1.0)
+
+    def run():
+        for _ in range(3):  # an optimizer of another model says nothing of this one's gradients
+            ddp.zero_grad()
+            ddp(torch.ones(4)).backward()
+            other.step()
+
+    return told(run)
+
+
+def test_an_optimizer_of_another_model_does_not_count():
+    assert spawn_gloo(_other_optimizers, 2) == [0, 0]
+
+
+def _stale(rank, size, view, raw):
+    """One branch gets one gradient ever; then the other trains while its ``.grad`` still holds the average."""
+    ddp, state = made(Branches(), raw=raw, find_unused_parameters=True, gradient_as_bucket_view=view)
+    of_a, of_b = (torch.optim.SGD([getattr(ddp.module, n)], lr=1.0) for n in "ab")
+    g = torch.tensor([4.0, 3.0, 2.0, 1.0] if rank == 0 else [3.0, 4.0, 1.0, 2.0])
+    if raw:  # a raw hook sees the parameters at its first call: the first pass is not watched
+        of_a.zero_grad()
+        ddp(g, "a").backward()
+    of_b.zero_grad()
+    ddp(g, "b").backward()
+    of_b.step()
+    for _ in range(3):
+        of_a.zero_grad()
+        ddp(g, "a").backward()
+        of_a.step()
+    return -ddp.module.b.detach(), state.state_dict()["residual"]["b"]
+
+
+def test_the_old_gradient_of_an_unused_parameter_does_not_enter_the_memory():
+    for case, ((applied, first), (_, second)) in each(_stale, PAIRS):
+        assert (applied + (first + second) / 2).tolist() == [3.5, 3.5, 1.5, 1.5], case
+
+
+def _held_by_the_unused(rank, size, view):
+    ddp, state = made(Branches(), find_unused_parameters=True, gradient_as_bucket_view=view)
+    g = torch.tensor([4.0, 3.0, 2.0, 1.0] if rank == 0 else [3.0, 4.0, 1.0, 2.0])
+    ddp(g, "b").backward()
+    ddp(g, "a").backward()
+    return ddp.module.b.grad, state.state_dict()["residual"]["b"]
+
+
+def test_an_unused_parameter_keeps_the_gradient_it_holds():
+    for _, ((grad, first), (other, second)) in each(_held_by_the_unused, [(False,), (True,)]):
+        assert torch.equal(grad, other)
+        assert (grad + (first + second) / 2).tolist() == [3.5, 3.5, 1.5, 1.5]
+
+
+class Gan(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.D, self.G = nn.Linear(6, 1, bias=False), nn.Linear(3, 6)
+
+    def forward(self, z, real, part):
+        fake = self.G(z)
+        if part == "D":
+            return F.softplus(-self.D(real)).mean() + F.softplus(self.D(fake.detach())).mean()
+        return F.softplus(-self.D(fake)).mean()
+
+
+def _one_module_gan(rank, size):
+    ddp, state = made(Gan(), find_unused_parameters=True)
+    m = ddp.module
+    of_d, of_g = torch.optim.SGD(m.D.parameters(), lr=0.05), torch.optim.SGD(m.G.parameters(), lr=0.01)
+    torch.manual_seed(100 + rank)
+    sums = {name: torch.zeros_like(p) for name, p in m.named_parameters()}  # of what every optimizer was due
+    applied = {name: p.detach().clone() for name, p in m.named_parameters()}
+    twin = Gan()
+    for _ in range(40):
+        real, z = torch.randn(8, 6) + 1.0, torch.randn(8, 3)
+        for part, optimizer in (("D", of_d), ("G", of_g)):
+            m.G.requires_grad_(part == "G")
+            m.D.requires_grad_(part == "D")
+            twin.load_state_dict(m.state_dict())
+            twin.zero_grad()
+            twin(z, real, part).backward()
+            optimizer.zero_grad()
+            ddp(z, real, part).backward()
+            optimizer.step()
+            rate = optimizer.param_groups[0]["lr"]
+            for name, p in twin.named_parameters():
+                if name.startswith(part):
+                    sums[name] += rate * p.grad
+    residual = state.state_dict()["residual"]
+    return {
+        n: (applied[n] - p.detach(), residual[n] * (0.05 if n[0] == "D" else 0.01), sums[n].reshape(-1))
+        for n, p in m.named_parameters()
+    }
+
+
+def test_a_gan_in_one_module_with_branches_in_turns_keeps_the_law():
+    first, second = spawn_gloo(_one_module_gan, 2)
+    for name, (applied, residual, due) in first.items():
+        withheld = (residual + second[name][1]) / 2
+        mean_due = (due + second[name][2]) / 2
+        torch.testing.assert_close(applied.reshape(-1) + withheld, mean_due, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["held", "discarded"])
+def test_messages_name_the_remedies(what):
+    from commhooks.ddp import step_watch
+
+    text = {"held": step_watch.HELD, "discarded": step_watch.DISCARDED}[what]
+    for remedy in {
+        "held": ("zero_grad", "no_sync", "passthrough"),
+        "discarded": ("discard()", "passthrough"),
+    }[what]:
+        assert remedy in text
