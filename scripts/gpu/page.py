@@ -199,7 +199,7 @@ def publish(folder: Path) -> list[Path]:
     run = json.loads((folder / "gpu.json").read_text())
     if run["dry_run"]:
         raise ValueError(f"{folder}/gpu.json is of a dry run: it has no figures")
-    if all(row["measured"] is None for row in run["targets"]):
+    if all(row["measured"] is None for row in run["targets"][:-1]):  # the last one is of the checks
         raise ValueError(f"{folder}/gpu.json has no figure of any target")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in run.items())
     file_of(run).write_text(f"{{{lines}}}\n")

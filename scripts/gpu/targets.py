@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.kernels.records import bandwidth, copy_bandwidth, ratio
@@ -161,8 +161,38 @@ TARGETS = (
 )  # fmt: skip
 
 
-def targets(results: Results, device: str) -> list[dict[str, Any]]:
-    """Each target with what was measured. ``met`` is None where nothing was, or where this card has no such target."""
+CLEAN = (
+    "stress",
+    "native tests",
+    "CuPy and array interface",
+    "ranks on one device",
+    "DDP",
+    "two ranks on one GPU",
+    "Horovod",
+)
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def not_clean(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last line of the targets: tests and sanitizers that ran and did not pass, or did not come to their end."""
+    ours = [entry for entry in entries if entry["name"] in CLEAN + SANITIZERS]
+    bad = [entry["name"] for entry in ours if entry["verdict"] not in ("pass", "skip")]
+    measured = len(bad) if any(entry["verdict"] == "pass" for entry in ours) or bad else None
+    met = None if measured is None else not bad
+    return {
+        "name": "tests and sanitizers without a pass",
+        "wanted": "<= 0",
+        "measured": measured,
+        "met": met,
+        "why": ", ".join(bad),
+    }
+
+
+def targets(results: Results, device: str, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each target with what was measured, and whether all was clean.
+
+    ``met`` is None where nothing was measured, or where this card has no such target.
+    """
     rows = []
     for target in TARGETS:
         value = target.measured(results)
@@ -178,4 +208,4 @@ def targets(results: Results, device: str) -> list[dict[str, Any]]:
                 "why": target.why(results) if met is False else "",
             }
         )
-    return rows
+    return [*rows, not_clean(entries)]

@@ -25,7 +25,7 @@ from gpu import build, checks, machine, page
 from gpu import runner as runners
 from gpu.programs import models, split
 from gpu.runner import Check, Job, Runner, Skipped, last_step
-from gpu.targets import targets
+from gpu.targets import CLEAN, SANITIZERS, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -415,6 +415,41 @@ def test_sanitizers_look_at_our_kernels_only(stand_ins: Path, tmp_path: Path, op
         checks.sanitize(job, "racecheck", "few")
 
 
+def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, dry: bool) -> dict[str, list[str]]:
+    """What each check would run, by its name, without the options that tell a dry run from a real one."""
+    found: dict[str, list[str]] = {}
+
+    def keep(self: Job, command: Any, **environment: str) -> str:
+        words = [str(word) for word in command]
+        for option, count in (("--dry-run", 1), ("--library", 2), ("--device", 2), ("--cub", 2)):
+            if option in words:
+                del words[words.index(option) : words.index(option) + count]
+        found[self.check.name] = words
+        return "3 passed"
+
+    monkeypatch.setattr(Job, "run", keep)
+    table = [check for check in checks.CHECKS if check.name not in ("build", "ncu", *SANITIZERS)]
+    runner = Runner(folder / "out", folder / "work", {}, table, budget_s=60, dry=dry)
+    build.emulated(runner).parent.mkdir(parents=True, exist_ok=True)
+    build.emulated(runner).touch()
+    for check in table:
+        runner.run_check(check)
+    assert not runner.named("fail")
+    return found
+
+
+def test_the_dry_run_runs_what_the_real_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dry, real = (commands(tmp_path, monkeypatch, dry) for dry in (True, False))
+    assert real.pop("CuPy and array interface")[-1] == "tests/native/test_cuda.py"
+    assert (dry["smoke"].pop(), real["smoke"].pop()) == ("few", "small")
+    assert dry == real and len(real) == 14
+    folder = ROOT / "scripts" / "gpu" / "programs"
+    modules = {word for words in real.values() for word in words if word.startswith("gpu.programs.")}
+    programs = {module.rpartition(".")[2] for module in modules}
+    parts = {"__init__", "place", "models", "fake_horovod"}
+    assert {file.stem for file in folder.glob("*.py")} == programs | parts  # no program is forgotten
+
+
 NCU_PAGE = """==PROF== Connected to process 12
 >>> 25M, 0.1 %
 ==PROF== Profiling "sample_kernel" - 0: 0%....50%....100% - 9 passes
@@ -554,12 +589,12 @@ def made_up(device: str = "NVIDIA H100 80GB HBM3", results: dict[str, Any] = RES
     }
     return {
         "device": device, "date": "2026-12-01", "torch": "2.11.0+cu130", "commit": None, "dry_run": False, "seconds": 420.0,
-        "checks": [passed, late], "targets": targets(results, device), "results": results,
+        "checks": [passed, late], "targets": targets(results, device, [passed, late]), "results": results,
     }  # fmt: skip
 
 
 def test_targets_from_made_up_results() -> None:
-    rows = targets(RESULTS, "NVIDIA H100 80GB HBM3")
+    rows = targets(RESULTS, "NVIDIA H100 80GB HBM3", [])
     assert [(row["wanted"], row["measured"], row["met"]) for row in rows] == [
         (">= 80", 80.0, True),
         (">= 60", 50.0, False),
@@ -569,6 +604,7 @@ def test_targets_from_made_up_results() -> None:
         ("<= 5", 10.0, False),  # gTop-k, against the mean of the two measurements of plain DDP
         ("<= 5", None, None),
         (">= 99", 99.5, True),
+        ("<= 0", None, None),
     ]
     assert rows[1]["why"] == (
         "of 200 us: pass 130 (its 12 n bytes at a copy's speed: 100.0), finish 60, between kernels 10; "
@@ -579,9 +615,24 @@ def test_targets_from_made_up_results() -> None:
 
 
 def test_other_cards_have_the_percentages_only() -> None:
-    rows = targets(RESULTS, "NVIDIA H200")
-    assert [row["met"] for row in rows] == [True, False, None, None, None, False, None, True]
+    rows = targets(RESULTS, "NVIDIA H200", [])
+    assert [row["met"] for row in rows] == [True, False, None, None, None, False, None, True, None]
     assert rows[2]["measured"] == 80.1
+
+
+def test_all_tests_and_sanitizers_clean_is_a_target() -> None:
+    def told(**seen: str) -> tuple[int | None, bool | None, str]:
+        row = targets({}, "", [{"name": name, "verdict": verdict} for name, verdict in seen.items()])[-1]
+        return row["measured"], row["met"], row["why"]
+
+    assert told(build="fail") == told(memcheck="skip") == (None, None, "")
+    assert told(memcheck="pass", stress="skip") == (0, True, "")
+    assert told(memcheck="pass", stress="timed out", DDP="not run") == (2, False, "stress, DDP")
+    names = {check.name for check in checks.CHECKS}
+    assert (
+        set(CLEAN + SANITIZERS) == {check.name for check in checks.CHECKS if check.beside}
+        and set(CLEAN) < names
+    )
 
 
 def test_every_target_is_measured_by_the_benchmark() -> None:
@@ -639,7 +690,7 @@ def test_publishing(checkout: Path) -> None:
         (checkout / name).read_text() for name in ("README.md", "docs/kernels-cuda.md", "docs/performance.md")
     )
     for text in (readme, kernels, performance):
-        assert "3 of 7 targets met, not passed: stress." in text and "**Never run between two GPUs**" in text
+        assert "3 of 8 targets met, not passed: stress." in text and "**Never run between two GPUs**" in text
         assert "Never run on a GPU" not in text
     assert "](docs/performance.md#on-one-gpu)" in readme and "](performance.md#on-one-gpu)" in kernels
     assert "### NVIDIA H100 80GB HBM3" in performance and "#### Step time: ResNet-50" in performance
