@@ -1,53 +1,120 @@
-"""``python -m commhooks``: small things to run from a shell."""
+"""The command line: ``commhooks info`` and ``commhooks plan``, also as ``python -m commhooks``."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from . import __version__
 from .native import abi
 from .planner import command
+from .transports.launcher import launched
+
+DESCRIPTION = "Cheap gradient communication for data-parallel training: what is usable here, and what to use."
+INFO = "Shows versions, devices, which kernels run, and what was found but cannot be used, with the reason."
+
+_MPI = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+library = " ".join(MPI.Get_library_version().replace(chr(0), "").split())
+print(f"mpi4py {mpi4py.__version__}, {library[:60]}")
+"""
+_HOROVOD = """
+import horovod
+import horovod.torch as hvd
+over = [name for name in ("mpi", "gloo", "nccl") if getattr(hvd, name + "_built")()]
+print(f"{horovod.__version__} over {', '.join(over)}")
+"""
 
 
-def _info(arguments: argparse.Namespace) -> int:
-    """Prints which implementation of the kernels is in use, and where."""
-    lines = {"commhooks": __version__, **abi.describe()}
-    width = max(map(len, lines))
-    for name, text in lines.items():
-        print(f"{name:<{width}}  {text}")
-    return 0
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    """Prints the plan on the first rank."""
-    try:
-        text = command.run(arguments)
-    except (ValueError, ImportError) as error:
-        print(f"python -m commhooks plan: {error}", file=sys.stderr)
-        return 2
-    if text:
-        print(text)
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns its exit status: 0, or 2 for arguments that cannot be served."""
+    arguments = parser().parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; each subcommand sets ``run``, a function of the parsed arguments that returns an exit status."""
-    top = argparse.ArgumentParser(prog="python -m commhooks", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="which kernels are in use, versions and devices")
+    top = argparse.ArgumentParser(prog="commhooks", description=DESCRIPTION)
+    top.add_argument("--version", action="version", version=f"commhooks {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help=INFO, description=INFO)
+    info.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
     info.set_defaults(run=_info)
-    plan = commands.add_parser(
-        "plan", help="which scheme, density and bucket size to use here; run it under mpiexec or torchrun"
-    )
+    plan = commands.add_parser("plan", help=command.DESCRIPTION, description=command.DESCRIPTION)
     command.add_arguments(plan)
     plan.set_defaults(run=_plan)
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status."""
-    arguments = parser().parse_args(argv)
-    status: int = arguments.run(arguments)
-    return status
+def _info(arguments: argparse.Namespace) -> int:
+    """Prints what is usable here; under a launcher the first rank alone does."""
+    started = launched()
+    if started is not None and started.rank > 0:
+        return 0
+    lines = describe()
+    if arguments.json:
+        print(json.dumps(lines, indent=1))
+        return 0
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        print(f"{name:<{width}}  {line}")
+    return 0
+
+
+def describe() -> dict[str, str]:
+    """What ``info`` shows, by name."""
+    started = launched()
+    ranks = "none" if started is None else f"{started.launcher}, {started.world_size} ranks"
+    return {
+        "commhooks": f"{__version__}, {Path(__file__).parent}",
+        **abi.describe(),
+        "gpu": _gpu(),
+        "mpi": _found_by(_MPI, "mpi4py", "pip install mpi4py mpich"),
+        "horovod": _found_by(_HOROVOD, "horovod", "scripts/install_horovod"),
+        "launcher": ranks,
+    }
+
+
+def _gpu() -> str:
+    """The devices that torch sees, or why it sees none."""
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    if torch.version.cuda is None:
+        return f"none: torch {torch.__version__} is built without CUDA"
+    return f"none: torch is built for CUDA {torch.version.cuda} and finds no usable device or driver"
+
+
+def _found_by(program: str, package: str, install: str) -> str:
+    """What a program prints in a process of its own, or why it failed: a package built for another torch may crash."""
+    command_line = [sys.executable, "-c", program]
+    try:
+        done = subprocess.run(command_line, capture_output=True, text=True, errors="replace", timeout=60)
+    except subprocess.TimeoutExpired:
+        return f"unusable: importing {package} takes more than 60 s"
+    if done.returncode == 0:
+        return done.stdout.strip()
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    if last.startswith("ModuleNotFoundError"):
+        return f"not installed ({install})"
+    return f"unusable: {last}"
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Prints the plan on the first rank."""
+    try:
+        found = command.run(arguments)
+    except (ValueError, ImportError) as error:
+        print(f"commhooks plan: {error}", file=sys.stderr)
+        return 2
+    if found is not None:
+        print(json.dumps(command.as_dict(*found), indent=1) if arguments.json else command.text(*found))
+    return 0

@@ -1,4 +1,36 @@
-"""The exceptions commhooks raises at run time (bad arguments raise ``ValueError`` or ``TypeError``)."""
+"""The exceptions commhooks raises at run time, and refusals of bad arguments that say what to write.
+
+Bad arguments raise ``ValueError`` or ``TypeError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MEMORY = ("momentum", "factor_masking", "rescale_with_lr", "clip_norm")
+_SPELLINGS: dict[str, str] = {
+    **{name: f"memory=ErrorFeedback({name}={{value!r}})" for name in _MEMORY},
+    "factor_masking": "memory=ErrorFeedback(momentum=0.9, factor_masking={value!r})",
+    "error_feedback": "memory=ErrorFeedback(), or memory=NoMemory() to send without it",
+    "ratio": "density={value!r}",
+    "compress_ratio": "density={value!r}",
+    "sparsity": "density=0.01, the share of a gradient that is sent",
+    "k": "density=0.01, the share of a gradient that is sent",
+    "warmup_steps": "density=ExponentialWarmup(0.01, warmup_steps={value!r})",
+    "timeout": "timeout_s={value!r}",
+    "group": "process_group={value}",
+    "backend": "transport={value!r}",
+    "clip": "memory=ErrorFeedback(clip_norm={value!r})",
+    "beta": "momentum={value!r}",
+}
+"""What people write, and what this library calls it. A row is used where the call has the argument that it begins with."""
 
 
 class CommHooksError(RuntimeError):
@@ -23,3 +55,69 @@ class NonFiniteGradientError(CommHooksError):
 
 class StepOrderError(CommHooksError):
     """Backward, ``zero_grad``, ``no_sync`` and ``step`` come in an order in which gradients would count twice or not at all."""
+
+
+def says_what_to_write(function: F) -> F:
+    """Makes a call with an unknown keyword argument a ``TypeError`` that names it, its value and what to write.
+
+    Options that the function collects by ``**options`` are those of its class's constructor. They are looked at before the
+    function runs.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        known = _keywords(function, arguments) if options else None
+        unknown = [] if known is None else [name for name in options if name not in known]
+        if known is not None and unknown:
+            raise TypeError(_refusal(function, unknown[0], options[unknown[0]], known))
+        return function(*arguments, **options)
+
+    return call  # type: ignore[return-value]
+
+
+def _keywords(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[str] | None:
+    """Names of the arguments that may be given by keyword; None: any may."""
+    names, collects = _parameters(function)
+    if not collects:
+        return names
+    if not arguments or not isinstance(arguments[0], type):
+        return None
+    more, collects = _parameters(arguments[0].__init__, with_default=True)  # type: ignore[misc]
+    return None if collects else names + more
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any], with_default: bool = False) -> tuple[list[str], bool]:
+    """Names that may be given by keyword (of those with a default alone, if so asked), and whether ``**options`` follow."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in ("self", "cls")
+        and not (with_default and p.default is p.empty)
+    ]
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _refusal(function: Callable[..., Any], name: str, value: Any, known: Sequence[str]) -> str:
+    call = function.__qualname__.removesuffix(".__init__") + "()"
+    spelling = _SPELLINGS.get(name, "")
+    if spelling.split("=")[0] in known:
+        return f"{call} has no argument {name!r}: write {spelling.format(value=value)}"
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"{call} has no argument {name!r}: did you mean {near[0]}={value!r}?"
+    return f"{call} has no argument {name!r} (got {value!r}); it has {', '.join(known)}"
+
+
+def environment_choice(name: str, choices: Sequence[str], default: str) -> str:
+    """The value of an environment variable, ``default`` where it is unset or empty.
+
+    Raises:
+        ValueError: it is none of ``choices``; the message names the variable and its value.
+    """
+    value = os.environ.get(name, "") or default
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value

@@ -32,6 +32,7 @@ MOVED = {
     "hooks": "ddp.hook",
     "horovod.compressor": "horovod.pending",
     "horovod.engine": "horovod.gradient_sync",
+    "planner.auto": "planner.job",
     "planner.choice": "planner.plan",
     "planner.device": "planner.kernel_timing",
     "redistribute": "memory.resharding",

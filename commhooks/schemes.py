@@ -131,6 +131,19 @@ def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
     return memory
 
 
+def dense_memory(memory: Memory | None) -> Memory:
+    """The memory that a dense exchange needs of ``memory``: itself where it does more than keep what was not sent.
+
+    Momentum and clipping act on dense gradients too: momentum in the memory stands for the optimizer's, which is 0 then,
+    so dropping it would train by another rule. A memory of the user's own class is kept. Any other becomes ``NoMemory()``.
+    """
+    if memory is None or memory is UNSET:
+        return NoMemory()
+    if type(memory) is ErrorFeedback and memory.momentum == 0.0 and memory.clip_norm is None:
+        return NoMemory()
+    return memory
+
+
 def check_scheme(selector: Selector | None, aggregator: Aggregator) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless they are what they should be and fit."""
     if not isinstance(aggregator, Aggregator):

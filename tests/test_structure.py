@@ -25,8 +25,9 @@ LEVELS = [
     {"exchange"},
     {"schemes"},
     {"reduction"},
+    {"planner"},
     {"ddp"},
-    {"horovod", "averaging", "planner", "interop"},
+    {"horovod", "averaging", "interop"},
     {"cli"},
     {"__main__"},
 ]

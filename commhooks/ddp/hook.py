@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 
-from .state import SparseState, warn_of_double_momentum
+from .optimizers import check_optimizer
+from .state import SparseState
+from .wrapped import plain_name, require_ddp
 
 
 def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Future[torch.Tensor]:
@@ -35,7 +36,7 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
             "torch._dynamo.config.optimize_ddp = 'ddp_optimizer' or compile the module inside DDP instead); "
             "FSDP shards gradients before its hooks and is not supported"
         )
-    if _left_to_ddp(state):
+    if state.left_to_ddp:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         averaged: Future[torch.Tensor] = allreduce_hook(state.process_group, bucket)
@@ -43,46 +44,36 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
     return state.submit(bucket.buffer(), bucket.index(), tuple(bucket.parameters()), bucket.is_last())
 
 
-def _left_to_ddp(state: SparseState) -> bool:
-    """Whether ``SparseState.auto`` decided not to compress: then DDP's own all-reduce is faster than ours by a thread.
-
-    NaN and Inf stay in the sum there, so only the policy "propagate" can be left to it; ``stats`` counts nothing.
-    """
-    plain = state.plan is not None and not state.reducer.remembers and state.reducer.nonfinite == "propagate"
-    return plain and state.reducer.connection.requested == "distributed" and not state._passthrough
-
-
-def register(
-    model: DistributedDataParallel, state: SparseState, optimizer: torch.optim.Optimizer | None = None
-) -> SparseState:
-    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective
-    call.
+def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | None = None) -> SparseState:
+    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective call.
 
     Args:
-        model: the wrapped model.
+        model: the DDP model; also what Lightning Fabric's ``setup`` or ``torch.compile`` made of one.
         state: a state of its own.
-        optimizer: looked at only to warn of a second momentum.
+        optimizer: looked at only to refuse or warn of what does not train.
 
     Returns:
         ``state``.
 
+    Warns:
+        UserWarning: momentum in two places, random-k with momentum, or L-BFGS.
+
     Raises:
-        TypeError: ``model`` is not DDP's wrapper.
-        ValueError: the state belongs to another model, or its transport connects other ranks than DDP's
-            group.
+        TypeError: there is no DDP model in ``model``; the message says what to pass.
+        ValueError: the state belongs to another model, its transport connects other ranks than DDP's group, or its memory has
+            momentum under an optimizer with a second moment (Adam and its like).
     """
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
+    ddp = require_ddp(model)
     if not isinstance(state, SparseState):
         raise TypeError(f"state must be a SparseState, got {type(state).__name__}")
-    state.attach(model)
-    memory = state.reducer.memory
-    warn_of_double_momentum(memory, optimizer or getattr(memory, "optimizer", None))
-    state.set_names(model.module.named_parameters())
-    state.process_group = model.process_group
-    state.open(next(model.parameters()).device.type)
-    if not _left_to_ddp(state):  # without any hook DDP averages in C++
-        model.register_comm_hook(state, sparse_hook)
+    reducer = state.reducer
+    check_optimizer(reducer.memory, reducer.selector, optimizer or getattr(reducer.memory, "optimizer", None))
+    state.attach(ddp)
+    state.set_names((plain_name(name), p) for name, p in ddp.module.named_parameters())
+    state.process_group = ddp.process_group
+    state.open(next(ddp.parameters()).device.type)
+    if not state.ddp_allreduce:  # without any hook DDP averages in C++
+        ddp.register_comm_hook(state, sparse_hook)
     # Out of backward an error reaches the user as RuntimeError; the next forward raises it with its own type.
-    model.register_forward_pre_hook(lambda module, arguments: state.raise_error())
+    ddp.register_forward_pre_hook(lambda module, arguments: state.raise_error())
     return state

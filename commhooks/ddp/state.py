@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,17 +13,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from ..errors import says_what_to_write
 from ..exchange import Aggregator
 from ..gradient.bucket import Bucket
 from ..gradient.side_stream import stream_after
 from ..memory import Memory
+from ..memory.no_memory import NoMemory
+from ..planner import BUCKET_MB, DENSITIES, PROBE_TIMEOUT_S, SAFE, Job, Plan, plan_for, sizes_of
 from ..reduction.reducer import Reducer
-from ..schemes import UNSET, chosen_memory, make_parts
+from ..schemes import UNSET, chosen_memory, dense_memory, make_parts
 from ..selection.density import DensitySchedule
 from ..selection.selectors import Selector
 from ..transports import DEFAULT_TIMEOUT_S, Transport
 from .comm_thread import CommThread
+from .optimizers import check_optimizer, is_plain_sgd
 from .step_watch import StepWatch
+from .wrapped import find_ddp
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +52,22 @@ class SparseState:
         timeout_s: seconds until a missing rank is an error.
         process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives
             DDP's.
+        ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by this state's
+            thread. Nothing is counted then. Only with ``Dense("distributed")``, no memory and ``"propagate"``.
 
     Attributes:
         error: what made the state fail, or None. A failed state raises it again at every later step.
         plan: what :meth:`auto` decided, or None.
         watch: sees whether the averages are used, zeroed or accumulated.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind or value, or ``ddp_allreduce`` beside what DDP cannot do.
     """
 
     _owner: weakref.ref[Any] | None
     error: BaseException | None
 
+    @says_what_to_write
     def __init__(
         self,
         selector: Selector | None,
@@ -71,6 +80,7 @@ class SparseState:
         delta_every: int = 0,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         process_group: Any = None,
+        ddp_allreduce: bool = False,
     ) -> None:
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
             raise TypeError(f"grad_scaler must be a GradScaler, got {type(grad_scaler).__name__}")
@@ -83,15 +93,23 @@ class SparseState:
             delta_every=delta_every,
             timeout_s=timeout_s,
         )
-        if aggregator.requested == "mpi":
+        if self.reducer.connection.requested == "mpi":
             from ..transports.mpi import load_mpi
 
             load_mpi()  # MPI_Init belongs to the main thread, the first bucket comes on another
         self.grad_scaler, self.process_group = grad_scaler, process_group
-        self.plan: Any = None
+        self.ddp_allreduce = bool(ddp_allreduce)
+        if ddp_allreduce and not self._ddp_can():
+            raise ValueError(
+                "ddp_allreduce=True leaves the average to DDP, which can only sum what it is given over its own group: "
+                f'it goes with Dense("distributed"), NoMemory() and nonfinite="propagate", got {self.reducer.settings()}, '
+                f"transport {self.reducer.connection.requested!r}"
+            )
+        self.plan: Plan | None = None
         self._reset_runtime()
 
     @classmethod
+    @says_what_to_write
     def topk(
         cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
     ) -> SparseState:
@@ -99,6 +117,7 @@ class SparseState:
         return cls._of("topk", density, transport, **options)
 
     @classmethod
+    @says_what_to_write
     def gtopk(
         cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
     ) -> SparseState:
@@ -106,6 +125,7 @@ class SparseState:
         return cls._of("gtopk", density, transport, **options)
 
     @classmethod
+    @says_what_to_write
     def randomk(
         cls,
         density: float | DensitySchedule,
@@ -118,6 +138,7 @@ class SparseState:
         return cls._of("randomk", density, transport, seed, **options)
 
     @classmethod
+    @says_what_to_write
     def dense(cls, transport: str | Transport = "distributed", **options: Any) -> SparseState:
         """Everything, by all-reduce in float32: the baseline on the same transport."""
         return cls._of("dense", None, transport, **options)
@@ -137,22 +158,61 @@ class SparseState:
         return cls(selector, aggregator, memory, **options)
 
     @classmethod
-    def auto(cls, model: Any, transport: str | Transport = "distributed", **options: Any) -> Any:
-        """Probes network and device and takes what the cost model says; a collective call.
+    @says_what_to_write
+    def auto(
+        cls,
+        model: torch.nn.Module | int,
+        transport: str | Transport = "distributed",
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        densities: Sequence[float] = DENSITIES,
+        backward_s: float = 0.0,
+        device: torch.device | str | None = None,
+        probe_timeout_s: float = PROBE_TIMEOUT_S,
+        **options: Any,
+    ) -> SparseState:
+        """Measures network and device and takes what the cost model says; a collective call.
 
-        All ranks decide alike and rank 0 logs the plan. Buckets for which sparse exchange would be slower go dense.
+        All ranks decide alike. The choice is one line on rank 0's stderr, and :attr:`plan`. What is too close to call is
+        dense. Buckets for which the sparse exchange would be slower go dense.
 
         Args:
-            model: the module (a wrapped one's bucket cap is kept), or its number of parameters.
+            model: the module, or its number of parameters. The plan for a DDP model keeps the bucket cap that it has and
+                measures over its process group.
             transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
-            options: ``densities``, ``backward_s``, ``device`` and ``probe_timeout_s`` for the plan
-                (:mod:`commhooks.planner.auto`); the rest is this class's. Of a ``memory`` a dense plan keeps momentum and clipping.
+            optimizer: the job's. Random-k, which diverges with momentum, may be taken only for an SGD without it.
+            densities: k/n that may be taken.
+            backward_s: seconds of one backward, which hides communication; the slowest rank's counts. 0: unknown.
+            device: where gradients live; default: the model's, the CPU for a number.
+            probe_timeout_s: seconds until a rank that is missing at the measurement is an error.
+            options: of this class. Of a ``memory`` a dense plan keeps momentum and clipping.
 
         Returns:
             A state whose attribute ``plan`` tells what was chosen and why, with the ``bucket_cap_mb`` to give DDP.
+
+        Raises:
+            ValueError: ``model`` has no parameters, a density or a time is out of range, or the memory has momentum under an
+                optimizer with a second moment.
         """
-        # By name: the planner is built on this module, not the other way round.
-        return import_module("commhooks.planner.auto").auto(cls, model, transport, **options)
+        caps: tuple[float, ...] = BUCKET_MB
+        ddp, memory = find_ddp(model), options.get("memory")
+        if ddp is not None:
+            caps = (ddp.bucket_bytes_cap / (1 << 20),)
+            options.setdefault("process_group", ddp.process_group)
+        if device is None:
+            device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
+        check_optimizer(memory, None, optimizer)
+        schemes = (*SAFE, "randomk") if is_plain_sgd(optimizer, memory) else SAFE
+        job = Job(*sizes_of(model), backward_s, tuple(densities), schemes, caps)
+        group = options.get("process_group")
+        plan = plan_for(transport, job, device=device, timeout_s=probe_timeout_s, process_group=group)
+        if plan.scheme == "dense":
+            state = cls._of("dense", None, transport, **{**options, "memory": dense_memory(memory)})
+            state.ddp_allreduce = state._ddp_can()
+        else:
+            state = cls._of(plan.scheme, plan.density, transport, **{"dense_crossover": plan, **options})
+        state.plan = plan
+        return state
 
     def submit(
         self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool
@@ -258,8 +318,15 @@ class SparseState:
             raise self.error
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the last step: bytes sent and received, ratio, residual norm, delta, seconds."""
-        return self.reducer.stats()
+        """Figures of the last step: bytes sent and received, ratio, residual norm, delta, seconds.
+
+        ``"averaged_by"`` is ``"commhooks"``, or ``"ddp"`` where DDP's own all-reduce averages. That counts nothing: all
+        other figures are None then.
+        """
+        figures = self.reducer.stats()
+        if self.ddp_allreduce:
+            return {"averaged_by": "ddp", **dict.fromkeys(figures)}
+        return {"averaged_by": "commhooks", **figures}
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals and velocities by parameter name; save one per rank.
@@ -289,6 +356,27 @@ class SparseState:
         """Joins the worker and closes the transport; call it on all ranks. The memory stays."""
         self._thread.close()
         self.reducer.connection.close()
+
+    def __repr__(self) -> str:
+        reducer, connection = self.reducer, self.reducer.connection
+        over = f"transport {connection.requested!r}"
+        if connection.is_open:
+            over += f", rank {connection.transport.rank} of {connection.transport.world_size}"
+        parts = f"{reducer.selector!r}, {reducer.aggregator!r}, {reducer.memory.describe()}"
+        by_ddp = ", averaged by DDP's own all-reduce" if self.ddp_allreduce else ""
+        failed = "" if self.error is None else f", failed: {type(self.error).__name__}: {self.error}"
+        return f"{type(self).__name__}({parts}; {over}, step {reducer.step}{by_ddp}{failed})"
+
+    @property
+    def left_to_ddp(self) -> bool:
+        """Whether DDP's own all-reduce averages now: ``ddp_allreduce``, but not within :meth:`passthrough`."""
+        return self.ddp_allreduce and not self._passthrough
+
+    def _ddp_can(self) -> bool:
+        """Whether DDP's all-reduce does all that is asked of this state. NaN and Inf stay in its sum."""
+        reducer = self.reducer
+        plain = reducer.selector is None and isinstance(reducer.memory, NoMemory)
+        return plain and reducer.nonfinite == "propagate" and reducer.connection.requested == "distributed"
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}
@@ -365,17 +453,3 @@ _RUNTIME = (
     "grad_scaler",
     "error",
 )
-
-
-def warn_of_double_momentum(memory: Memory, optimizer: torch.optim.Optimizer | None) -> None:
-    """Warns when the optimizer has a momentum beside the memory's."""
-    ours = float(getattr(memory, "momentum", 0.0))
-    if optimizer is None or ours == 0.0:
-        return
-    theirs = max((float(g.get("momentum", 0.0)) for g in optimizer.param_groups), default=0.0)
-    if theirs > 0.0:
-        warnings.warn(
-            f"the optimizer's momentum {theirs:g} and ErrorFeedback's {ours:g} both act: "
-            "momentum belongs to one place, set the optimizer's to 0",
-            stacklevel=3,
-        )

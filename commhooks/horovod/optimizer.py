@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ddp.state import SparseState, warn_of_double_momentum
+from ..ddp.optimizers import check_optimizer
+from ..ddp.state import SparseState
 from ..memory import ErrorFeedback
 from .api import check_process_set, horovod, require_version
 from .buckets import partition
@@ -158,7 +159,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     process_set = check_process_set(process_set)
     names = _names(optimizer, named_parameters)
     memory = state.reducer.memory
-    warn_of_double_momentum(memory, optimizer)
+    check_optimizer(memory, state.reducer.selector, optimizer)
     wrapped = _wrap(optimizer)
     if isinstance(memory, ErrorFeedback) and memory.optimizer is optimizer:
         memory.optimizer = wrapped

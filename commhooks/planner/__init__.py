@@ -1,7 +1,24 @@
 """Planner: a cost model, a probe of network and device, and the choice of scheme, density and bucket size."""
 
 from .cost_model import Costs, exchange_s, step_s
-from .plan import Plan, choose
+from .job import PROBE_TIMEOUT_S, measured_plan, plan_for, sizes_of
+from .plan import BUCKET_MB, DENSITIES, SAFE, Job, Plan, choose, settle
 from .probe import probe
 
-__all__ = ["Costs", "Plan", "choose", "exchange_s", "probe", "step_s"]
+__all__ = [
+    "BUCKET_MB",
+    "DENSITIES",
+    "PROBE_TIMEOUT_S",
+    "SAFE",
+    "Costs",
+    "Job",
+    "Plan",
+    "choose",
+    "exchange_s",
+    "measured_plan",
+    "plan_for",
+    "probe",
+    "settle",
+    "sizes_of",
+    "step_s",
+]

@@ -1,98 +1,143 @@
-"""``python -m commhooks plan``: the plan as text."""
+"""``commhooks plan``: its options, and the plan as text or JSON."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..transports import Transport, in_process, make
-from .auto import sizes_of
-from .cost_model import Costs
-from .plan import DENSITIES, Plan, check_request, choose
-from .probe import probe, slowest
+from ..transports import Transport, make
+from ..transports.launcher import launched
+from .job import measured_plan, sizes_of
+from .plan import CANDIDATES, DENSITIES, SAFE, Job, Plan
 
 MAX_NUMEL = 10**13
-_MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+DESCRIPTION = (
+    "Measures the network between the ranks and the speed of this device, in a few seconds, and says which scheme, density "
+    "and bucket size to use, or not to compress. Run it under the launcher of your training, with as many ranks."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``plan``."""
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--numel", type=float, metavar="N", help="number of parameters, such as 25.5e6")
+    size.add_argument("--numel", type=float, metavar="N", help="Number of parameters, such as 25.5e6.")
     size.add_argument(
-        "--model", metavar="MODULE:CALL", help="such as torchvision.models:resnet50; called without arguments"
+        "--model",
+        metavar="MODULE:CALL",
+        help="A model, such as torchvision.models:resnet50. The call is made without arguments.",
     )
-    parser.add_argument("--transport", choices=("distributed", "mpi"), help="default: what started the ranks")
-    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES), metavar="D")
     parser.add_argument(
-        "--backward-ms", type=float, default=0.0, help="one backward, which hides communication"
+        "--transport",
+        choices=("distributed", "mpi"),
+        help="How messages travel. Default: distributed under torchrun, mpi under mpiexec.",
     )
-    parser.add_argument("--device", default="cpu", help="where gradients live: cpu or cuda")
+    parser.add_argument(
+        "--densities",
+        type=float,
+        nargs="+",
+        default=list(DENSITIES),
+        metavar="D",
+        help=f"Shares of a gradient that may be sent. Default: {' '.join(map(str, DENSITIES))}.",
+    )
+    parser.add_argument(
+        "--backward-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="Time of one backward, which hides communication. Default: 0, unknown: nothing is hidden.",
+    )
+    parser.add_argument("--device", default="cpu", help="Where gradients live: cpu or cuda. Default: cpu.")
+    parser.add_argument(
+        "--plain-sgd",
+        action="store_true",
+        help="The optimizer is SGD without any momentum. Random-k is considered then; with momentum it diverges.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
 
-def run(arguments: argparse.Namespace) -> str:
-    """Probes and decides; the text to print, empty on all ranks but the first.
+def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
+    """Measures and decides: the plan and the transport's name; None on all ranks but the first.
 
     Raises:
-        ValueError: an argument out of range, or one that names nothing.
+        ValueError: an argument out of range or one that names nothing, or a single rank.
         ImportError: ``--transport mpi`` without mpi4py.
     """
     numel, largest = sizes_of(_model(arguments.model)) if arguments.model else (_numel(arguments.numel), 0)
     device = _device(arguments.device)
-    check_request(numel, arguments.densities, arguments.backward_ms)
-    with _transport(arguments.transport, device) as transport:
-        costs = probe(transport, numel, device)
-        backward_s = slowest(transport, [arguments.backward_ms * 1e-3])[0]
-        rank, world_size, name = transport.rank, transport.world_size, transport.name
-    plan = choose(
-        costs,
+    job = Job(
         numel,
-        world_size,
-        backward_s=backward_s,
-        densities=arguments.densities,
-        largest_numel=largest,
+        largest,
+        arguments.backward_ms * 1e-3,
+        tuple(arguments.densities),
+        schemes=CANDIDATES if arguments.plain_sgd else SAFE,
     )
-    return "" if rank else text(plan, numel, name)
+    with _transport(arguments.transport, device) as transport:
+        if transport.world_size == 1:
+            raise ValueError(_one_rank())
+        plan, rank, name = measured_plan(transport, job, device), transport.rank, transport.name
+    return None if rank else (plan, name)
 
 
-def text(plan: Plan, numel: int, transport: str) -> str:
-    """The plan for a terminal, probed over the transport of that name."""
-    over = f" over {transport}" if plan.world_size > 1 else ""
+def text(plan: Plan, transport: str) -> str:
+    """The plan for a terminal, measured over the transport of that name."""
     lines = [
-        f"{numel:,} parameters, {plan.world_size} ranks{over}",
-        _costs_text(plan.costs),
+        f"{plan.job.numel:,} parameters, {plan.world_size} ranks over {transport}",
+        plan.table(),
         "",
-        f"{'scheme':<10}{'density':>9}{'bucket MB':>11}{'added to a step':>17}",
+        f"use {plan.summary()}: {plan.reason}",
     ]
-    lines += [
-        f"{p.scheme:<10}{p.density:>9g}{p.bucket_mb:>11g}{p.step_s * 1e3:>14.3g} ms" for p in plan.predictions
-    ]
-    return "\n".join([*lines, "", f"use {plan.summary()}: {plan.reason}", *_example(plan, transport)])
+    if plan.scheme != "dense":
+        call = f'SparseState.{plan.scheme}({plan.density:g}, transport="{transport}")'
+        lines.append(f"  model = DistributedDataParallel(model, bucket_cap_mb={plan.bucket_mb:g})")
+        lines.append(f"  register(model, {call})")
+    faster = plan.faster_if_allowed()
+    if faster is not None:
+        how = "--plain-sgd" if faster.scheme == "randomk" else f"--densities {faster.density:g}"
+        why = (
+            "it diverges with momentum"
+            if faster.scheme == "randomk"
+            else "it learns worse without a density warm-up"
+        )
+        lines.append(
+            f"{faster.scheme} at density {faster.density:g} would be faster, and is not taken unasked: {why} ({how})"
+        )
+    return "\n".join(lines)
 
 
-def _costs_text(costs: Costs) -> str:
-    bandwidth = f"{8e-6 / costs.byte_s:,.0f} Mbit/s" if costs.byte_s else "no limit seen"
-    return (
-        f"message {costs.message_s * 1e6:.0f} us, bandwidth {bandwidth}, selection {costs.select_s * 1e9:.2f} ns "
-        f"and write-back {costs.write_s * 1e9:.2f} ns per element, merge {costs.merge_s * 1e9:.1f} ns per pair"
+def as_dict(plan: Plan, transport: str) -> dict[str, Any]:
+    """The plan as plain values; times in seconds."""
+    return {
+        "scheme": plan.scheme,
+        "density": plan.density,
+        "bucket_cap_mb": plan.bucket_mb,
+        "reason": plan.reason,
+        "numel": plan.job.numel,
+        "world_size": plan.world_size,
+        "transport": transport,
+        "predictions": [asdict(p) for p in plan.predictions],
+        "costs": asdict(plan.costs),
+    }
+
+
+def _one_rank() -> str:
+    """There is nothing to measure between ranks: the lines that start some, with the options of this call."""
+    options = " ".join(
+        sys.argv[sys.argv.index("plan") + 1 :] if "plan" in sys.argv else ["--numel", "25.5e6"]
     )
-
-
-def _example(plan: Plan, transport: str) -> list[str]:
-    if plan.scheme == "dense":
-        return []
-    call = f'SparseState.{plan.scheme}({plan.density:g}, transport="{transport}")'
-    return [
-        f"  model = DistributedDataParallel(model, bucket_cap_mb={plan.bucket_mb:g})",
-        f"  register(model, {call})",
-    ]
+    return (
+        "one rank sends nothing, so there is nothing to plan. Start as many ranks as the training has:\n"
+        f"  torchrun --nproc-per-node 4 -m commhooks plan {options}\n"
+        f"  mpiexec -n 4 python -m mpi4py -m commhooks plan {options}"
+    )
 
 
 def _numel(number: float) -> int:
@@ -129,13 +174,15 @@ def _model(name: str) -> torch.nn.Module:
 
 @contextmanager
 def _transport(name: str | None, device: torch.device) -> Iterator[Transport]:
-    """A transport over the ranks that mpiexec or torchrun started; one rank where neither did."""
+    """A transport over the ranks that a launcher started.
+
+    Raises:
+        ValueError: no launcher started this process.
+    """
+    if launched() is None and name != "mpi":
+        raise ValueError(_one_rank())
     if name is None:
-        mpi = any(variable in os.environ for variable in _MPI_RANKS)
-        name = "distributed" if "WORLD_SIZE" in os.environ else "mpi" if mpi else None
-    if name is None:
-        yield in_process.group(1)[0]
-        return
+        name = "distributed" if "WORLD_SIZE" in os.environ else "mpi"
     started: Any = name == "distributed" and not dist.is_initialized()
     if started:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

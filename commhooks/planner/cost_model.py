@@ -51,6 +51,14 @@ class Costs:
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{field.name} must be finite and at least 0, got {value!r}")
 
+    def summary(self) -> str:
+        """The costs of network and device in one line, for people."""
+        bandwidth = f"{8e-6 / self.byte_s:,.0f} Mbit/s" if self.byte_s else "no limit seen"
+        return (
+            f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, selection {self.select_s * 1e9:.2f} ns and "
+            f"write-back {self.write_s * 1e9:.2f} ns per element, merge {self.merge_s * 1e9:.1f} ns per pair"
+        )
+
     def total(self, terms: Mapping[str, float]) -> float:
         """Factors times costs."""
         return sum(float(getattr(self, name)) * factor for name, factor in terms.items())

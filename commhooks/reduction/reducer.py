@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteGradientError
+from ..errors import NonFiniteGradientError, says_what_to_write
 from ..exchange import Aggregated, Aggregator
 from ..exchange.agreement import check_agreement
 from ..exchange.dense import dense_wire_bytes
@@ -68,6 +68,7 @@ class Reducer:
         ValueError: an unknown policy, or a selector that does not fit the aggregator.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         selector: Selector | None,

@@ -9,10 +9,10 @@ from launch import mpiexec, spawn_gloo, why_no_mpi
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import ErrorFeedback, NoMemory, NonFiniteGradientError, SparseState, register
-from commhooks.planner import Costs, Plan, choose
-from commhooks.planner.auto import PROBE_TIMEOUT_S, dense_memory, make_plan, sizes_of
+from commhooks.planner import PROBE_TIMEOUT_S, Costs, Job, Plan, choose, plan_for, sizes_of
 from commhooks.planner.plan import DEFAULT_BUCKET_MB
 from commhooks.reduction.reducer import Reducer
+from commhooks.schemes import dense_memory
 from commhooks.transports import in_process
 
 
@@ -35,7 +35,7 @@ def _train(rank, size):
     handler.emit = records.append
     logging.getLogger("commhooks.planner").addHandler(handler)
     logging.getLogger("commhooks.planner").setLevel(logging.INFO)
-    import commhooks.planner.auto as module
+    import commhooks.planner.job as module
 
     results = {}
     for name, costs in (("probed", None), ("slow", SLOW), ("fast", FAST)):
@@ -102,7 +102,7 @@ def _with_memory(transport, memory):
 
 def test_a_memory_is_for_either_kind_of_plan(monkeypatch):
     """Momentum is the only one there is, and clipping was asked for: a dense plan keeps both, and drops what has no use."""
-    import commhooks.planner.auto as module
+    import commhooks.planner.job as module
 
     memories = {
         "none": NoMemory,
@@ -129,14 +129,14 @@ def test_a_memory_of_ones_own_is_kept():
         pass
 
     own = Own()
-    assert dense_memory(own) is own and dense_memory(ErrorFeedback()) is None
+    assert dense_memory(own) is own and type(dense_memory(ErrorFeedback())) is NoMemory
     masking = ErrorFeedback(0.9, factor_masking=True)
     assert dense_memory(masking) is masking
 
 
 def _wrapped(rank, size):
     """A model of a small and a large bucket under a plan in which a sparse bucket costs 10 ms and a byte 1 us."""
-    import commhooks.planner.auto as module
+    import commhooks.planner.job as module
 
     timeouts = []
 
@@ -169,15 +169,13 @@ def test_a_wrapped_models_plan_is_for_its_own_buckets_and_sends_small_ones_dense
 
 
 def test_the_slowest_backward_counts(monkeypatch):
-    import commhooks.planner.auto as module
+    import commhooks.planner.job as module
 
     seen = []
     monkeypatch.setattr(module, "probe", lambda transport, numel, device: SLOW)
-    monkeypatch.setattr(
-        module, "choose", lambda *a, backward_s, **o: seen.append(backward_s) or choose(*a, **o)
-    )
-    in_process.run(3, lambda t: make_plan(t, 10**6, backward_s=0.01 * t.rank))
-    assert seen == [0.02] * 3
+    monkeypatch.setattr(module, "choose", lambda c, job, p: seen.append(job.backward_s) or choose(c, job, p))
+    in_process.run(3, lambda t: plan_for(t, Job(10**6, backward_s=0.01 * t.rank)))
+    assert seen == [0.02] * (3 * module.ROUNDS)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +252,6 @@ def test_a_rule_of_ones_own_for_dense_buckets():
 def test_the_plan_is_a_rule_that_can_be_pickled():
     import pickle
 
-    plan = choose(Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4), 10**6, 4)
+    plan = choose(Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4), Job(10**6), 4)
     copy = pickle.loads(pickle.dumps(plan))
     assert isinstance(copy, Plan) and copy == plan

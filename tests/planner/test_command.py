@@ -1,17 +1,27 @@
-"""The `plan` command: what it prints, under each launcher, and what it refuses."""
+"""The commands: what `plan` and `info` print, alone and under each launcher, and what they refuse."""
 
+import contextlib
+import json
 import sys
 
 import pytest
 import torch
-from launch import mpiexec, run, torchrun, why_no_mpi
+from launch import ROOT, mpiexec, run, torchrun, why_no_horovod, why_no_mpi
 
+import commhooks
+from commhooks import cli
 from commhooks.cli import main
+from commhooks.planner import Job, command, measured_plan
+from commhooks.transports import in_process
 
 
-def test_plan_alone():
-    alone = run([sys.executable, "-m", "commhooks", "plan", "--numel", "1e5"], timeout=60)
-    assert "do not compress" in alone.stdout and "100,000 parameters, 1 ranks\n" in alone.stdout
+def test_one_rank_is_told_how_to_start_more():
+    arguments = ["plan", "--numel", "1e5", "--densities", "0.1"]
+    alone = run([sys.executable, "-m", "commhooks", *arguments], timeout=60, check=False)
+    assert alone.returncode == 2 and alone.stdout == ""
+    assert "one rank sends nothing" in alone.stderr
+    assert "\n  torchrun --nproc-per-node 4 -m commhooks plan --numel 1e5 --densities 0.1\n" in alone.stderr
+    assert "\n  mpiexec -n 4 python -m mpi4py -m commhooks plan --numel 1e5 --densities 0.1\n" in alone.stderr
 
 
 class Broken(torch.nn.Module):
@@ -46,12 +56,10 @@ def test_a_bad_argument_is_one_line_and_status_two(arguments, words, capsys, mon
     def probed(*arguments):
         raise AssertionError("probed for nothing")
 
-    monkeypatch.setattr("commhooks.planner.command.probe", probed)
+    monkeypatch.setattr("commhooks.planner.job.probe", probed)
     assert main(["plan", *arguments.split()]) == 2
     out, err = capsys.readouterr()
-    assert (
-        out == "" and words in err and err.count("\n") == 1 and err.startswith("python -m commhooks plan: ")
-    )
+    assert out == "" and words in err and err.count("\n") == 1 and err.startswith("commhooks plan: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -60,19 +68,33 @@ def test_no_cuda(capsys):
     assert "torch sees 0 CUDA devices" in capsys.readouterr().err
 
 
-def test_the_largest_model_is_planned_for_at_once(capsys):
-    assert main(["plan", "--numel", "1e13"]) == 0
-    assert "10,000,000,000,000 parameters" in capsys.readouterr().out
+def test_the_largest_model_is_planned_for_at_once():
+    plans = in_process.run(2, lambda transport: measured_plan(transport, Job(command.MAX_NUMEL)))
+    assert repr(plans[0]) == repr(plans[1]) and "10,000,000,000,000 parameters" in str(plans[0])
+
+
+def test_random_k_is_considered_where_momentum_is_ruled_out(monkeypatch):
+    asked = []
+
+    def measured(transport, job, device):
+        asked.append(job.schemes)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(command, "measured_plan", measured)
+    monkeypatch.setattr(command, "_transport", lambda *a: contextlib.nullcontext(in_process.group(2)[0]))
+    for more in ([], ["--plain-sgd"]):
+        assert main(["plan", "--numel", "1e5", *more]) == 2
+    assert asked == [("topk", "gtopk"), ("topk", "gtopk", "randomk")]
 
 
 _PLAN = """
 import sys
-import commhooks.planner.command as command
+import commhooks.planner.job as job
 from commhooks.cli import main
 from commhooks.planner import Costs
 if "slow" in sys.argv:
-    command.probe = lambda *arguments: Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
-sys.exit(main(["plan", "--numel", "2e6"]))
+    job.probe = lambda *arguments: Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
+sys.exit(main(["plan", "--numel", "2e6", *(["--json"] if "json" in sys.argv else [])]))
 """
 
 
@@ -82,6 +104,19 @@ def test_plan_under_torchrun():
     assert "2,000,000 parameters, 2 ranks over distributed\n" in done.stdout
 
 
+def test_plan_as_json():
+    done = torchrun(_PLAN, 2, timeout=90, args=["slow", "json"])
+    plan = json.loads(done.stdout)  # one object, by one rank
+    assert (plan["scheme"], plan["density"], plan["world_size"], plan["transport"]) == (
+        "topk",
+        0.01,
+        2,
+        "distributed",
+    )
+    assert plan["numel"] == 2_000_000 and plan["costs"]["byte_s"] == 8e-8 and plan["bucket_cap_mb"] == 25.0
+    assert {p["scheme"] for p in plan["predictions"]} == {"dense", "topk", "gtopk", "randomk"}
+
+
 @pytest.mark.mpi
 @pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
 def test_plan_under_mpiexec_gives_a_recipe_for_mpi():
@@ -89,3 +124,66 @@ def test_plan_under_mpiexec_gives_a_recipe_for_mpi():
     assert done.stdout.count("added to a step") == 1
     assert "2 ranks over mpi\n" in done.stdout
     assert ', transport="mpi"))\n' in done.stdout and "bucket_cap_mb=25)" in done.stdout
+    assert (
+        "randomk at density 0.001 would be faster, and is not taken unasked" in done.stdout
+        and "--plain-sgd" in done.stdout
+    )
+
+
+INFO = ["-m", "commhooks", "info"]
+
+
+def test_info_says_what_is_usable():
+    lines = json.loads(run([sys.executable, *INFO, "--json"], timeout=90).stdout)
+    assert lines["commhooks"].startswith(commhooks.__version__) and lines["torch"] == torch.__version__
+    assert lines["launcher"] == "none"
+    assert ("not installed" in lines["horovod"] or "unusable" in lines["horovod"]) == (
+        why_no_horovod() is not None
+    )
+    assert lines["mpi"].startswith("mpi4py ") == (why_no_mpi() is None)
+    if not torch.cuda.is_available():
+        assert lines["gpu"].startswith("none: torch")
+    text = run([sys.executable, *INFO], timeout=90).stdout
+    assert [line.split("  ")[0] for line in text.splitlines()] == list(lines)
+
+
+def test_info_is_printed_once_under_a_launcher():
+    done = torchrun("import sys\nfrom commhooks.cli import main\nsys.exit(main(['info']))\n", 2, timeout=90)
+    assert done.stdout.count("commhooks ") == 1 and "torchrun, 2 ranks" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "program, said",
+    (
+        ("import nothing_of_that_name", "not installed (pip install it)"),
+        (
+            "raise ImportError('libmpi.so.12: cannot open shared object file')",
+            "unusable: ImportError: libmpi.so.12",
+        ),
+        ("import os; os.abort()", "unusable: exit status -6"),
+        ("print('it 1.0')", "it 1.0"),
+    ),
+)
+def test_what_cannot_be_used_is_shown_with_the_reason(program, said):
+    assert cli._found_by(program, "it", "pip install it").startswith(said)
+
+
+def test_help_is_sentences_with_defaults(capsys):
+    for arguments in (["--help"], ["plan", "--help"], ["info", "--help"]):
+        with pytest.raises(SystemExit) as leaving:
+            main(arguments)
+        assert leaving.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Default: 0.01." in text and "Default: cpu." in text and ":meth:" not in text and "``" not in text
+    for parser in (
+        cli.parser(),
+        *next(a for a in cli.parser()._actions if a.dest == "command").choices.values(),
+    ):
+        for action in parser._actions:
+            if action.option_strings not in (["-h", "--help"], ["--version"]) and action.help is not None:
+                assert action.help.endswith(".") and action.help[0].isupper(), action.help
+
+
+def test_the_console_script_is_the_command_line():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '[project.scripts]\ncommhooks = "commhooks.cli:main"\n' in text

@@ -289,20 +289,20 @@ def test_ranks_that_disagree_on_the_loss_scale():
 
 
 def test_a_second_momentum_is_warned_of_once():
-    from commhooks.ddp.state import warn_of_double_momentum
+    from commhooks.ddp.optimizers import check_optimizer
 
     parameter = torch.nn.Parameter(torch.zeros(1))
     with_momentum = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     without = torch.optim.SGD([parameter], lr=0.1)
     with pytest.warns(UserWarning, match="0.9.*0.5.*one place") as caught:
-        warn_of_double_momentum(ErrorFeedback(0.5), with_momentum)
+        check_optimizer(ErrorFeedback(0.5), TopK(0.1), with_momentum)
     assert len(caught) == 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_double_momentum(ErrorFeedback(), with_momentum)
-        warn_of_double_momentum(ErrorFeedback(0.5), without)
-        warn_of_double_momentum(ErrorFeedback(0.5), None)
+        check_optimizer(ErrorFeedback(), TopK(0.1), with_momentum)
+        check_optimizer(ErrorFeedback(0.5), TopK(0.1), without)
+        check_optimizer(ErrorFeedback(0.5), TopK(0.1), None)
 
 
 def test_a_parameter_the_optimizer_does_not_know():

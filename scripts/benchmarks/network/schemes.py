@@ -85,9 +85,7 @@ def _state(scheme: str, module: torch.nn.Module, density: float, memory: Memory 
     if scheme == AUTO:
         return SparseState.auto(module)
     if scheme == PLAIN:
-        state = SparseState(None, Dense())
-        state.plan = PLAIN  # the hook takes DDP's own way only where a planner said so
-        return state
+        return SparseState(None, Dense(), ddp_allreduce=True)
     return SparseState(*parts(scheme, density, memory))
 
 

@@ -1,0 +1,84 @@
+"""What an optimizer does with gradients that arrive sparse and late, and what that forbids."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from ..memory import Memory
+from ..selection.selectors import RandomK, Selector
+
+_SECOND_MOMENT = (torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Rprop)
+"""Of torch's optimizers those that scale by past magnitudes without ``betas`` among their options."""
+
+
+def momentum_of(optimizer: torch.optim.Optimizer | None) -> float:
+    """The largest momentum of an optimizer's groups, as SGD and RMSprop have it; 0 without one."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return max((float(g.get("momentum") or 0.0) for g in groups), default=0.0)
+
+
+def has_second_moment(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether the optimizer divides a gradient by its past magnitudes: Adam and all that have ``betas``, and its like."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return isinstance(optimizer, _SECOND_MOMENT) or any("betas" in g or "beta2" in g for g in groups)
+
+
+def is_plain_sgd(optimizer: torch.optim.Optimizer | None, memory: Memory | None) -> bool:
+    """Whether it is known that no momentum acts, in the optimizer or in the memory, and no second moment."""
+    if optimizer is None or has_second_moment(optimizer) or _momentum_in(memory) != 0.0:
+        return False
+    return isinstance(optimizer, torch.optim.SGD) and momentum_of(optimizer) == 0.0
+
+
+def check_optimizer(memory: Memory | None, selector: Selector | None, optimizer: Any) -> None:
+    """Refuses or warns of what does not train. Called before anything is sent.
+
+    Warns:
+        UserWarning: momentum in the memory and in the optimizer; random-k with momentum anywhere; L-BFGS.
+
+    Raises:
+        TypeError: ``optimizer`` is none of torch's.
+        ValueError: momentum in the memory under an optimizer with a second moment.
+    """
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    ours, theirs, name = _momentum_in(memory), momentum_of(optimizer), type(optimizer).__name__
+    if ours > 0.0 and has_second_moment(optimizer):
+        raise ValueError(
+            f"ErrorFeedback's momentum {ours:g} does not go with {name}: what is sent late would be scaled by the wrong "
+            f"second moment, and training stalls. Write ErrorFeedback() and leave the momentum to {name}"
+        )
+    if ours > 0.0 and theirs > 0.0:
+        _warn(
+            f"the optimizer's momentum {theirs:g} and ErrorFeedback's {ours:g} both act: momentum belongs to one place, "
+            "set the optimizer's to 0"
+        )
+    momentum = max(ours, theirs) or max(
+        (_first_beta(g) for g in getattr(optimizer, "param_groups", ())), default=0.0
+    )
+    if isinstance(selector, RandomK) and momentum > 0.0:
+        where = "ErrorFeedback" if ours > 0.0 else f"the optimizer {name}"
+        _warn(
+            f"random-k diverges with momentum (here {momentum:g}, in {where}): what a place has withheld arrives at once "
+            "and is multiplied. Use top-k, or SGD without momentum"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS) and selector is not None:
+        _warn(
+            "L-BFGS compares gradients of several evaluations, which compressed ones are not: it diverges. Use SGD"
+        )
+
+
+def _momentum_in(memory: Memory | None) -> float:
+    return float(getattr(memory, "momentum", 0.0))
+
+
+def _first_beta(group: dict[str, Any]) -> float:
+    betas = group.get("betas") or (0.0,)
+    return float(betas[0])
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,54 @@
+"""Finds the DDP model in what users hold: Fabric's wrapper or ``torch.compile``'s, neither of which is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_INNER = {"OptimizedModule": "_orig_mod", "_FabricModule": "_forward_module"}
+"""Class names of wrappers, and the attribute that holds what they wrap."""
+
+
+def find_ddp(model: Any) -> DistributedDataParallel | None:
+    """``model`` itself, or the DDP model that it wraps; None if there is none."""
+    while not isinstance(model, DistributedDataParallel):
+        attribute = _INNER.get(type(model).__name__)
+        if attribute is None:
+            return None
+        model = getattr(model, attribute, None)
+    return model
+
+
+def require_ddp(model: Any) -> DistributedDataParallel:
+    """The DDP model in ``model``.
+
+    Raises:
+        TypeError: there is none; the message says what to pass.
+    """
+    found = find_ddp(model)
+    if found is None:
+        raise TypeError(
+            f"model must be a DistributedDataParallel, got {type(model).__name__}: {_advice(model)}"
+        )
+    return found
+
+
+def _advice(model: Any) -> str:
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    if any(kind in ("FullyShardedDataParallel", "FSDPModule") for kind in kinds):
+        return "FSDP shards gradients before its hooks and is not supported"
+    if not isinstance(model, nn.Module):
+        return "pass the model that DistributedDataParallel returned"
+    for name, child in model.named_modules():
+        if isinstance(child, DistributedDataParallel):
+            return f"pass its part {name!r}, which is one"
+    if any(type(model).__name__ == wrapper for wrapper in _INNER):
+        return "what it wraps is none: wrap the model in DistributedDataParallel first"
+    return "wrap it first: model = DistributedDataParallel(model)"
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the parts that ``torch.compile`` puts in: checkpoints fit with and without it."""
+    return name.replace("_orig_mod.", "")

@@ -1,0 +1,85 @@
+"""The plan of one job: measures its ranks over an open transport, decides, and says what was decided."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..transports import Connection, Transport
+from .plan import Job, Plan, choose, settle
+from .probe import probe, slowest
+
+logger = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 60.0
+"""Seconds until a rank that is missing at the probe is an error: ranks begin together, none evaluates yet."""
+ROUNDS = 3
+"""Measurements of which the most cautious one decides."""
+
+
+def plan_for(
+    transport: str | Transport,
+    job: Job,
+    *,
+    device: torch.device | str = "cpu",
+    timeout_s: float = PROBE_TIMEOUT_S,
+    process_group: Any = None,
+) -> Plan:
+    """Opens a transport, measures, closes it and decides. A collective call.
+
+    The choice is one line on rank 0: on stderr, or in the log where the level INFO of ``commhooks.planner`` is shown.
+
+    Args:
+        transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``, which stays open.
+        job: what is planned for, the same on all ranks but for ``backward_s``, of which the largest counts.
+        device: where gradients live.
+        timeout_s: seconds until a missing rank is an error.
+        process_group: whose ranks take part.
+    """
+    opener, device = Connection(transport), torch.device(device)
+    opened = opener.open(timeout_s=timeout_s, process_group=process_group, device_type=device.type)
+    try:
+        plan, rank = measured_plan(opened, job, device), opened.rank
+    finally:
+        if isinstance(transport, str):
+            opener.close()
+    if rank == 0:
+        _tell(f"commhooks: {plan}")
+    return plan
+
+
+def measured_plan(transport: Transport, job: Job, device: torch.device | str = "cpu") -> Plan:
+    """Measures ``ROUNDS`` times over an open transport and decides, alike on all ranks. A collective call."""
+    rounds = [probe(transport, job.numel, device) for _ in range(ROUNDS)]
+    job = replace(job, backward_s=slowest(transport, [job.backward_s])[0])
+    return settle([choose(costs, job, transport.world_size) for costs in rounds])
+
+
+def sizes_of(model: torch.nn.Module | int) -> tuple[int, int]:
+    """``(parameters in all, elements of the largest)`` of what wants a gradient; of a number: itself, 0.
+
+    Raises:
+        TypeError: neither a module nor a number.
+        ValueError: nothing wants a gradient.
+    """
+    if isinstance(model, int) and not isinstance(model, bool):
+        if model < 1:
+            raise ValueError(f"model must have at least one parameter, got {model}")
+        return model, 0
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a Module or a number of parameters, got {type(model).__name__}")
+    numels = [p.numel() for p in model.parameters() if p.requires_grad]
+    if not sum(numels):
+        raise ValueError("model has no parameters that require a gradient")
+    return sum(numels), max(numels)
+
+
+def _tell(line: str) -> None:
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    else:
+        sys.stderr.write(line + "\n")
