@@ -151,7 +151,7 @@ def test_an_optimizer_that_does_not_go_with_the_state(scheme, momentum, optimize
         with expected:
             register(model, state, chosen)
     if outcome == "error":  # nothing was touched: the state serves another model
-        assert not state.reducer.aggregator.is_open
+        assert not state.reducer.connection.is_open
         register(ddp_model(), state)
     state.close()
 
