@@ -21,7 +21,9 @@ def test_every_scheme_over_gloo_takes_a_step():
             attached.model(torch.zeros((), requires_grad=True)).backward()
             if attached.state is not None:
                 # What auto leaves to DDP counts nothing; plain is timed as that.
-                assert (attached.state.stats()["averaged_by"] == "ddp") == (scheme == PLAIN) or scheme == "auto"
+                assert (attached.state.stats()["averaged_by"] == "ddp") == (
+                    scheme == PLAIN
+                ) or scheme == "auto"
                 attached.state.close()
 
     spawn_gloo(step_each, 2)
