@@ -2,7 +2,7 @@
 
 Markers: `mpi`, `native`, `horovod`, `network`, `cuda`. A marked test is skipped, with the reason, where the thing is missing. With
 `COMMHOOKS_REQUIRE=mpi,native,horovod,network` in the environment (as in CI) it fails instead, and so does a run in which a
-required marker had no test that passed. Everything under tests/mpi and tests/horovod bears the marker of its folder.
+required marker had no test that passed. Everything under tests/horovod bears its marker.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MARKERS = {
     "cuda": "needs a CUDA device",
     "slow": "takes more than 20 s on two cores",
 }
-FOLDER_MARKERS = ("mpi", "horovod")
+FOLDER_MARKERS = ("horovod",)
 _passed: set[str] = set()
 
 

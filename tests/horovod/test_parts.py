@@ -158,19 +158,33 @@ def test_the_marker_tells_op_votes_and_missing_ranks(world_size):
 
 
 def test_the_compiler_wrapper_changes_two_options(installer, tmp_path):
-    wrapper = tmp_path / "cxx"
-    wrapper.write_text(installer.WRAPPER.format(compiler="echo"))
-    wrapper.chmod(0o755)
+    env = installer.build_environment(ROOT, None, "echo", tmp_path, "local", 1)
 
     def through(*arguments):
         return subprocess.run(
-            [str(wrapper), *arguments], capture_output=True, text=True, check=True
+            [env["CXX"], *arguments], capture_output=True, text=True, check=True, env=env
         ).stdout.split()
 
     compiled = through("-O3", "-g", "-std=c++14", "-DA=b c", "-c", "x.cc", "-o", "x.o")
     assert compiled == ["-O3", "-std=c++20", "-DA=b", "c", "-c", "x.cc", "-o", "x.o"]
     linked = through("x.o", "-shared", "-o", "x.so")
     assert linked == ["-Wl,-rpath,$ORIGIN/../../../..", "x.o", "-shared", "-o", "x.so"]
+
+
+def test_the_launcher_keeps_the_environments_interpreter(installer, monkeypatch, tmp_path):
+    """An mpirun that says HYDRA and not MPICH: `horovodrun` becomes ours, its first line stays."""
+    (tmp_path / "bin").mkdir()
+    launcher, mpirun = tmp_path / "bin" / "horovodrun", tmp_path / "bin" / "mpirun"
+    stock = "#!/some/where/python3\nprint('stock')\n"
+    for said, replaced in (("HYDRA build details", True), ("MPICH HYDRA", False)):
+        launcher.write_text(stock)
+        mpirun.write_text(f"#!/bin/sh\necho '{said}'\n")
+        mpirun.chmod(0o755)
+        installer.write_launcher({"prefix": str(tmp_path)}, (str(tmp_path / "bin"), "mpich5.0.2"))
+        lines = launcher.read_text().splitlines()
+        assert lines[0] == "#!/some/where/python3"
+        assert ("run_commandline()" in lines[-1]) == replaced
+        compile(launcher.read_text(), str(launcher), "exec")
 
 
 def test_the_installer_names_what_is_missing(installer, monkeypatch, tmp_path):

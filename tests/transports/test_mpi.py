@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from launch import ROOT, clean_environment, mpiexec, run
 
+pytestmark = pytest.mark.mpi
 PROGRAMS = Path(__file__).parent / "programs"
 # Seconds for jobs that should end in a fraction of that: machines may be busy.
 TIMEOUT = 150.0
@@ -16,19 +17,19 @@ TIMEOUT = 150.0
 
 def test_every_scheme_over_mpi_equals_in_process_up_to_8_ranks():
     """One job of 8 ranks; fewer by sub-communicators. Every rank compares bits with its twin in threads."""
-    done = mpiexec(PROGRAMS / "equals_in_process.py", 8, timeout=TIMEOUT)
+    done = mpiexec(PROGRAMS / "mpi_equals_in_process.py", 8, timeout=TIMEOUT)
     assert sorted(re.findall(r"equal P=\d rank=\d", done.stdout)) == sorted(
         f"equal P={p} rank={r}" for p in (1, 2, 3, 4, 5, 8) for r in range(p)
     )
 
 
 def test_transport_calls_and_counters():
-    done = mpiexec(PROGRAMS / "calls.py", 3, timeout=TIMEOUT)
+    done = mpiexec(PROGRAMS / "mpi_calls.py", 3, timeout=TIMEOUT)
     assert done.stdout.count("calls well") == 3
 
 
 def test_gtopk_over_mpi_inside_a_ddp_job_started_by_mpiexec():
-    done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["train"])
+    done = mpiexec(PROGRAMS / "mpi_ddp.py", 3, timeout=TIMEOUT, args=["train"])
     assert done.stdout.count("trained with equal gradients") == 3
     assert done.stdout.count("conserved") == 3
 
@@ -40,7 +41,7 @@ def test_a_dead_rank_takes_the_job_down(how, tmp_path):
     The transport's own time-out is 300 s here, so it is not what ends the job.
     """
     env = {"COMMHOOKS_TEST_DIED_AT": str(tmp_path / "died")}
-    done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["die", how], env=env, check=False)
+    done = mpiexec(PROGRAMS / "mpi_ddp.py", 3, timeout=TIMEOUT, args=["die", how], env=env, check=False)
     seconds = time.monotonic() - float((tmp_path / "died").read_text())
     assert not done.timed_out and done.returncode != 0 and seconds < 60.0, done.show()
     assert "step 2 done" in done.stdout and "unreachable" not in done.stdout
@@ -52,7 +53,7 @@ def test_a_stalled_rank_ends_in_a_typed_error_and_a_non_zero_exit(how, scheme):
 
     Also where the script swallows the error and ends normally: Finalize would wait for the stalled rank.
     """
-    done = mpiexec(PROGRAMS / "ddp.py", 3, timeout=TIMEOUT, args=["stall", how, scheme], check=False)
+    done = mpiexec(PROGRAMS / "mpi_ddp.py", 3, timeout=TIMEOUT, args=["stall", how, scheme], check=False)
     assert not done.timed_out and done.returncode != 0 and done.elapsed_s < TIMEOUT / 2, done.show()
     text = done.stdout + done.stderr
     assert "PeerTimeoutError" in text and "bucket 1, step 2" in text, done.show()
@@ -62,7 +63,7 @@ def test_a_stalled_rank_ends_in_a_typed_error_and_a_non_zero_exit(how, scheme):
 
 
 def test_ranks_that_disagree_end_the_job_with_both_values():
-    done = mpiexec(PROGRAMS / "ddp.py", 2, timeout=TIMEOUT, args=["disagree"], check=False)
+    done = mpiexec(PROGRAMS / "mpi_ddp.py", 2, timeout=TIMEOUT, args=["disagree"], check=False)
     assert not done.timed_out and done.returncode != 0
     for part in ("SettingsMismatchError", "rank 0", "rank 1", "density=0.1", "density=0.25"):
         assert part in done.stderr, done.show()
@@ -133,7 +134,7 @@ def test_mpi_below_thread_serialized_is_refused():
 def test_serialized_is_enough():
     """Where MPI grants no more, all calls go through one lock; a DDP job of 2 ranks."""
     env = {"COMMHOOKS_TEST_THREAD_LEVEL": "serialized"}
-    done = mpiexec(PROGRAMS / "ddp.py", 2, timeout=TIMEOUT, args=["train"], env=env)
+    done = mpiexec(PROGRAMS / "mpi_ddp.py", 2, timeout=TIMEOUT, args=["train"], env=env)
     assert done.stdout.count("trained with equal gradients") == 2
 
 
