@@ -1,8 +1,8 @@
 """Start several ranks for a test, and never leave one behind.
 
-Three ways, by cost: `spawn_gloo` forks (0.2 s for 8 ranks), `mpiexec` starts a real MPI job (0.2 s without torch, 3 s
-with it), `torchrun` starts torch's own launcher (5 s). Each waits no longer than `timeout` seconds, kills what is left and
-raises `AssertionError` with all output.
+Four ways, by cost: `spawn_gloo` forks (0.2 s for 8 ranks), `mpiexec` starts a real MPI job (0.2 s without torch, 3 s
+with it), `torchrun` starts torch's own launcher (5 s), `horovod_job` one of Horovod's. Each waits no longer than `timeout`
+seconds, kills what is left and raises `AssertionError` with all output.
 
     results = spawn_gloo(lambda rank, size: rank + size, 4)          # [4, 5, 6, 7]
     done = mpiexec("from mpi4py import MPI\nprint(MPI.COMM_WORLD.rank)\n", 3)
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
+# One machine, and its loopback address: without it torchrun looks the host's own name up, which may take for ever.
+TORCHRUN_LOCAL = ("--standalone", "--local-addr=127.0.0.1")
 # What a launcher leaves in the environment of its ranks: a nested mpiexec would take itself for one of them.
 LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", "HYDRA_", "TORCHELASTIC_")
 LAUNCHER_NAMES = (
@@ -37,6 +39,15 @@ LAUNCHER_NAMES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+
+
+# Horovod's launchers: program, its switch, what comes before the script.
+HOROVOD_LAUNCHERS = {
+    "gloo": ("horovodrun", ["--gloo"], [sys.executable]),
+    "horovodrun-mpi": ("horovodrun", ["--mpi"], [sys.executable]),
+    "mpi": ("mpirun", [], [sys.executable, "-m", "mpi4py"]),
+    "bare-mpi": ("mpirun", [], [sys.executable]),
+}
 
 
 @dataclass(frozen=True)
@@ -190,10 +201,38 @@ def torchrun(
     cwd: Path | str | None = None,
 ) -> Done:
     """Run `script` (a path, or the text of a program) on `n` ranks under torchrun; arguments as in `mpiexec`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN_LOCAL, f"--nproc-per-node={n}"]
     with tempfile.TemporaryDirectory(prefix="commhooks-test-") as folder:
         command = [*launcher, _as_file(script, folder), *map(str, args)]
         return run(command, timeout=timeout, env=env, check=check, cwd=cwd)
+
+
+def horovod_job(
+    launcher: str,
+    n: int,
+    script: Path | str,
+    *args: Any,
+    timeout: float = 150.0,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    options: Sequence[str] = (),
+) -> Done:
+    """Run `script` (a path) on `n` ranks under one of HOROVOD_LAUNCHERS, with more `options` for it."""
+    program, switch, python = HOROVOD_LAUNCHERS[launcher]
+    binaries = Path(sys.executable).parent
+    path = os.pathsep.join([str(binaries), os.environ.get("PATH", "")])  # horovodrun finds mpirun there
+    settings = {"PATH": path, "COMMHOOKS_TEST_RANKS": str(n), **(env or {})}
+    command = [
+        str(binaries / program),
+        "-np",
+        str(n),
+        *switch,
+        *options,
+        *python,
+        str(script),
+        *map(str, args),
+    ]
+    return run(command, timeout=timeout, env=settings, check=check)
 
 
 def spawn_gloo(

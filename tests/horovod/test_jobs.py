@@ -2,10 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from job import MODULES
-from launchers import HERE, ROOT, horovod_job
+from launch import ROOT, horovod_job
+
+HERE = Path(__file__).resolve().parent
 
 COMPRESSION_LINE = "    compression = hvd.Compression.none\n"
 
