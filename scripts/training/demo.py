@@ -79,8 +79,9 @@ def train(entry: Entry, options: Any, log: Path) -> None:
         mpiexec = Path(sys.executable).parent / "mpiexec"
         launcher = [str(mpiexec), "-n", str(options.ranks), sys.executable, "-m", "mpi4py"]
     else:
-        count_ = f"--nproc-per-node={options.ranks}"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", count_]
+        # the loopback address: otherwise torchrun looks the host's own name up, which may take for ever
+        settings = ("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={options.ranks}")
+        launcher = [sys.executable, "-m", "torch.distributed.run", *settings]
     density = options.density * (RANDOM_FACTOR if "randomk" in entry.options else 1)
     given = [
         "--task",

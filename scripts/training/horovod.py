@@ -154,4 +154,4 @@ def session(device: str, timeout_s: float) -> Iterator[launch.World]:
 def use_horovod(stock: bool) -> None:
     """Makes the loop take its strategies from here."""
     sparse = StockSparse if stock else Sparse
-    strategies.STRATEGIES.update(dict.fromkeys(strategies.SCHEMES[1:], sparse), dense=StockDense)
+    strategies.STRATEGIES.update(dict.fromkeys(strategies.SPARSE, sparse), dense=StockDense)

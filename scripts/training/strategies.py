@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from commhooks import ErrorFeedback, ExponentialWarmup, NoMemory, SparseState, register, schemes
+from commhooks.memory import Memory
+
 from .launch import World
 
-SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk", "threshold")
+SCHEMES = tuple(schemes.SCHEMES)
+SPARSE = tuple(name for name in SCHEMES if name != "dense")
 Compute = Callable[[nn.Module], Tensor]
 
 
@@ -105,14 +109,12 @@ class Sparse(DDP):
     """DDP with the sparse hook."""
 
     def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
-        import commhooks
-
         in_memory = options.error_feedback
         self.optimizer = sgd(model, options, momentum=0.0 if in_memory else options.momentum)
         self.model = wrap(model, options, world)
         self.state = sparse_state(options, steps_per_epoch)
         self._delta_every = options.delta_every
-        commhooks.register(self.model, self.state)
+        register(self.model, self.state)
 
     def info(self) -> StepInfo:
         stats = self.state.stats()
@@ -146,36 +148,24 @@ def wrap(model: nn.Module, options: Any, world: World, **more: Any) -> Distribut
     return DistributedDataParallel(model, device_ids=places, bucket_cap_mb=options.bucket_mb, **more)
 
 
-def sparse_state(options: Any, steps_per_epoch: int) -> Any:
+def sparse_state(options: Any, steps_per_epoch: int) -> SparseState:
     """The hook's state that the options describe.
 
     Raises:
         ValueError: an unknown scheme, or values that the library refuses.
     """
-    import commhooks as c
-
     density: Any = options.density
     if options.warmup > 0:
-        density = c.ExponentialWarmup(
+        density = ExponentialWarmup(
             options.density, warmup_epochs=options.warmup, steps_per_epoch=steps_per_epoch
         )
-    to = {"transport": options.transport}
-    selector, aggregator = {
-        "topk": lambda: (c.TopK(density), c.AllGather(**to)),
-        "gtopk": lambda: (c.TopK(density), c.GTopK(algorithm="doubling", **to)),
-        "gtopk-tree": lambda: (c.TopK(density), c.GTopK(algorithm="tree", **to)),
-        "randomk": lambda: (c.RandomK(density, seed=options.seed), c.SharedIndices(**to)),
-        "threshold": lambda: (c.ThresholdTopK(density), c.AllGather(**to)),
-    }[options.scheme]()
-    memory = None
+    memory: Memory = NoMemory()
     if options.error_feedback:
-        memory = c.ErrorFeedback(
+        memory = ErrorFeedback(
             momentum=options.momentum, factor_masking=options.factor_masking, clip_norm=options.clip_norm
         )
-    return c.SparseState(
-        selector,
-        aggregator,
-        memory,
+    return SparseState(
+        *schemes.make_parts(options.scheme, density, options.transport, seed=options.seed, memory=memory),
         dense_crossover=options.dense_crossover,
         delta_every=options.delta_every,
         timeout_s=options.timeout,
@@ -184,7 +174,7 @@ def sparse_state(options: Any, steps_per_epoch: int) -> Any:
 
 STRATEGIES: dict[str, Callable[[nn.Module, Any, World, int], Strategy]] = {
     "dense": DDP,
-    **dict.fromkeys(SCHEMES[1:], Sparse),
+    **dict.fromkeys(SPARSE, Sparse),
 }
 
 

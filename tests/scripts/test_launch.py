@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launch import ROOT, clean_environment, mpiexec, run, spawn_gloo, torchrun
+from launch import ROOT, TORCHRUN_LOCAL, clean_environment, mpiexec, run, spawn_gloo, torchrun
 
 
 def _sum_of_ranks(rank, size, offset):
@@ -77,6 +77,30 @@ def test_mpiexec_shows_the_output_of_a_failed_job_and_kills_a_hanging_one():
     done = mpiexec(program, 2, timeout=3, check=False)
     assert done.timed_out and done.stdout.count("here") == 2
     assert time.monotonic() - started < 10
+
+
+def test_every_program_that_starts_torchrun_gives_it_the_local_address():
+    """Without it torchrun asks for the address of the host's name, and hangs where that does not resolve."""
+    started = re.compile(r"torch\.distributed\.run\b")
+    files = [f for folder in ("scripts", "tests", ".ci") for f in (ROOT / folder).rglob("*") if f.is_file()]
+    texts = {file: file.read_text(errors="replace") for file in files if "__pycache__" not in file.parts}
+    starting = {file: text for file, text in texts.items() if started.search(text) and file != Path(__file__)}
+    assert len(starting) >= 3
+    assert [file.name for file, text in starting.items() if "--local-addr=127.0.0.1" not in text] == []
+
+
+@pytest.mark.network
+def test_torchrun_where_the_hosts_name_does_not_resolve(tmp_path):
+    """A host whose name nobody knows and that has no name server: the helper's job starts all the same."""
+    (tmp_path / "resolv.conf").write_text("")
+    (tmp_path / "hello.py").write_text(
+        "import os, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\nprint('rank', dist.get_rank(), 'is there')\n"
+    )
+    job = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN_LOCAL, "--nproc-per-node=2", "hello.py"]
+    inside = f"hostname nowhere.invalid; mount --bind resolv.conf /etc/resolv.conf; exec {' '.join(job)}"
+    done = run(["unshare", "-um", "sh", "-c", inside], timeout=90, cwd=tmp_path)
+    assert done.stdout.count("is there") == 2, done.show()
 
 
 def test_torchrun_gives_every_rank_its_place():

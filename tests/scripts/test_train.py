@@ -299,6 +299,15 @@ def test_published_formats_train_from_a_local_folder(tmp_path):
     assert text["test_perplexity"] < 8
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scheme", strategies.SPARSE)
+def test_without_error_feedback_nothing_is_remembered(scheme):
+    plain = strategies.sparse_state(parse("--scheme", scheme, "--no-error-feedback"), 10)
+    kept = strategies.sparse_state(parse("--scheme", scheme), 10)
+    assert type(plain.reducer.memory).__name__ == "NoMemory"
+    assert type(kept.reducer.memory).__name__ == "ErrorFeedback"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
