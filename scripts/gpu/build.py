@@ -15,7 +15,7 @@ from gpu.machine import ROOT, tool
 from gpu.runner import Command, Job, Runner, Skipped, TimedOut
 
 CSRC = ROOT / "csrc"
-RIVAL = ROOT / "scripts" / "benchmarks" / "cub_rival.cu"
+RIVAL = ROOT / "scripts" / "benchmarks" / "kernels" / "cub_rival.cu"
 DRY_TARGET = "90"
 CUDA_FLAGS = ("-std=c++17", "-O3", "-shared", "-cudart=static", "-fmad=false", "-lineinfo", "-Xptxas=-v")
 

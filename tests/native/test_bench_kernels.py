@@ -9,9 +9,12 @@ from typing import Iterator
 import cuda_runs as runs
 import pytest
 import torch
-from benchmarks import command, kernels_cuda, kernels_cuda_checks, kernels_cuda_tools
+from benchmarks import command
 from benchmarks.harness.records import load, rounded
 from benchmarks.kernels import command as kernels
+from benchmarks.kernels import cuda as kernels_cuda
+from benchmarks.kernels import cuda_checks as kernels_cuda_checks
+from benchmarks.kernels import cuda_tools as kernels_cuda_tools
 from benchmarks.kernels import data as kernels_data
 from benchmarks.kernels.data import RealRun
 from benchmarks.kernels.records import BASELINES, KEYS, Records, bandwidth, copy_bandwidth, ratio

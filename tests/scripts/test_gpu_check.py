@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import kernels_cuda
 from benchmarks.harness import pages
+from benchmarks.kernels import cuda as kernels_cuda
 from gpu import build, checks, machine, page
 from gpu import runner as runners
 from gpu.programs import models, split

@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures everything; returns the exit status."""
     if options.device == "cuda":
-        from benchmarks import kernels_cuda  # noqa: PLC0415
+        from . import cuda  # noqa: PLC0415
 
-        return kernels_cuda.run(options)
+        return cuda.run(options)
     threads = 1 if options.cpu_time else options.threads
     torch.set_num_threads(threads)
     if options.isa:

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks import kernels_cuda, kernels_cuda_tools
+from benchmarks.kernels import cuda as kernels_cuda
+from benchmarks.kernels import cuda_tools as kernels_cuda_tools
 from benchmarks.kernels.records import Records
 from torch import Tensor
 

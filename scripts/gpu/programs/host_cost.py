@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from benchmarks.kernels_cuda_tools import segments_of
+from benchmarks.kernels.cuda_tools import segments_of
 
 from commhooks.native import cuda, ops
 from commhooks.native.fused import Fused

@@ -10,7 +10,7 @@ import contextlib
 from typing import Any
 
 import torch
-from benchmarks.kernels_cuda_tools import Operands, segments_of
+from benchmarks.kernels.cuda_tools import Operands, segments_of
 
 from commhooks.native import cuda
 from commhooks.native.fused import Fused

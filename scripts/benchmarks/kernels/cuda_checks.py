@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.kernels_cuda_tools import Cub
 from commhooks.native import cuda, reference
 from commhooks.native.fused import Fused, Selected
+
+from .cuda_tools import Cub
 
 _CHECKED = 1_000_000  # elements, of which the reference on the CPU makes little work
 _PLACES = 100_000

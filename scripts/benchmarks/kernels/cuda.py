@@ -1,13 +1,13 @@
 """`scripts/bench kernels --device cuda`: milliseconds on the device against copies, `r += g`, torch and CUB.
 
-Medians of 20 by CUDA events, behind a kernel that keeps the device busy while Python enqueues, so that only work of
-the device counts. Operands rotate, so that a bucket is not found in the device's cache. Every kernel, and CUB, is
-checked before it is timed. What the project's aims ask for comes first, and records are saved after each case, so
-that a run that is cut short has it.
+Medians of 20 by CUDA events, behind a kernel that keeps the device busy while Python enqueues, so that only
+work of the device counts. Operands rotate, so that a bucket is not found in the device's cache. Every kernel,
+and CUB, is checked before it is timed. What the project's aims ask for comes first, and records are saved
+after each case, so that a run that is cut short has it.
 
-Metrics: `time`, `misses` (calls whose guess failed, the untimed ones included) and `hit_rate`. Baselines of a time: `memcpy`
-(a copy of n floats), `r+=g`, `torch` (the operators that the kernel replaces), `torch.topk` (of the corrected gradient alone)
-and `cub`.
+Metrics: `time`, `misses` (calls whose guess failed, the untimed ones included) and `hit_rate`. Baselines of a
+time: `memcpy` (a copy of n floats), `r+=g`, `torch` (the operators that the kernel replaces), `torch.topk`
+(of the corrected gradient alone) and `cub`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks import kernels_cuda_checks as check
-from benchmarks.kernels.data import RealRun, train
-from benchmarks.kernels.records import BY_BITMAP, HALF_GRADIENT, WITH_VELOCITY, Model, Record, Records
-from benchmarks.kernels_cuda_tools import (
+from commhooks.native import abi, cuda, reference
+from commhooks.native.fused import Fused
+
+from . import cuda_checks as check
+from .cuda_tools import (
     MOMENTUM,
     Cub,
     Operands,
@@ -32,8 +33,8 @@ from benchmarks.kernels_cuda_tools import (
     nothing,
     segments_of,
 )
-from commhooks.native import abi, cuda, reference
-from commhooks.native.fused import Fused
+from .data import RealRun, train
+from .records import BY_BITMAP, HALF_GRADIENT, WITH_VELOCITY, Model, Record, Records
 
 #: In this order: the bucket of 25 MB and the largest size are what the aims are about.
 AIMED = (6_553_600, 100_000_000, 25_000_000)

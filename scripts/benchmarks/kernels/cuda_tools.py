@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.data import RealRun, heavy, tiled
 from commhooks.native.fused import Fused
+
+from .data import RealRun, heavy, tiled
 
 ROTATE_BYTES = 256 * 2**20  # well beyond the cache of any device
 MOMENTUM = 0.9
