@@ -57,7 +57,8 @@ class Averager(ModelAverager):
             ``num_batches_tracked`` stay), ``"broadcast"`` (all become rank 0's) or ``"leave"``.
         reducer: compresses what is sent: the model's change since the last synchronisation goes through it,
             with error feedback, in place of the model. Belongs to this averager alone.
-        timeout_s: for a transport given by name: seconds until a stalled peer is an error.
+        timeout_s: for a transport given by name: seconds until a stalled peer is an error. None: the process group's timeout,
+            or 300 s without a group.
         process_group: for ``"distributed"``: whose ranks average, in a new group of ours; default: all.
         device_type: ``"cuda"`` lets ``"distributed"`` use NCCL; otherwise CUDA models go through host memory.
 
@@ -76,7 +77,7 @@ class Averager(ModelAverager):
         module: torch.nn.Module | None = None,
         buffers: BufferChoice = "average",
         reducer: Reducer | None = None,
-        timeout_s: float = transports.DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
         process_group: dist.ProcessGroup | None = None,
         device_type: str = "cpu",
     ) -> None:

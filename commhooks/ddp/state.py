@@ -24,7 +24,7 @@ from ..reduction.reducer import Reducer
 from ..schemes import UNSET, chosen_memory, dense_memory, make_parts
 from ..selection.density import DensitySchedule
 from ..selection.selectors import Selector
-from ..transports import DEFAULT_TIMEOUT_S, Transport
+from ..transports import OVER_TORCH, Transport
 from .comm_thread import CommThread
 from .optimizers import check_optimizer, is_plain_sgd
 from .step_watch import StepWatch
@@ -49,7 +49,7 @@ class SparseState:
             leaves it right. Without it a change of scale weighs what is in the memory by old over new scale.
         dense_crossover: send a bucket densely when that takes fewer bytes; or a rule: see :class:`Reducer`.
         delta_every: measure Assumption 1's delta every so many steps; 0: never.
-        timeout_s: seconds until a missing rank is an error.
+        timeout_s: seconds until a missing rank is an error. None: the process group's timeout, or 300 s without a group.
         process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives
             DDP's.
         ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by this state's
@@ -78,7 +78,7 @@ class SparseState:
         grad_scaler: Any = None,
         dense_crossover: bool | Callable[[int, int, int], bool] = True,
         delta_every: int = 0,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
         process_group: Any = None,
         ddp_allreduce: bool = False,
     ) -> None:
@@ -376,7 +376,7 @@ class SparseState:
         """Whether DDP's all-reduce does all that is asked of this state. NaN and Inf stay in its sum."""
         reducer = self.reducer
         plain = reducer.selector is None and isinstance(reducer.memory, NoMemory)
-        return plain and reducer.nonfinite == "propagate" and reducer.connection.requested == "distributed"
+        return plain and reducer.nonfinite == "propagate" and reducer.connection.requested in OVER_TORCH
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}

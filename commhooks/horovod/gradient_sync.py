@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ddp.state import SparseState
 from ..errors import PeerLostError, PeerTimeoutError
+from ..transports import DEFAULT_TIMEOUT_S
 from ..transports.mpi import load_mpi
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
@@ -79,7 +80,7 @@ class GradientSync:
             state.restart(state.state_dict())  # new places for all: a new rank will ask for agreement on each
         try:
             transport, state.process_group = open_transport(
-                connection.requested, self.process_set, state.reducer.timeout_s
+                connection.requested, self.process_set, state.reducer.timeout_s or DEFAULT_TIMEOUT_S
             )
         except (PeerLostError, PeerTimeoutError) as error:
             self._raise(error)

@@ -51,7 +51,11 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
                 f"is rank {process_set.rank()} of {process_set.size()}"
             )
         return requested, None
-    if hvd.mpi_enabled():
+    if requested == "nccl":
+        raise ValueError(
+            "transport 'nccl' was asked for, and under Horovod 'gloo' or 'mpi' runs: write 'distributed'"
+        )
+    if requested != "gloo" and hvd.mpi_enabled():
         transport = _open_mpi(process_set, timeout_s)
         if transport is not None:
             return transport, None

@@ -23,7 +23,7 @@ from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
-from ..transports import DEFAULT_TIMEOUT_S, Connection, Transport
+from ..transports import Connection, Transport
 from ..wire.message import Context
 from .stats import DeltaMeter, StepFigures
 
@@ -62,7 +62,7 @@ class Reducer:
         dense_crossover: send a bucket densely when that takes fewer bytes (early warm-up); it takes its
             residual along.
         delta_every: measure Assumption 1's delta every so many steps (one dense all-reduce each); 0: never.
-        timeout_s: seconds until a missing peer is an error.
+        timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s without a group.
 
     Raises:
         ValueError: an unknown policy, or a selector that does not fit the aggregator.
@@ -79,14 +79,14 @@ class Reducer:
         nonfinite: str = "propagate",
         dense_crossover: bool | Callable[[int, int, int], bool] = True,
         delta_every: int = 0,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         check_scheme(selector, aggregator)
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
         if not isinstance(delta_every, int) or delta_every < 0:
             raise ValueError(f"delta_every must be an integer >= 0, got {delta_every!r}")
-        if not timeout_s > 0:
+        if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.selector, self.aggregator = selector, aggregator
         self.connection = Connection(aggregator.requested)

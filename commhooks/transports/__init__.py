@@ -1,11 +1,12 @@
 """Transports: MPI, torch.distributed, and P ranks as threads of one process."""
 
 from .base import DEFAULT_TIMEOUT_S, Counters, Message, Transport
-from .connection import NAMES, Connection, check_name, make
+from .connection import NAMES, OVER_TORCH, Connection, check_name, make
 
 __all__ = [
     "DEFAULT_TIMEOUT_S",
     "NAMES",
+    "OVER_TORCH",
     "Connection",
     "Counters",
     "Message",

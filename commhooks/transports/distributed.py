@@ -189,3 +189,19 @@ def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> st
     if device_type != "cuda" or not dist.is_initialized():
         return "gloo"
     return "nccl" if "nccl" in str(dist.get_backend(process_group)) else "gloo"
+
+
+def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
+    """Seconds after which ``process_group`` (None: the default one) gives up; None without a group. torch has no public way."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group: Any = dist.group.WORLD if process_group is None else process_group
+    for device in ("cpu", "cuda"):
+        try:
+            backend = group._get_backend(torch.device(device))
+        except RuntimeError:  # the group serves no tensors there
+            continue
+        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+        if timeout is not None:
+            return float(timeout.total_seconds())
+    return None

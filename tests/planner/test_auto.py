@@ -156,8 +156,9 @@ def _wrapped(rank, size):
         model(torch.randn(8, 64)).square().mean().backward()
     large, small = (int((layer.weight.grad != 0).sum()) for layer in layers)
     default = SparseState.auto(layers).plan.bucket_mb
+    opened_s = state.reducer.transport.timeout_s
     state.close()
-    return state.plan, small, large, state.reducer.timeout_s, timeouts[0], default
+    return state.plan, small, large, opened_s, timeouts[0], default
 
 
 def test_a_wrapped_models_plan_is_for_its_own_buckets_and_sends_small_ones_densely():
@@ -165,7 +166,7 @@ def test_a_wrapped_models_plan_is_for_its_own_buckets_and_sends_small_ones_dense
         assert plan.scheme != "dense" and plan.density == 0.01
         assert small == 1024 and 0 < large <= 2 * 164
         assert plan.bucket_mb == pytest.approx(0.003, rel=1e-3) and default == DEFAULT_BUCKET_MB
-        assert timeout_s == 300.0 and probe_timeout_s == PROBE_TIMEOUT_S == 60.0
+        assert timeout_s == 1800.0 and probe_timeout_s == PROBE_TIMEOUT_S == 60.0
 
 
 def test_the_slowest_backward_counts(monkeypatch):
