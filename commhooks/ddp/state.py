@@ -16,7 +16,7 @@ from torch.futures import Future
 from ..errors import says_what_to_write
 from ..exchange import Aggregator
 from ..gradient.bucket import Bucket
-from ..gradient.side_stream import stream_after
+from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
 from ..memory.no_memory import NoMemory
 from ..planner import BUCKET_MB, DENSITIES, PROBE_TIMEOUT_S, SAFE, Job, Plan, plan_for, sizes_of
@@ -25,6 +25,7 @@ from ..schemes import UNSET, chosen_memory, dense_memory, make_parts
 from ..selection.density import DensitySchedule
 from ..selection.selectors import Selector
 from ..transports import OVER_TORCH, Transport
+from ..transports.distributed import backend_for
 from .comm_thread import CommThread
 from .optimizers import check_optimizer, is_plain_sgd
 from .step_watch import StepWatch
@@ -234,28 +235,38 @@ class SparseState:
         if self._passthrough or self.error is not None:
             done.set_result(buffer)
             return done.then(self._check)
-        ready: Any = torch.cuda.Event() if devices else None  # type: ignore[no-untyped-call]
-        if ready is not None:
-            ready.record()
+        ready = ready_event(buffer)
 
         def task() -> None:
             try:
-                if self.error is None:
-                    with stream_after(ready, buffer.device):
-                        bucket = self._bucket(buffer, index, parameters, is_last)
-                        held = bucket.take_out(stale)
-                        self.reducer.reduce(bucket, self._loss_scale())
-                        bucket.put_back(held)
-                        if is_last:
-                            self.watch.end_step(bool(self.reducer.last.nonfinite_buckets))
-                        done.set_result(buffer)
-                        return
-            except BaseException as error:
+                with stream_after(ready, buffer):
+                    self._reduce(buffer, index, parameters, is_last, stale)
+                    done.set_result(
+                        buffer
+                    )  # on this stream: whoever uses the result waits for what is queued here
+            except BaseException as error:  # the device itself failed
                 self._fail(error)
-            done.set_result(buffer)
+                done.set_result(buffer)
 
         self._thread.submit(task)
         return done.then(self._check)
+
+    def _reduce(
+        self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool, stale: list[int]
+    ) -> None:
+        """Reduces one bucket on the state's own thread. An error is kept for :meth:`raise_error`."""
+        if self.error is not None:
+            return
+        try:
+            bucket = self._bucket(buffer, index, parameters, is_last)
+            held = bucket.take_out(stale)
+            self.reducer.reduce(bucket, self._loss_scale())
+            bucket.put_back(held)
+            if is_last:
+                self.watch.end_step(bool(self.reducer.last.nonfinite_buckets))
+        except BaseException as error:
+            self._fail(error)
+            drain(buffer.device, _DRAIN_S)
 
     def set_names(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Names the parameters, for ``state_dict`` and messages; :func:`register` does it."""
@@ -286,7 +297,8 @@ class SparseState:
             ValueError: the transport's world size is not the process group's.
         """
         if device_type is None:
-            device_type = "cuda" if torch.cuda.is_available() else "cpu"
+            nccl = dist.is_available() and backend_for(self.process_group, "cuda") == "nccl"
+            device_type = "cuda" if nccl else "cpu"
         self.reducer.open(self.process_group, device_type)
         if dist.is_available() and dist.is_initialized():
             expected = dist.get_world_size(self.process_group)
@@ -441,6 +453,9 @@ class SparseState:
         self.raise_error()
         return done.value()
 
+
+_DRAIN_S = 5.0
+"""How long a failed bucket waits for what it has queued on a GPU. A stalled NCCL kernel would not end."""
 
 _RUNTIME = (
     "watch",

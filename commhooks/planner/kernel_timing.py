@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..exchange import AllGather
 from ..gradient.bucket import Bucket
-from ..gradient.side_stream import stream_after
+from ..gradient.side_stream import ready_event, stream_after
 from ..memory import ErrorFeedback
 from ..native import ops
 from ..native.fused import Fused
@@ -80,19 +81,16 @@ def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> f
     )
     gradient = torch.randn(SMALL_NUMEL, generator=torch.Generator().manual_seed(transport.rank)).to(device)
     bucket = Bucket(0, gradient.clone(), ("probe",), (SMALL_NUMEL,))
-    ready = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def reduce() -> None:
-        with stream_after(ready, device):
+    def reduce(ready: Any) -> None:
+        with stream_after(ready, bucket.buffer):
             reducer.reduce(bucket)
 
     with ThreadPoolExecutor(1, "commhooks-probe") as worker:
 
         def through() -> None:
             bucket.buffer.copy_(gradient)
-            if ready is not None:
-                ready.record()
-            worker.submit(reduce).result()
+            worker.submit(reduce, ready_event(bucket.buffer)).result()
 
         return least_s(through, _SMALL_REPEATS + 1, device)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,6 +19,8 @@ from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
 from .stragglers import Stragglers
 
 _POLL_S = 1e-4
+_HOT_POLL_S = 5e-5
+"""A poll does not sleep so long: a sleep takes longer than most exchanges of NCCL."""
 _ROTATION_RANKS = 3  # with so few gloo's own all-gather takes 1.5 (2 ranks) and 1.2 times as long
 _LONG_WAIT_S = 1.0
 """A rank that waits this long in a collective (or a quarter of the timeout, if that is less) tells the others."""
@@ -55,10 +59,12 @@ class DistributedTransport(Transport):
         self._ranks = dist.get_process_group_ranks(parent)
         self._group: Any = dist.new_group(
             self._ranks,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=_group_timeout_s(backend, timeout_s)),
             backend=backend,
             use_local_synchronization=self.world_size < dist.get_world_size(),
         )
+        if backend == "nccl":
+            _warn_of_launch_order()
         self._collectives = 0
         store = _store_of(self._group) if backend == "gloo" else None
         self._stragglers = Stragglers(store, self.rank, self.world_size)
@@ -92,9 +98,11 @@ class DistributedTransport(Transport):
         if self._doubles(send):
             recursive_doubling.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
             return
-        rows = list(receive.unbind(0))
+        flat, mine = receive.view(-1), send.view(-1)
         self._collective(
-            lambda: dist.all_gather(rows, send, group=self._group, async_op=True), what, "all-gather"
+            lambda: dist.all_gather_into_tensor(flat, mine, group=self._group, async_op=True),
+            what,
+            "all-gather",
         )
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
@@ -157,9 +165,12 @@ class DistributedTransport(Transport):
             return
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
+        hot_until = time.monotonic() + _HOT_POLL_S
         while not done.query():
-            time.sleep(_POLL_S)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > hot_until:
+                time.sleep(_POLL_S)
+            if now > deadline:
                 raise PeerTimeoutError(f"rank {self.rank}, {what}: no answer for {self.timeout_s:g} s (NCCL)")
 
     def _typed(self, error: RuntimeError, what: str, peer: str) -> CommHooksError:
@@ -185,10 +196,14 @@ def _store_of(group: Any) -> Any:
 
 
 def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> str:
-    """``"nccl"`` for CUDA tensors when ``process_group`` itself runs NCCL, else ``"gloo"``."""
+    """``"nccl"`` for CUDA tensors when ``process_group`` sends them by NCCL, else ``"gloo"``.
+
+    ``init_process_group()`` without a backend gives each device its own: the name of the group itself does not tell.
+    """
     if device_type != "cuda" or not dist.is_initialized():
         return "gloo"
-    return "nccl" if "nccl" in str(dist.get_backend(process_group)) else "gloo"
+    by_device = dict(pair.split(":") for pair in str(dist.get_backend_config(process_group)).split(","))
+    return "nccl" if by_device.get("cuda") == "nccl" else "gloo"
 
 
 def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
@@ -205,3 +220,23 @@ def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
         if timeout is not None:
             return float(timeout.total_seconds())
     return None
+
+
+def _group_timeout_s(backend: str, timeout_s: float) -> float:
+    """The process group's own timeout. NCCL's watchdog ends the process at its: our error must come long before."""
+    return 2 * timeout_s + 60 if backend == "nccl" else timeout_s
+
+
+def _warn_of_launch_order() -> None:
+    """NCCL deadlocks when two communicators launch in another order on another rank, where launches are serialised.
+
+    DDP launches on its own communicator from backward's thread, and the hook on ours from the state's.
+    """
+    risky = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_LAUNCH_ORDER_IMPLICIT": "1"}
+    for name, value in risky.items():
+        if os.environ.get(name) == value:
+            warnings.warn(
+                f"{name}={value}: DDP's NCCL operations and commhooks' may deadlock (find_unused_parameters, SyncBatchNorm, "
+                f"static_graph): unset {name}",
+                stacklevel=3,
+            )

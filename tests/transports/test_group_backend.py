@@ -1,0 +1,68 @@
+"""Which backend the distributed transport takes, and what it warns of, without a GPU."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import spawn_gloo
+
+from commhooks.transports import distributed
+from commhooks.transports.distributed import DistributedTransport, backend_for
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("cpu:gloo,cuda:nccl", "nccl"),
+        ("cuda:nccl", "nccl"),
+        ("cuda:nccl,cpu:gloo", "nccl"),
+        ("cpu:gloo,cuda:gloo", "gloo"),
+        ("cpu:gloo", "gloo"),
+        ("cpu:gloo,cuda:ucc", "gloo"),
+    ],
+)
+def test_the_backend_is_the_one_that_serves_the_device(monkeypatch, config, expected):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: config)
+    assert backend_for(None, "cuda") == expected
+    assert backend_for(None, "cpu") == "gloo"
+
+
+def test_a_group_made_without_a_backend_is_asked_by_device():
+    """Torch calls such a group "undefined"."""
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert backend_for(None, "cuda") == ("nccl" if torch.cuda.is_available() else "gloo")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_watchdog_of_nccl_comes_long_after_our_own_error():
+    assert distributed._group_timeout_s("nccl", 300.0) >= 2 * 300.0
+    assert distributed._group_timeout_s("gloo", 300.0) == 300.0
+
+
+@pytest.mark.parametrize("name", ["CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_LAUNCH_ORDER_IMPLICIT"])
+def test_variables_that_serialise_launches_are_warned_of(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.warns(UserWarning, match=f"{name}=1.*deadlock"):
+        distributed._warn_of_launch_order()
+    monkeypatch.setenv(name, "8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distributed._warn_of_launch_order()
+
+
+def _gathers(rank, size):
+    transport = DistributedTransport(timeout_s=30.0)
+    send = torch.arange(70_000, dtype=torch.int32).view(7, 10_000) + rank
+    receive = torch.empty((size, 7, 10_000), dtype=torch.int32)
+    transport.all_gather(send, receive, tag=0, what="test")
+    transport.close()
+    return all(torch.equal(receive[r], send - rank + r) for r in range(size))
+
+
+def test_the_ring_gathers_into_one_tensor():
+    """Five ranks: neither the pairwise all-gather nor recursive doubling serves them."""
+    assert spawn_gloo(_gathers, 5) == [True] * 5
