@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; each subcommand sets ``run``, a function of the parsed arguments that returns an exit status."""
+    """The command line; each subcommand sets ``run``: parsed arguments to exit status."""
     top = argparse.ArgumentParser(prog="commhooks", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=f"commhooks {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -94,7 +94,7 @@ def _gpu() -> str:
 
 
 def _found_by(program: str, package: str, install: str) -> str:
-    """What a program prints in a process of its own, or why it failed: a package built for another torch may crash."""
+    """What a program prints in a process of its own, or why it failed: the package it imports may crash."""
     command_line = [sys.executable, "-c", program]
     try:
         done = subprocess.run(command_line, capture_output=True, text=True, errors="replace", timeout=60)

@@ -30,7 +30,7 @@ _SPELLINGS: dict[str, str] = {
     "clip": "memory=ErrorFeedback(clip_norm={value!r})",
     "beta": "momentum={value!r}",
 }
-"""What people write, and what this library calls it. A row is used where the call has the argument that it begins with."""
+"""What people write, and what to write. A row is used where the call has the argument that it begins with."""
 
 
 class CommHooksError(RuntimeError):
@@ -54,14 +54,15 @@ class NonFiniteGradientError(CommHooksError):
 
 
 class StepOrderError(CommHooksError):
-    """Backward, ``zero_grad``, ``no_sync`` and ``step`` come in an order in which gradients would count twice or not at all."""
+    """Backward, ``zero_grad``, ``no_sync`` and ``step`` come in an order that counts gradients twice."""
 
 
 def says_what_to_write(function: F) -> F:
-    """Makes a call with an unknown keyword argument a ``TypeError`` that names it, its value and what to write.
+    """Makes a call with an unknown keyword argument a ``TypeError`` that names it, its value and what to
+    write.
 
-    Options that the function collects by ``**options`` are those of its class's constructor. They are looked at before the
-    function runs.
+    Options that the function collects by ``**options`` are those of its class's constructor. They are looked
+    at before the function runs.
     """
 
     @functools.wraps(function)
@@ -88,7 +89,7 @@ def _keywords(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[
 
 @functools.cache
 def _parameters(function: Callable[..., Any], with_default: bool = False) -> tuple[list[str], bool]:
-    """Names that may be given by keyword (of those with a default alone, if so asked), and whether ``**options`` follow."""
+    """Names that may be given by keyword, and whether ``**options`` follow; or of those with a default."""
     parameters = inspect.signature(function).parameters.values()
     names = [
         p.name

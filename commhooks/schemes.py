@@ -1,4 +1,4 @@
-"""The one table of schemes: which selector, exchange and memory a name stands for, and which of them fit together."""
+"""The one table of schemes: the selector, exchange and memory a name stands for, and which of them fit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
         ErrorFeedback,
     ),
 }
-"""Every scheme by name. ``SparseState``'s short forms, the planner and the programs under ``scripts/`` read it."""
+"""Every scheme by name. ``SparseState``'s short forms, the planner and ``scripts/`` read it."""
 
 
 def make_parts(
@@ -106,7 +106,8 @@ UNSET: Any = _Unset()
 
 
 def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
-    """``memory``; for None or :data:`UNSET` the default: ``ErrorFeedback()`` behind a selector, else ``NoMemory()``.
+    """``memory``; for None or :data:`UNSET` the default: ``ErrorFeedback()`` behind a selector, else
+    ``NoMemory()``.
 
     Warns:
         FutureWarning: None is given. ``SparseState`` and ``Reducer`` used to take it for ``NoMemory()``.
@@ -118,8 +119,8 @@ def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
         default: Memory = NoMemory() if selector is None else ErrorFeedback()
         if memory is None and selector is not None:
             warnings.warn(
-                "memory=None means the default, ErrorFeedback(), as everywhere in commhooks; it used to mean no memory: "
-                "write memory=NoMemory() to send without error feedback",
+                "memory=None means the default, ErrorFeedback(), as everywhere in commhooks; it used to mean "
+                "no memory: write memory=NoMemory() to send without error feedback",
                 FutureWarning,
                 stacklevel=3,
             )
@@ -132,10 +133,12 @@ def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
 
 
 def dense_memory(memory: Memory | None) -> Memory:
-    """The memory that a dense exchange needs of ``memory``: itself where it does more than keep what was not sent.
+    """The memory that a dense exchange needs of ``memory``: itself where it does more than keep what was not
+    sent.
 
-    Momentum and clipping act on dense gradients too: momentum in the memory stands for the optimizer's, which is 0 then,
-    so dropping it would train by another rule. A memory of the user's own class is kept. Any other becomes ``NoMemory()``.
+    Momentum and clipping act on dense gradients too: momentum in the memory stands for the optimizer's, which
+    is 0 then, so dropping it would train by another rule. A memory of the user's own class is kept. Any other
+    becomes ``NoMemory()``.
     """
     if memory is None or memory is UNSET:
         return NoMemory()

@@ -45,7 +45,8 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
 
 
 def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | None = None) -> SparseState:
-    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective call.
+    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective
+    call.
 
     Args:
         model: the DDP model; also what Lightning Fabric's ``setup`` or ``torch.compile`` made of one.
@@ -60,8 +61,8 @@ def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | 
 
     Raises:
         TypeError: there is no DDP model in ``model``; the message says what to pass.
-        ValueError: the state belongs to another model, its transport connects other ranks than DDP's group, or its memory has
-            momentum under an optimizer with a second moment (Adam and its like).
+        ValueError: the state belongs to another model, its transport connects other ranks than DDP's group,
+            or its memory has momentum under an optimizer with a second moment (Adam and its like).
     """
     ddp = require_ddp(model)
     if not isinstance(state, SparseState):

@@ -21,7 +21,7 @@ def momentum_of(optimizer: torch.optim.Optimizer | None) -> float:
 
 
 def has_second_moment(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Whether the optimizer divides a gradient by its past magnitudes: Adam and all that have ``betas``, and its like."""
+    """Whether the optimizer divides a gradient by its past magnitudes, as all with ``betas`` do."""
     groups = [] if optimizer is None else optimizer.param_groups
     return isinstance(optimizer, _SECOND_MOMENT) or any("betas" in g or "beta2" in g for g in groups)
 
@@ -48,13 +48,14 @@ def check_optimizer(memory: Memory | None, selector: Selector | None, optimizer:
     ours, theirs, name = _momentum_in(memory), momentum_of(optimizer), type(optimizer).__name__
     if ours > 0.0 and has_second_moment(optimizer):
         raise ValueError(
-            f"ErrorFeedback's momentum {ours:g} does not go with {name}: what is sent late would be scaled by the wrong "
-            f"second moment, and training stalls. Write ErrorFeedback() and leave the momentum to {name}"
+            f"ErrorFeedback's momentum {ours:g} does not go with {name}: what is sent late would be "
+            "scaled by the wrong second moment, and training stalls. Write ErrorFeedback() and leave the "
+            f"momentum to {name}"
         )
     if ours > 0.0 and theirs > 0.0:
         _warn(
-            f"the optimizer's momentum {theirs:g} and ErrorFeedback's {ours:g} both act: momentum belongs to one place, "
-            "set the optimizer's to 0"
+            f"the optimizer's momentum {theirs:g} and ErrorFeedback's {ours:g} both act: momentum belongs to "
+            "one place, set the optimizer's to 0"
         )
     momentum = max(ours, theirs) or max(
         (_first_beta(g) for g in getattr(optimizer, "param_groups", ())), default=0.0
@@ -62,13 +63,11 @@ def check_optimizer(memory: Memory | None, selector: Selector | None, optimizer:
     if isinstance(selector, RandomK) and momentum > 0.0:
         where = "ErrorFeedback" if ours > 0.0 else f"the optimizer {name}"
         _warn(
-            f"random-k diverges with momentum (here {momentum:g}, in {where}): what a place has withheld arrives at once "
-            "and is multiplied. Use top-k, or SGD without momentum"
+            f"random-k diverges with momentum (here {momentum:g}, in {where}): what a place has withheld "
+            "arrives at once and is multiplied. Use top-k, or SGD without momentum"
         )
     if isinstance(optimizer, torch.optim.LBFGS) and selector is not None:
-        _warn(
-            "L-BFGS compares gradients of several evaluations, which compressed ones are not: it diverges. Use SGD"
-        )
+        _warn("L-BFGS diverges: the gradients that it compares are compressed, each in another way. Use SGD")
 
 
 def _momentum_in(memory: Memory | None) -> float:

@@ -44,17 +44,20 @@ class SparseState:
     Args:
         selector: which places of a gradient are sent; None with ``Dense``.
         aggregator: how the ranks' selections become one sum, and over which transport.
-        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds nothing.
+        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds
+            nothing.
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`Reducer`.
         grad_scaler: the job's ``GradScaler``. The memory is then kept in unscaled units and a change of scale
             leaves it right. Without it a change of scale weighs what is in the memory by old over new scale.
         dense_crossover: send a bucket densely when that takes fewer bytes; or a rule: see :class:`Reducer`.
         delta_every: measure Assumption 1's delta every so many steps; 0: never.
-        timeout_s: seconds until a missing rank is an error. None: the process group's timeout, or 300 s without a group.
+        timeout_s: seconds until a missing rank is an error. None: the process group's timeout, or 300 s
+            without a group.
         process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives
             DDP's.
-        ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by this state's
-            thread. Nothing is counted then. Only with ``Dense("distributed")``, no memory and ``"propagate"``.
+        ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by
+            this state's thread. Nothing is counted then. Only with ``Dense("distributed")``, no memory and
+            ``"propagate"``.
 
     Attributes:
         error: what made the state fail, or None. A failed state raises it again at every later step.
@@ -62,7 +65,8 @@ class SparseState:
         watch: sees whether the averages are used, zeroed or accumulated.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind or value, or ``ddp_allreduce`` beside what DDP cannot do.
+        TypeError, ValueError: an argument of a wrong kind or value, or ``ddp_allreduce`` beside what DDP
+        cannot do.
     """
 
     _owner: weakref.ref[Any] | None
@@ -102,9 +106,9 @@ class SparseState:
         self.ddp_allreduce = bool(ddp_allreduce)
         if ddp_allreduce and not self._ddp_can():
             raise ValueError(
-                "ddp_allreduce=True leaves the average to DDP, which can only sum what it is given over its own group: "
-                f'it goes with Dense("distributed"), NoMemory() and nonfinite="propagate", got {self.reducer.settings()}, '
-                f"transport {self.reducer.connection.requested!r}"
+                "ddp_allreduce=True leaves the average to DDP, which can only sum what it is given over its "
+                'own group: it goes with Dense("distributed"), NoMemory() and nonfinite="propagate", got '
+                f"{self.reducer.settings()}, transport {self.reducer.connection.requested!r}"
             )
         self.plan: Plan | None = None
         self._reset_runtime()
@@ -174,26 +178,29 @@ class SparseState:
     ) -> SparseState:
         """Measures network and device and takes what the cost model says; a collective call.
 
-        All ranks decide alike. The choice is one line on rank 0's stderr, and :attr:`plan`. What is too close to call is
-        dense. Buckets for which the sparse exchange would be slower go dense.
+        All ranks decide alike. The choice is one line on rank 0's stderr, and :attr:`plan`. What is too close
+        to call is dense. Buckets for which the sparse exchange would be slower go dense.
 
         Args:
-            model: the module, or its number of parameters. The plan for a DDP model keeps the bucket cap that it has and
-                measures over its process group.
+            model: the module, or its number of parameters. The plan for a DDP model keeps the bucket cap that
+                it has and measures over its process group.
             transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
-            optimizer: the job's. Random-k, which diverges with momentum, may be taken only for an SGD without it.
+            optimizer: the job's. Random-k, which diverges with momentum, may be taken only for an SGD without
+                it.
             densities: k/n that may be taken.
-            backward_s: seconds of one backward, which hides communication; the slowest rank's counts. 0: unknown.
+            backward_s: seconds of one backward, which hides communication; the slowest rank's counts. 0:
+                unknown.
             device: where gradients live; default: the model's, the CPU for a number.
             probe_timeout_s: seconds until a rank that is missing at the measurement is an error.
             options: of this class. Of a ``memory`` a dense plan keeps momentum and clipping.
 
         Returns:
-            A state whose attribute ``plan`` tells what was chosen and why, with the ``bucket_cap_mb`` to give DDP.
+            A state whose attribute ``plan`` tells what was chosen and why, with the ``bucket_cap_mb`` to give
+            DDP.
 
         Raises:
-            ValueError: ``model`` has no parameters, a density or a time is out of range, or the memory has momentum under an
-                optimizer with a second moment.
+            ValueError: ``model`` has no parameters, a density or a time is out of range, or the memory has
+                momentum under an optimizer with a second moment.
         """
         caps: tuple[float, ...] = BUCKET_MB
         ddp, memory = find_ddp(model), options.get("memory")
@@ -319,7 +326,7 @@ class SparseState:
             self._passthrough, self.watch.enabled = False, True
 
     def reset(self) -> None:
-        """Forgets everything withheld: the memory is as at the start, the step 0. Call it on all ranks, between steps."""
+        """Forgets all that is withheld: memory and step begin anew. Call it on all ranks between steps."""
         self._thread.wait()
         self.reducer.reset()
         self.watch.forgive()
@@ -332,8 +339,8 @@ class SparseState:
     def stats(self) -> dict[str, Any]:
         """Figures of the last step: bytes sent and received, ratio, residual norm, delta, seconds.
 
-        ``"averaged_by"`` is ``"commhooks"``, or ``"ddp"`` where DDP's own all-reduce averages. That counts nothing: all
-        other figures are None then.
+        ``"averaged_by"`` is ``"commhooks"``, or ``"ddp"`` where DDP's own all-reduce averages. That counts
+        nothing: all other figures are None then.
         """
         figures = self.reducer.stats()
         if self.ddp_allreduce:
@@ -355,7 +362,8 @@ class SparseState:
         self._steps_seen = 0
 
     def restart(self, saved: dict[str, Any]) -> None:
-        """Goes back to this rank's own ``state_dict()`` of this run, also after a step that failed; not collective.
+        """Goes back to this rank's own ``state_dict()`` of this run, also after a step that failed; not
+        collective.
 
         What the failed step sent or withheld is forgotten: the gradients of that step are computed again.
         """
@@ -381,7 +389,7 @@ class SparseState:
 
     @property
     def left_to_ddp(self) -> bool:
-        """Whether DDP's own all-reduce averages now: ``ddp_allreduce``, but not within :meth:`passthrough`."""
+        """Whether DDP's own all-reduce averages now: ``ddp_allreduce``, outside :meth:`passthrough`."""
         return self.ddp_allreduce and not self._passthrough
 
     def _ddp_can(self) -> bool:

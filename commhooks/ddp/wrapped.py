@@ -1,4 +1,4 @@
-"""Finds the DDP model in what users hold: Fabric's wrapper or ``torch.compile``'s, neither of which is imported."""
+"""Finds the DDP model in what users hold: Fabric's or ``torch.compile``'s wrapper. Neither is imported."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def _advice(model: Any) -> str:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the parts that ``torch.compile`` puts in: checkpoints fit with and without it."""
+    """A parameter's name without what ``torch.compile`` puts in: checkpoints fit with and without it."""
     return name.replace("_orig_mod.", "")

@@ -1,9 +1,9 @@
 """Top-k with error feedback and sparse merging on arrays of any library, without a copy.
 
-An array may be a torch tensor, a numpy array, or anything that exports DLPack or ``__cuda_array_interface__`` (CuPy, JAX
-for reading, Numba). Results are arrays of the library of the first argument (torch tensors when it cannot take them
-back). CuPy arrays are worked on in CuPy's current stream, all others on a GPU in torch's current stream, which waits for
-the stream that ``__cuda_array_interface__`` names.
+An array may be a torch tensor, a numpy array, or anything that exports DLPack or ``__cuda_array_interface__``
+(CuPy, JAX for reading, Numba). Results are arrays of the library of the first argument (torch tensors when it
+cannot take them back). CuPy arrays are worked on in CuPy's current stream, all others on a GPU in torch's
+current stream, which waits for the stream that ``__cuda_array_interface__`` names.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["MergedArrays", "Pairs", "merge", "topk"]
 
 
 class Pairs(NamedTuple):
-    """``values`` float32 ``(k,)`` and ``indices`` int32 ``(k,)``, ascending; unused places: value 0, index 2**31 - 1."""
+    """``values`` float32 ``(k,)``; ``indices`` int32 ``(k,)``, ascending; unused places: 0 and 2**31 - 1."""
 
     values: Any
     indices: Any
 
 
 class MergedArrays(NamedTuple):
-    """``Pairs``, and for each input whether the index of an entry is in the result (bool, as long as the input)."""
+    """``Pairs``, and for each entry of both inputs whether its index is in the result (bool)."""
 
     values: Any
     indices: Any
@@ -51,8 +51,8 @@ def topk(
         grad: ``(n,)``, float32, float16 or bfloat16, contiguous; only read.
         k: number of places, in [0, n].
         residual: ``(n,)``, float32; what is not taken stays here for the next call. None: nothing is kept.
-        velocity: ``(n,)``, float32, updated to ``momentum * velocity + scale * grad``, which then takes the place of
-            the gradient. None: no momentum.
+        velocity: ``(n,)``, float32, updated to ``momentum * velocity + scale * grad``, which then takes the
+            place of the gradient. None: no momentum.
         momentum: factor of the old velocity.
         scale: factor of the gradient.
         threads: number of CPU threads, default torch's; never changes the result.
@@ -62,8 +62,9 @@ def topk(
 
     Raises:
         TypeError: not an array, or a wrong dtype.
-        ValueError: sizes, devices, layout, ``k``, or a residual or velocity that is read-only, as far as that can be
-            known: by numpy's and DLPack's flags, the CUDA array interface's, and for all arrays of JAX and TensorFlow.
+        ValueError: sizes, devices, layout, ``k``, or a residual or velocity that is read-only, as far as that
+            can be known: by numpy's and DLPack's flags, the CUDA array interface's, and for all arrays of JAX
+            and TensorFlow.
 
     Example:
         >>> residual = numpy.zeros_like(grad)

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as tensors over the same memory, and back: DLPack, ``__cuda_array_interface__``, streams."""
+"""Arrays of other libraries as tensors over the same memory, and back, with their streams."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def module_of(array: Any) -> str:
 def stream_of(array: Any) -> Iterator[None]:
     """Makes CuPy's current stream on the array's device torch's too, for as long as the context lasts.
 
-    Nothing for arrays of other libraries. CuPy's default streams, the legacy one (0, 1) and the one per thread (2), become
-    torch's default stream: CUDA keeps these in order with one another, and torch knows no stream per thread.
+    Nothing for arrays of other libraries. CuPy's default streams, the legacy one (0, 1) and the one per
+    thread (2), become torch's default stream: CUDA keeps these in order with one another, and torch knows no
+    stream per thread.
     """
     if module_of(array) != "cupy":
         yield
@@ -54,7 +55,7 @@ def stream_of(array: Any) -> Iterator[None]:
 
 
 def _stream(pointer: int, device: torch.device, *, per_thread: bool) -> torch.cuda.Stream:
-    """torch's name for a ``cudaStream_t``; ``per_thread``: whether 2 stands for itself or for the default stream."""
+    """torch's name for a ``cudaStream_t``; ``per_thread``: 2 stands for itself, not the default stream."""
     if pointer in (0, 1) or (pointer == 2 and not per_thread):
         default: torch.cuda.Stream = torch.cuda.default_stream(device)
         return default
@@ -72,8 +73,8 @@ def to_tensor(name: str, array: Any, *, written: bool = False) -> Tensor:
 
     Raises:
         TypeError: not an array.
-        ValueError: read-only memory that is to be written, memory that torch cannot share, or that lies on a GPU which
-            is not the current one (``__cuda_array_interface__`` only).
+        ValueError: read-only memory that is to be written, memory that torch cannot share, or that lies on a
+            GPU which is not the current one (``__cuda_array_interface__`` only).
     """
     if isinstance(array, Tensor):
         return array
@@ -105,7 +106,7 @@ def _from_numpy(name: str, array: Any, written: bool) -> Tensor:
 
 
 def _says_read_only(array: Any) -> bool:
-    """Whether a DLPack export of ``array`` bears the flag "read only"; False where it cannot be known (before DLPack 1.0)."""
+    """Whether a DLPack export of ``array`` bears the flag "read only"; before DLPack 1.0 unknown: False."""
     options: dict[str, Any] = {"max_version": (1, 0)}
     try:
         if array.__dlpack_device__()[0] in _ON_CUDA:
@@ -126,7 +127,8 @@ def _says_read_only(array: Any) -> bool:
 def _from_cuda_interface(name: str, array: Any, written: bool) -> Tensor:
     """By the CUDA array interface, up to version 3: torch's current stream waits for the one that it names.
 
-    Nothing tells the producer of our writes: whoever uses the memory afterwards on another stream waits for torch's.
+    Nothing tells the producer of our writes: whoever uses the memory afterwards on another stream waits for
+    torch's.
     """
     interface = array.__cuda_array_interface__
     pointer, read_only = interface["data"]
@@ -153,7 +155,8 @@ def _from_cuda_interface(name: str, array: Any, written: bool) -> Tensor:
 
 
 class _InOrder:
-    """Exports a tensor without ordering streams: CuPy's current stream is torch's, or both are default streams.
+    """Exports a tensor without ordering streams: CuPy's current stream is torch's, or both are default
+    streams.
 
     torch refuses to export for the default stream per thread (2), which CuPy would ask for.
     """
@@ -169,7 +172,8 @@ class _InOrder:
 
 
 def like(array: Any, tensor: Tensor) -> Any:
-    """``tensor`` as an array of the library of ``array`` over the same memory; within :func:`stream_of` ``array``.
+    """``tensor`` as an array of the library of ``array`` over the same memory; within :func:`stream_of`
+    ``array``.
 
     A tensor when that library cannot take it back.
     """

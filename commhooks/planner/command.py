@@ -21,8 +21,9 @@ from .plan import CANDIDATES, DENSITIES, SAFE, Job, Plan
 
 MAX_NUMEL = 10**13
 DESCRIPTION = (
-    "Measures the network between the ranks and the speed of this device, in a few seconds, and says which scheme, density "
-    "and bucket size to use, or not to compress. Run it under the launcher of your training, with as many ranks."
+    "Measures the network between the ranks and the speed of this device, in a few seconds, and says which "
+    "scheme, density and bucket size to use, or not to compress. Run it under the launcher of your "
+    "training, with as many ranks."
 )
 
 
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain-sgd",
         action="store_true",
-        help="The optimizer is SGD without any momentum. Random-k is considered then; with momentum it diverges.",
+        help="The optimizer is SGD without momentum. Random-k is considered then; with momentum it diverges.",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
@@ -108,7 +109,8 @@ def text(plan: Plan, transport: str) -> str:
             else "it learns worse without a density warm-up"
         )
         lines.append(
-            f"{faster.scheme} at density {faster.density:g} would be faster, and is not taken unasked: {why} ({how})"
+            f"{faster.scheme} at density {faster.density:g} would be faster, and is not taken unasked: "
+            f"{why} ({how})"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Alpha-beta-gamma costs of one bucket's exchange, per scheme (formulas: docs/cost-model.md), in pure Python.
 
-Every cost is linear in the parameters of :class:`Costs`: the functions named ``*_terms`` give the factors, so that the
-same formulas predict (factors times costs) and are fitted (least squares over measured times).
+Every cost is linear in the parameters of :class:`Costs`: the functions named ``*_terms`` give the factors, so
+that the same formulas predict (factors times costs) and are fitted (least squares over measured times).
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Costs:
         """The costs of network and device in one line, for people."""
         bandwidth = f"{8e-6 / self.byte_s:,.0f} Mbit/s" if self.byte_s else "no limit seen"
         return (
-            f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, selection {self.select_s * 1e9:.2f} ns and "
-            f"write-back {self.write_s * 1e9:.2f} ns per element, merge {self.merge_s * 1e9:.1f} ns per pair"
+            f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, "
+            f"selection {self.select_s * 1e9:.2f} ns and write-back {self.write_s * 1e9:.2f} ns per element, "
+            f"merge {self.merge_s * 1e9:.1f} ns per pair"
         )
 
     def total(self, terms: Mapping[str, float]) -> float:
@@ -88,7 +89,8 @@ def exchange_terms(
         ValueError: an unknown scheme or a number out of range.
     """
     _check(scheme, numel, k, crowding)
-    # Collectives of a power of two of ranks count as doubling up to DOUBLING_BYTES, as over gloo, beyond as a ring.
+    # Collectives of a power of two of ranks count as doubling up to DOUBLING_BYTES, as over gloo, beyond as a
+    # ring.
     rounds, folds = core_rounds(world_size)
     if world_size == 1:
         return {}
@@ -123,7 +125,7 @@ def exchange_terms(
 
 
 def step_terms(scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0) -> dict[str, float]:
-    """Factors for all that the hook does with one bucket: select, exchange, write back; dense selects nothing."""
+    """Factors for all that the hook does with one bucket: select (not for dense), exchange, write back."""
     terms = exchange_terms(scheme, numel, k, world_size, crowding)
     if scheme == "dense":
         return terms | {"write_s": numel * crowding, "dense_bucket_s": crowding}
@@ -149,7 +151,7 @@ def step_s(costs: Costs, scheme: str, numel: int, k: int, world_size: int, crowd
 def periodic_averaging_s(
     costs: Costs, numel: int, world_size: int, period: int, crowding: float = 1.0
 ) -> float:
-    """Predicted communication per step of averaging ``numel`` parameters densely every ``period`` steps (M-AVG)."""
+    """Predicted seconds per step of averaging ``numel`` parameters densely every ``period`` steps (M-AVG)."""
     if period < 1:
         raise ValueError(f"period must be at least 1, got {period}")
     return exchange_s(costs, "dense", numel, 0, world_size, crowding) / period
@@ -158,8 +160,9 @@ def periodic_averaging_s(
 def exposed_s(bucket_s: float, buckets: int, backward_s: float) -> float:
     """Communication that backward does not hide, when equal buckets are taken in order by one worker.
 
-    Bucket i of B is ready at ``backward_s * (i + 1) / B``; the worker takes one after the other. As all buckets cost the
-    same, it waits either for every bucket (all but the last are hidden) or only for the first.
+    Bucket i of B is ready at ``backward_s * (i + 1) / B``; the worker takes one after the other. As all
+    buckets cost the same, it waits either for every bucket (all but the last are hidden) or only for the
+    first.
 
     Args:
         bucket_s: seconds one bucket takes.

@@ -31,7 +31,8 @@ def plan_for(
 ) -> Plan:
     """Opens a transport, measures, closes it and decides. A collective call.
 
-    The choice is one line on rank 0: on stderr, or in the log where the level INFO of ``commhooks.planner`` is shown.
+    The choice is one line on rank 0: on stderr, or in the log where the level INFO of ``commhooks.planner``
+    is shown.
 
     Args:
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``, which stays open.

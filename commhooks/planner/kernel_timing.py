@@ -1,4 +1,4 @@
-"""Measures this rank's own speed: kernels on memory that no cache holds, and a small bucket from end to end."""
+"""Measures this rank's own speed: kernels on memory that no cache holds, and a small bucket end to end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, fl
     buckets = [Fused(gradient.clone(), torch.zeros_like(gradient)) for _ in range(count)]
 
     def turns(work: Callable[[Fused], object]) -> float:
-        """Median seconds of ``work`` on all buckets, per element: whoever uses the machine delays a step's passes too."""
+        """Median seconds of ``work`` on all buckets, per element: others delay a step too."""
         times = []
         for _ in range(_REPEATS):
             for bucket in buckets:
@@ -96,7 +96,7 @@ def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> f
 
 
 def least_s(work: Callable[[], object], repeats: int, device: torch.device | None = None) -> float:
-    """Least seconds of ``repeats`` calls, for what is so short that a single delay by others would be most of it."""
+    """Least seconds of ``repeats`` calls, for what one delay by others would be most of."""
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()

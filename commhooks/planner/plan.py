@@ -11,7 +11,7 @@ from .cost_model import Costs, check_backward_s, exposed_s, step_s
 CANDIDATES = ("topk", "gtopk", "randomk")
 """What is predicted for every job, beside dense."""
 SAFE = ("topk", "gtopk")
-"""What may be taken without knowing the optimizer. Random-k diverges with momentum, in the optimizer or the memory."""
+"""What may be taken without knowing the optimizer. Random-k diverges with momentum, wherever it acts."""
 DENSITIES = (0.01,)
 """What may be taken unasked. Less learns worse without a density warm-up, of which a plan knows nothing."""
 PREDICTED_DENSITIES = (0.01, 0.001)
@@ -30,7 +30,8 @@ class Job:
     Attributes:
         numel: parameters in all.
         largest_numel: elements of the largest parameter, which DDP never splits; 0: unknown.
-        backward_s: seconds of one backward, which hides communication of all but the last buckets; 0: unknown.
+        backward_s: seconds of one backward, which hides communication of all but the last buckets; 0:
+            unknown.
         densities: k/n that may be taken.
         schemes: schemes that may be taken beside dense.
         bucket_mb: values of ``bucket_cap_mb`` that may be taken.
@@ -99,8 +100,7 @@ class Plan:
     job: Job
 
     def __call__(self, numel: int, k: int, world_size: int) -> bool:
-        """The rule for a Reducer's ``dense_crossover``: whether a bucket of ``numel`` elements is faster dense than
-        by the plan's scheme with ``k`` pairs.
+        """The rule for a Reducer's ``dense_crossover``: whether a bucket is faster dense than by the scheme.
 
         A bucket that goes dense here is corrected by the memory all the same: a pass that plain DDP has not.
         """
@@ -127,7 +127,7 @@ class Plan:
         return "\n".join(lines)
 
     def faster_if_allowed(self) -> Prediction | None:
-        """The fastest candidate that the job does not allow, if it would be ``MARGIN`` times faster than what is taken."""
+        """The fastest candidate that the job does not allow, if it pays as a step down from what is taken."""
         allowed = [("dense", 1.0), *self.job.ladder()]
         taken = next(p for p in self.predictions if (p.scheme, p.density) == (self.scheme, self.density))
         others = (p for p in self.predictions if (p.scheme, p.density) not in allowed)
@@ -148,9 +148,9 @@ class Plan:
 def choose(costs: Costs, job: Job, world_size: int) -> Plan:
     """The plan that one measurement gives.
 
-    The choice starts at dense and goes down :meth:`Job.ladder`. A step down must be promised to be ``MARGIN`` times
-    faster than what is taken so far, and to save ``LEAST_SAVING_S``: what sends less learns worse. Random-k is taken
-    only from dense.
+    The choice starts at dense and goes down :meth:`Job.ladder`. A step down must be promised to be ``MARGIN``
+    times faster than what is taken so far, and to save ``LEAST_SAVING_S``: what sends less learns worse.
+    Random-k is taken only from dense.
 
     Args:
         costs: from :func:`commhooks.planner.probe`, the same on all ranks.
@@ -171,15 +171,15 @@ def choose(costs: Costs, job: Job, world_size: int) -> Plan:
         reason = _reason_dense(world_size, dense, best)
     else:
         reason = (
-            f"predicted {_ms(taken.step_s)} of communication per step, {dense.step_s / taken.step_s:.1f} times less "
-            f"than dense ({_ms(dense.step_s)})"
+            f"predicted {_ms(taken.step_s)} of communication per step, "
+            f"{dense.step_s / taken.step_s:.1f} times less than dense ({_ms(dense.step_s)})"
         )
     ranked = tuple(sorted([dense, *found.values()], key=lambda p: p.step_s))
     return Plan(taken.scheme, taken.density, taken.bucket_mb, ranked, reason, costs, world_size, job)
 
 
 def settle(plans: Sequence[Plan]) -> Plan:
-    """Of several measurements' plans for one job the one closest to dense training, so that noise decides nothing."""
+    """Of several measurements' plans the one closest to dense training, so that noise decides nothing."""
     ladder = [("dense", 1.0), *plans[0].job.ladder()]
     taken = min(plans, key=lambda p: ladder.index((p.scheme, p.density)))
     alike = [p for p in plans if (p.scheme, p.density) == (taken.scheme, taken.density)]
@@ -227,8 +227,9 @@ def _reason_dense(world_size: int, dense: Prediction, fastest: Prediction | None
     if fastest is None:
         return f"do not compress: dense takes {_ms(dense.step_s)} per step and no scheme may be chosen"
     return (
-        f"do not compress: dense takes {_ms(dense.step_s)} per step, the best compression ({fastest.scheme}, density "
-        f"{fastest.density:g}) {_ms(fastest.step_s)}: less than {MARGIN:g} times or {_ms(LEAST_SAVING_S)} faster"
+        f"do not compress: dense takes {_ms(dense.step_s)} per step, the best compression ({fastest.scheme}, "
+        f"density {fastest.density:g}) {_ms(fastest.step_s)}: less than {MARGIN:g} times or "
+        f"{_ms(LEAST_SAVING_S)} faster"
     )
 
 

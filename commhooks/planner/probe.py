@@ -1,6 +1,8 @@
-"""Measures what the cost model needs: the network between the ranks and the device's speed, in about a second.
+"""Measures what the cost model needs: the network between the ranks and the device's speed, in about a
+second.
 
-All ranks take part in the same collectives: what decides on one more is the slowest rank's time, the same on all.
+All ranks take part in the same collectives: what decides on one more is the slowest rank's time, the same on
+all.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ _GROWTH = 4
 def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str = "cpu") -> Costs:
     """Costs of this job, the same on all ranks (each the slowest rank's). A collective call.
 
-    All ranks measure at the same time, so cores and links that they share count as shared: use the result with
-    ``crowding=1``. Of the network's measurements the least counts, of the passes over memory the median: on a busy machine
-    compression is rather promised too little than too much.
+    All ranks measure at the same time, so cores and links that they share count as shared: use the result
+    with ``crowding=1``. Of the network's measurements the least counts, of the passes over memory the median:
+    on a busy machine compression is rather promised too little than too much.
 
     Args:
         transport: open, over the ranks in question.
@@ -64,7 +66,7 @@ def slowest(transport: Transport, mine: list[float]) -> list[float]:
 
 
 def _constants(transport: Transport, device: torch.device) -> tuple[float, float]:
-    """Seconds of a sparse and of a dense bucket beyond passes and exchange: small ones, less their exchange alone."""
+    """Seconds of a sparse and of a dense bucket beyond passes and exchange, from small ones."""
     pairs = torch.zeros(HEADER_WORDS + 2 * SMALL_K, dtype=torch.int32, device=transport.device_type)
     rows = pairs.new_empty((transport.world_size, pairs.numel()))
     gather_s = least_s(lambda: transport.all_gather(pairs, rows, tag=_TAG, what=_WHAT), 2 * _REPEATS)
@@ -75,7 +77,7 @@ def _constants(transport: Transport, device: torch.device) -> tuple[float, float
 
 
 def _link(transport: Transport) -> tuple[float, float]:
-    """``(seconds per message, seconds per byte)``: every rank sends right and receives from the left at once."""
+    """``(seconds per message, seconds per byte)``: every rank sends right and receives from the left."""
     empty_s = slowest(transport, [_shift_s(transport, _LATENCY_BYTES, 4 * _REPEATS)])[0]
     size, last_size, last_s = 1 << 16, _LATENCY_BYTES, empty_s
     while True:

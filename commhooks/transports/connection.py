@@ -1,7 +1,7 @@
 """``Connection``: a transport that was asked for by name and opens when it is first needed.
 
-What every user of a transport needs is decided here, once: which name stands for what, how long a wait may be, and whether
-the ranks that a transport connects are those of the job.
+What every user of a transport needs is decided here, once: which name stands for what, how long a wait may
+be, and whether the ranks that a transport connects are those of the job.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ def make(
 
     Args:
         transport: one of ``NAMES``, or a ready ``Transport``.
-        timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s without a group.
+        timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s
+            without a group.
         process_group: ranks of a new ``"distributed"`` transport; default: all.
-        device_type: ``"cuda"`` asks ``"distributed"`` for NCCL, when the process group has it, and ``"mpi"`` to
-            send from GPU memory, when its library can.
+        device_type: ``"cuda"`` asks ``"distributed"`` for NCCL, when the process group has it, and ``"mpi"``
+            to send from GPU memory, when its library can.
 
     Raises:
-        ValueError: ``"gloo"`` or ``"nccl"`` where the other one runs, or MPI connects other ranks than the job has.
+        ValueError: ``"gloo"`` or ``"nccl"`` where the other one runs, or MPI connects other ranks than the
+            job has.
     """
     if isinstance(transport, Transport):
         return transport
@@ -60,8 +62,8 @@ def make(
     backend = backend_for(process_group, device_type)
     if name not in ("distributed", backend):
         raise ValueError(
-            f"transport {name!r} was asked for, and {backend!r} is what runs here, for gradients on {device_type} and this "
-            f"process group: write {backend!r} or 'distributed'"
+            f"transport {name!r} was asked for, and {backend!r} is what runs here, for gradients on "
+            f"{device_type} and this process group: write {backend!r} or 'distributed'"
         )
     return DistributedTransport(process_group, backend=backend, timeout_s=timeout_s)
 
@@ -69,8 +71,8 @@ def make(
 def _check_ranks(transport: Transport, process_group: Any) -> None:
     """Raises ``ValueError`` where MPI connects other ranks than the job has; closes the transport then.
 
-    A process group that is named must have as many. Otherwise what started the process tells, or the default process group:
-    one that agrees suffices, since a job over MPI may have smaller process groups.
+    A process group that is named must have as many. Otherwise what started the process tells, or the default
+    process group: one that agrees suffices, since a job over MPI may have smaller process groups.
     """
     told = []
     if dist.is_available() and dist.is_initialized():
@@ -83,8 +85,9 @@ def _check_ranks(transport: Transport, process_group: Any) -> None:
     transport.close()
     who, size = told[0]
     raise ValueError(
-        f"transport 'mpi' connects {transport.world_size} ranks where {who} has {size}: start the job by the mpiexec of the "
-        "MPI library that mpi4py uses (pip's mpich: the one beside the interpreter), or use transport 'distributed'"
+        f"transport 'mpi' connects {transport.world_size} ranks where {who} has {size}: start the job by the "
+        "mpiexec of the MPI library that mpi4py uses (pip's mpich: the one beside the interpreter), or use "
+        "transport 'distributed'"
     )
 
 
@@ -121,7 +124,7 @@ class Connection:
     def open(
         self, *, timeout_s: float | None = None, process_group: Any = None, device_type: str = "cpu"
     ) -> Transport:
-        """The open transport; opens it at the first call, which is collective. Arguments as for :func:`make`."""
+        """The open transport; the first call, a collective one, opens it. Arguments as for :func:`make`."""
         if self._transport is None:
             self._transport = make(
                 self.requested, timeout_s=timeout_s, process_group=process_group, device_type=device_type

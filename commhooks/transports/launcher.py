@@ -1,4 +1,4 @@
-"""What started this process, and which of how many ranks it is, read from the environment. Nothing is initialised."""
+"""What started this process, and which of how many ranks it is: read from the environment alone."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ _VARIABLES = (
     ("mpiexec", "PMI_RANK", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
-"""From the launcher that is started last to the one that may have started it: srun may start mpiexec, and either torchrun.
+"""From the launcher that is started last to the one that may have started it: srun may start mpiexec, and
+either torchrun.
 
-``SLURM_NTASKS`` is not read: it belongs to the allocation, so that a single process of a batch script sees it too.
+``SLURM_NTASKS`` is not read: it belongs to the allocation, so that a single process of a batch script sees it
+too.
 """
 
 
