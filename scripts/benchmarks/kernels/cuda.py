@@ -76,7 +76,7 @@ class Bench:
     def topk(
         self, labels: Record, operands: Operands, k: int, model: Model | None = None
     ) -> dict[str, float]:
-        """select_topk in the steady state of error feedback; returns the milliseconds of its dense baselines."""
+        """select_topk in the steady state of error feedback; returns its dense baselines' milliseconds."""
         labels = {"kernel": "select_topk", **labels}
         first = operands.fused(0)
         few = check.small(k, first)
@@ -149,7 +149,7 @@ class Bench:
             self.topk({"data": data, "numel": numel, "density": density}, operands, k, model)
 
     def misses(self, numel: int, density: float) -> None:
-        """A gradient on which no guess can hold: all magnitudes but k / 2 equal. The residual is zeroed untimed."""
+        """A gradient on which no guess holds: all magnitudes but k / 2 equal. The residual is zeroed untimed."""
         k = max(1, round(density * numel))
         dense = self.dense(Operands.make("gaussian", numel, self.device))
         gradient = torch.full((numel,), 1e-3, device=self.device)
@@ -180,7 +180,7 @@ class Bench:
             operands.fused(0),
             "select_threshold",
         )
-        # The sign changes from round to round: residuals that grew would bring more and more above the threshold.
+        # The sign changes from round to round: residuals that grew would bring more above the threshold.
         opposite = [-gradient for gradient in operands.gradients]
 
         def by_threshold(turn: int) -> None:
@@ -275,7 +275,7 @@ class Bench:
         self.table.save()
 
     def beside(self, numel: int, density: float) -> None:
-        """The other kernels, and select_topk where its guess fails, with options, and on clustered gradients."""
+        """The other kernels; select_topk where its guess fails, with options, and on clustered gradients."""
         operands = Operands.make("gaussian", numel, self.device)
         k = max(1, round(density * numel))
         labels, dense = {"data": "gaussian", "numel": numel, "density": density}, self.dense(operands)

@@ -17,7 +17,7 @@ from .data import RealRun, heavy, tiled
 
 ROTATE_BYTES = 256 * 2**20  # well beyond the cache of any device
 MOMENTUM = 0.9
-CLUSTER = 500  # clustered: that part of a bucket is a hundred times larger, as an embedding's or a last layer's gradient
+CLUSTER = 500  # clustered: one part in 500 of a bucket is a hundred times larger, as an embedding's gradient
 #: Sizes of parameters, over and over: convolutions with their scales and shifts, as in ResNet-50.
 _PARAMETERS = (589_824, 256, 256, 262_144, 1024, 1024)
 Turn = Callable[[int], object]
@@ -30,7 +30,7 @@ def nothing(turn: int) -> None:
 
 
 def device_ms(call: Turn, between: Turn, repeats: int) -> float:
-    """Milliseconds on the device, by events around the call and behind a kernel that keeps the device busy meanwhile."""
+    """Milliseconds on the device, by events around the call, behind a kernel that keeps the device busy."""
     for turn in range(3):
         between(turn)
         call(turn)
@@ -57,7 +57,7 @@ def segments_of(numel: int, device: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Operands:
-    """Gradients, residuals and perhaps velocities, used in turn so that none is found in the device's cache."""
+    """Gradients, residuals and perhaps velocities, used in turn so that none is in the device's cache."""
 
     gradients: list[Tensor]
     residuals: list[Tensor]
@@ -66,7 +66,7 @@ class Operands:
 
     @classmethod
     def make(cls, kind: str, numel: int, device: str, run: RealRun | None = None) -> Operands:
-        """Gaussian, clustered, heavy-tailed or real (those of ``run``) gradients in float32, and zero residuals."""
+        """Gaussian, clustered, heavy-tailed or real (of ``run``) gradients in float32, and zero residuals."""
         count = max(2, min(16, -(-ROTATE_BYTES // (8 * numel))))
         generator = torch.Generator(device).manual_seed(numel)
         gradients = [torch.empty(numel, device=device) for _ in range(count)]
@@ -101,7 +101,7 @@ class Operands:
 
 
 class Cub:
-    """The rival of ``cub_rival.cu``: ``r += g``, DeviceTopK, taking out. Its scratch memory is made once per size."""
+    """The rival of ``cub_rival.cu``: ``r += g``, DeviceTopK, taking out. Scratch memory is made once per size."""
 
     def __init__(self, path: Path) -> None:
         self.call = ctypes.CDLL(str(path)).cub_rival
@@ -110,7 +110,7 @@ class Cub:
         self._scratch: dict[tuple[int, int], Tensor] = {}
 
     def run(self, gradient: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values ``(k,)`` float32 and indices ``(k,)`` int32, in any order; the residual is updated in place."""
+        """Values ``(k,)`` float32, indices ``(k,)`` int32, in any order; the residual is updated in place."""
         device, sizes = gradient.device, (gradient.numel(), k)
         keys = torch.empty(k, dtype=torch.int32, device=device)
         values, indices = torch.empty(k, device=device), torch.empty(k, dtype=torch.int32, device=device)

@@ -32,8 +32,8 @@ def lead() -> list[str]:
     slow, fast = starts()[_RESNET50, 4, "100mbit"], starts()[_RESNET50, 4, "1gbit"]
     times = [number(step.times_faster(s["gtopk"], s, "dense")) for s in (slow, fast)]
     return paragraph(
-        f"A step of ResNet-50's 25.6M parameters on 4 ranks is {times[0]} times faster with gTop-k at density "
-        f"0.001 than with a dense all-reduce at 100 Mbit/s, and {times[1]} times faster at 1 Gbit/s."
+        f"A step of ResNet-50's 25.6M parameters on 4 ranks is {times[0]} times faster with gTop-k at "
+        f"density 0.001 than with a dense all-reduce at 100 Mbit/s, and {times[1]} times faster at 1 Gbit/s."
     )
 
 
