@@ -149,7 +149,7 @@ class Bench:
             self.topk({"data": data, "numel": numel, "density": density}, operands, k, model)
 
     def misses(self, numel: int, density: float) -> None:
-        """A gradient on which no guess holds: all magnitudes but k / 2 equal. The residual is zeroed untimed."""
+        """No guess holds: all magnitudes but k / 2 are equal. The residual is zeroed untimed."""
         k = max(1, round(density * numel))
         dense = self.dense(Operands.make("gaussian", numel, self.device))
         gradient = torch.full((numel,), 1e-3, device=self.device)

@@ -24,7 +24,7 @@ def require(same: bool, what: str) -> None:
 
 
 def _part(fused: Fused, device: torch.device | str) -> Fused:
-    """A copy of the first elements, on ``device``; the residual is made of the gradient, so that it is not zero."""
+    """A copy of the first elements, on ``device``, with a residual that is not zero."""
     numel = min(fused.grad.numel(), _CHECKED)
     part = replace(
         fused,
@@ -41,7 +41,7 @@ def _part(fused: Fused, device: torch.device | str) -> Fused:
 def selection(
     ours: Callable[[Fused], Selected], theirs: Callable[[Fused], Selected], fused: Fused, what: str
 ) -> None:
-    """Compares the bits of a selection and of what it leaves with the CPU's reference, for the first elements."""
+    """Compares a selection and what it leaves with the CPU's reference, all bits of the first elements."""
     device, host = _part(fused, fused.grad.device), _part(fused, "cpu")
     got, want = ours(device), theirs(host)
     same = torch.equal(got.indices.cpu(), want.indices) and torch.equal(got.values.cpu(), want.values)
@@ -58,7 +58,7 @@ def small(k: int, fused: Fused) -> int:
 
 
 def _taken_as_by_torch(values: Tensor, indices: Tensor, residual: Tensor, corrected: Tensor, k: int) -> bool:
-    """Whether the ``k`` largest magnitudes of ``corrected`` were taken, which left ``residual``; ties in any order."""
+    """Whether ``corrected``'s ``k`` largest magnitudes were taken, leaving ``residual``. Ties: any."""
     largest = torch.topk(corrected.abs(), k, sorted=False).values.sort().values
     where = indices.long()
     rest = corrected.index_fill(0, where, 0.0)

@@ -101,7 +101,7 @@ class Operands:
 
 
 class Cub:
-    """The rival of ``cub_rival.cu``: ``r += g``, DeviceTopK, taking out. Scratch memory is made once per size."""
+    """``cub_rival.cu``: ``r += g``, DeviceTopK, taking out. Scratch memory is made once per size."""
 
     def __init__(self, path: Path) -> None:
         self.call = ctypes.CDLL(str(path)).cub_rival

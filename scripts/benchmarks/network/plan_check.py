@@ -101,23 +101,32 @@ def _turn(rows: list[dict[str, Any]], world_size: int) -> None:
 
 
 def _step_times(row: dict[str, Any], numel: int) -> list[float]:
-    """The slowest rank's seconds for all buckets, step by step."""
+    """The slowest rank's seconds for all buckets, step by step.
+
+    Raises:
+        AssertionError: an average is zero.
+    """
     if row["scheme"] == "dense":
         state = SparseState.dense(row["transport"])
     else:
         state = SparseState.topk(row["density"], row["transport"])
     buckets = row["buckets"]
     gradients = [torch.randn(numel) for _ in range(buckets)]
-    parameters = [torch.empty(numel) for _ in range(buckets)]
+    parameters = [torch.zeros(numel, requires_grad=True) for _ in range(buckets)]
     times = []
     for _ in range(_STEPS[row["model"]] + 2):  # the first ones open connections and touch memory
         buffers = [g.clone() for g in gradients]
+        for parameter in parameters:  # a state zeroes the bucket of a parameter that no backward pass reached
+            parameter.grad = None
+            parameter.sum().backward()
         settle()
         began = time.perf_counter()
         futures = [state.submit(b, i, (parameters[i],), i == buckets - 1) for i, b in enumerate(buffers)]
         for future in futures:
             future.wait()
         times.append(time.perf_counter() - began)
+        if not all(bool(b.any()) for b in buffers):
+            raise AssertionError("a bucket's average is zero: nothing was exchanged")
     state.close()
     return largest(times[2:])
 
