@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from commhooks import SparseState
 from commhooks.planner import probe, step_s
@@ -104,14 +105,15 @@ def _step_times(row: dict[str, Any], numel: int) -> list[float]:
     """The slowest rank's seconds for all buckets, step by step.
 
     Raises:
-        AssertionError: an average is zero.
+        AssertionError: a bucket was not averaged.
     """
     if row["scheme"] == "dense":
         state = SparseState.dense(row["transport"])
     else:
         state = SparseState.topk(row["density"], row["transport"])
     buckets = row["buckets"]
-    gradients = [torch.randn(numel) for _ in range(buckets)]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    gradients = [torch.randn(numel, generator=generator) for _ in range(buckets)]
     parameters = [torch.zeros(numel, requires_grad=True) for _ in range(buckets)]
     times = []
     for _ in range(_STEPS[row["model"]] + 2):  # the first ones open connections and touch memory
@@ -125,8 +127,8 @@ def _step_times(row: dict[str, Any], numel: int) -> list[float]:
         for future in futures:
             future.wait()
         times.append(time.perf_counter() - began)
-        if not all(bool(b.any()) for b in buffers):
-            raise AssertionError("a bucket's average is zero: nothing was exchanged")
+        if any(torch.equal(buffer, own) for buffer, own in zip(buffers, gradients, strict=True)):
+            raise AssertionError("a bucket holds this rank's own gradient: it was not averaged")
     state.close()
     return largest(times[2:])
 
