@@ -4,12 +4,16 @@
 """
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.futures import Future
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .averager import Averager
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +46,14 @@ def _everything(numel: int, k: int, world_size: int) -> bool:
 
 
 class PostLocalState:
-    """Reduces gradients by another hook up to step ``start``, then leaves them local (post-local SGD).
+    """Reduces gradients by another hook for ``start`` optimizer steps, then leaves them local (post-local SGD).
 
     Goes with ``LocalSGD(sync=Every(period, start=start))``, which leaves the model alone up to the same step.
+    Give that averager here: hook and averager then count the same steps. Without it a step is one of a torch
+    optimizer that holds the model's parameters, or any change of them in place, seen at the next backward
+    pass. Several backward passes between two steps (accumulation without ``no_sync``) are one step. A step
+    that a GradScaler skips is not seen: gradients are then reduced for one step more.
+
     A sparse hook's last step is sent densely and takes the whole residual along, so that nothing stays behind
     in a memory that no step reads any more. What could not go (the step was thrown away, a parameter had no
     gradient) is logged with its norm. The momentum of an ``ErrorFeedback(momentum=...)`` ends there.
@@ -53,54 +62,159 @@ class PostLocalState:
         start: optimizer steps with reduced gradients.
         hook: the hook of those steps; default: DDP's plain average. commhooks' ``sparse_hook`` does as well.
         hook_state: its state: a process group (None: the default one), or a ``SparseState``.
+        averager: the averager of the local steps, whose count of steps is taken.
+
+    Attributes:
+        local: whether the gradients of the last backward pass stayed local.
 
     Raises:
         ValueError: ``start`` is not an integer of at least 0.
+        TypeError: ``averager`` counts no steps.
     """
 
-    def __init__(self, start: int, hook: Callable[..., Any] | None = None, hook_state: Any = None) -> None:
+    def __init__(
+        self,
+        start: int,
+        hook: Callable[..., Any] | None = None,
+        hook_state: Any = None,
+        averager: Averager | None = None,
+    ) -> None:
         if not isinstance(start, int) or start < 0:
             raise ValueError(f"start must be an integer of at least 0, got {start!r}")
+        if averager is not None and not isinstance(getattr(averager, "step", None), int):
+            raise TypeError(f"averager must be an averager with a step count, got {type(averager).__name__}")
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         self.start, self.hook, self.hook_state = start, hook or allreduce_hook, hook_state
-        self.step = 0
+        self.averager, self.local = averager, False
+        self._steps = self._passes = 0  # optimizer steps before the last backward pass; passes since one
+        self._seen: list[tuple[torch.Tensor, int]] = []  # parameters and their versions at that pass
+        self._stepped = False  # an optimizer of them has stepped since
         self._reducer: Any = getattr(hook_state, "reducer", None)
         self._crossover: Any = None  # the reducer's own rule while the residual is handed over
+        self._watch_optimizers()
 
-    def hand_over(self) -> None:
-        """Makes the sparse hook send all it holds in this step; for the last one before local steps."""
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far. Without an averager the count ends where local steps begin."""
+        if self.averager is not None:
+            return self.averager.step
+        changed = self._stepped or any(p._version != version for p, version in self._seen)
+        return self._steps + changed
+
+    def follow(self, bucket: dist.GradBucket) -> bool:  # type: ignore[name-defined]
+        """Notes a bucket of a backward pass; True if its gradient stays local. For :func:`post_local_hook`."""
+        if bucket.index() == 0:
+            step = self.step
+            self._warn_of_no_steps(step)
+            self._steps, self._seen, self._stepped = step, [], False
+            self.local = step >= self.start
+            if self.local:
+                self._handed_over()
+            elif step == self.start - 1:
+                self._hand_over()
+        if self.averager is None and not self.local:
+            self._seen += [(parameter, parameter._version) for parameter in bucket.parameters()]
+        return self.local
+
+    def _watch_optimizers(self) -> None:
+        """Notes steps of torch's optimizers, whose fused forms change no parameter's version."""
+        if self.averager is None:
+            me = weakref.ref(self)
+            handle = register_optimizer_step_post_hook(lambda optimizer, *_: _note_step(me(), optimizer))
+            weakref.finalize(self, handle.remove)
+
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer has stepped: a step if it holds one of the parameters of the last backward pass."""
+        mine = {id(parameter) for parameter, _ in self._seen}
+        held = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        self._stepped = self._stepped or not mine.isdisjoint(held)
+
+    def _warn_of_no_steps(self, step: int) -> None:
+        """What writes through ``parameter.data`` and is no torch optimizer is not seen: gradients are reduced for ever."""
+        self._passes = self._passes + 1 if step == self._steps else 0
+        if self._passes == _MANY_PASSES and self.averager is None:
+            logger.warning(
+                "PostLocalState: no optimizer step was seen between %d backward passes, and gradients are still reduced: "
+                "give it the averager (averager=...), whose count it then takes",
+                _MANY_PASSES,
+            )
+
+    def _hand_over(self) -> None:
+        """Makes the sparse hook send all it holds in this step: the last one before local steps."""
         if self._reducer is not None and self._crossover is None:
             self._crossover = self._reducer.dense_crossover
             self._reducer.dense_crossover = _everything
 
-    def handed_over(self) -> None:
-        """Afterwards: gives the reducer its rule back and logs what is left in its memory."""
+    def _handed_over(self) -> None:
+        """Gives the reducer its rule back and logs what is left in its memory."""
+        if self._take_back():
+            left = self._reducer.memory.table.residual_norm()
+            if left > 0.0:
+                logger.warning(
+                    "step %d: a residual of norm %.3g stays behind as local steps begin", self.step, left
+                )
+
+    def _take_back(self) -> bool:
+        """Gives the reducer its rule back; False if it has it."""
         if self._crossover is None:
-            return
+            return False
         self._reducer.dense_crossover, self._crossover = self._crossover, None
-        left = self._reducer.memory.table.residual_norm()
-        if left > 0.0:
-            logger.warning(
-                "step %d: a residual of norm %.3g stays behind as local steps begin", self.step, left
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and what the hook's state withholds; call it between steps, on every rank.
+
+        With a ``SparseState`` it has the form of an averager's state, and ``average_checkpoints`` joins it.
+        """
+        if not hasattr(self.hook_state, "state_dict"):
+            return {"step": self.step}
+        held = self.hook_state.state_dict()
+        place = {name: held[name] for name in ("rank", "world_size")}
+        return {"step": self.step, "synchronisations": 0, **place, "shared": {}, "reducers": [held]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues a saved count, and the state of the hook.
+
+        Args:
+            state: what this rank's :meth:`state_dict` gave at this world size, or what ``average_checkpoints``
+                made of all ranks'.
+
+        Raises:
+            ValueError: the hook's states are of another rank or world size, or the hook has no state for them.
+        """
+        held = state.get("reducers")
+        loads = hasattr(self.hook_state, "load_state_dict")
+        if held is not None and not loads:
+            raise ValueError(
+                f"the checkpoint holds the state of a sparse hook, got hook_state={self.hook_state!r}"
             )
+        if held is not None:
+            self.hook_state.load_state_dict(held if state["rank"] is None else held[0])
+        elif loads:
+            logger.warning(
+                "PostLocalState: the checkpoint holds no residuals: those of its hook are kept as they are"
+            )
+        self._take_back()
+        self._steps, self._passes, self._seen, self._stepped = int(state["step"]), 0, [], False
 
-    def state_dict(self) -> dict[str, int]:
-        """The step count."""
-        return {"step": self.step}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_steps": self.step, "_seen": [], "_stepped": False}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues a saved count."""
-        self.step = state["step"]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._watch_optimizers()
+
+
+def _note_step(state: PostLocalState | None, optimizer: torch.optim.Optimizer) -> None:
+    if state is not None:
+        state.note_step(optimizer)
+
+
+_MANY_PASSES = 128
+"""More backward passes than a step is made of without ``no_sync``."""
 
 
 def post_local_hook(state: PostLocalState, bucket: dist.GradBucket) -> Future[torch.Tensor]:  # type: ignore[name-defined]
-    """``state.hook`` up to step ``state.start``, :func:`local_hook` after it. A last bucket is a step."""
-    local = state.step >= state.start
-    if local:
-        state.handed_over()
-    elif state.step == state.start - 1:
-        state.hand_over()
-    if bucket.is_last():
-        state.step += 1
-    return local_hook(None, bucket) if local else state.hook(state.hook_state, bucket)
+    """``state.hook`` for ``state.start`` optimizer steps, :func:`local_hook` after them."""
+    return local_hook(None, bucket) if state.follow(bucket) else state.hook(state.hook_state, bucket)

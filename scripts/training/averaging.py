@@ -8,14 +8,18 @@ With `--scheme topk` (or another sparse one) the model's change is compressed by
 from __future__ import annotations
 
 import argparse
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from commhooks import SparseState, sparse_hook
+from commhooks.averaging import PostLocalState, post_local_hook
+from commhooks.transports import make as make_transport
+
 from .launch import World
-from .strategies import Compute, Sparse, StepInfo, Strategy, sparse_state, wrap
+from .strategies import Compute, Sparse, StepInfo, Strategy, prime, sparse_state, wrap
 
 KINDS = ("local", "block", "restarted", "decentralized", "stagewise")
 TOPOLOGIES = ("ring", "torus", "hypercube", "exponential", "complete", "one_peer_exponential")
@@ -32,9 +36,6 @@ class Averaged(Strategy):
     replicated = False
 
     def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
-        from commhooks.averaging import PostLocalState, post_local_hook
-        from commhooks.transports import make as make_transport
-
         self.transport = make_transport(options.transport, timeout_s=options.timeout)
         if self.transport.world_size != world.size:
             raise ValueError(
@@ -49,26 +50,28 @@ class Averaged(Strategy):
         )
         self.bare, self.model = model, model
         sync = sync_set(options, options.epochs * steps_per_epoch, world.size)
-        start, self.post_local, self.sparse = options.averaging_start, None, None
+        self.post_local: PostLocalState | None = None
+        self.sparse: SparseState | None = None
         reducer = None
-        if start > 0:
-            self.model = wrap(model, options, world, broadcast_buffers=False)
-            if options.scheme == "dense":
-                self.post_local = PostLocalState(start)
-            else:
-                import commhooks
-
-                self.sparse = sparse_state(_plain(options, options.transport), steps_per_epoch)
-                self.sparse.set_names(model.named_parameters())
-                self.sparse.attach(self.model)
-                self.post_local = PostLocalState(start, commhooks.sparse_hook, self.sparse)
-            self.model.register_comm_hook(self.post_local, post_local_hook)
-        elif options.scheme != "dense":
+        if options.scheme != "dense" and not options.averaging_start:
             syncs = sum(step in sync for step in range(1, steps_per_epoch + 1))
             reducer = sparse_state(_plain(options, self.transport), max(1, syncs)).reducer
         self.averager = make_averager(self, model, options, reducer, sync)
-        self._sent = self._received = 0.0
+        if options.averaging_start:
+            self._reduce_gradients_first(options, world, steps_per_epoch)
         self._info = StepInfo(0.0, 0.0)
+
+    def _reduce_gradients_first(self, options: Any, world: World, steps_per_epoch: int) -> None:
+        """Wraps the model: DDP reduces gradients by `--scheme` up to the step at which averaging begins."""
+        self.model = wrap(self.bare, options, world, broadcast_buffers=False)
+        inner: tuple[Any, ...] = (None, None)
+        if options.scheme != "dense":
+            self.sparse = sparse_state(_plain(options, options.transport), steps_per_epoch)
+            self.sparse.set_names(self.bare.named_parameters())
+            self.sparse.attach(self.model)
+            inner = (sparse_hook, self.sparse)
+        self.post_local = PostLocalState(options.averaging_start, *inner, averager=self.averager)
+        self.model.register_comm_hook(self.post_local, post_local_hook)
 
     def step(self, compute: Compute) -> Tensor:
         counters = self.transport.counters
@@ -86,7 +89,7 @@ class Averaged(Strategy):
 
     def _gradient_bytes(self) -> tuple[float, float]:
         """Bytes of the gradients' reduction in the step just done, before the averaging starts."""
-        if self.post_local is None or self.post_local.step > self.post_local.start:
+        if self.post_local is None or self.post_local.local:
             return 0.0, 0.0
         if self.sparse is not None:
             stats = self.sparse.stats()
@@ -110,6 +113,12 @@ class Averaged(Strategy):
         with torch.no_grad():
             for tensor, old in zip(tensors, kept):
                 tensor.copy_(old)
+
+    def prime(self, compute: Compute) -> None:
+        if self.post_local is not None:
+            prime(
+                self.model, self.optimizer, compute, self.sparse.passthrough if self.sparse else nullcontext
+            )
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"averager": self.averager.state_dict()}

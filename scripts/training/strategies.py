@@ -96,13 +96,7 @@ class DDP(Strategy):
         return StepInfo(self._bytes, self._bytes)
 
     def prime(self, compute: Compute) -> None:
-        with self._passthrough():
-            compute(self.model).backward()
-            compute(self.model)  # DDP lays its buckets anew at the forward pass after the first backward pass
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _passthrough(self) -> Any:
-        return nullcontext()
+        prime(self.model, self.optimizer, compute, nullcontext)
 
 
 class Sparse(DDP):
@@ -122,8 +116,8 @@ class Sparse(DDP):
         delta = stats["delta"] if measured else None
         return StepInfo(stats["bytes_sent"], stats["bytes_received"], delta, stats["residual_norm"])
 
-    def _passthrough(self) -> Any:
-        return self.state.passthrough()
+    def prime(self, compute: Compute) -> None:
+        prime(self.model, self.optimizer, compute, self.state.passthrough)
 
     def state_dict(self) -> dict[str, Any]:
         return self.state.state_dict()
@@ -133,6 +127,19 @@ class Sparse(DDP):
 
     def close(self) -> None:
         self.state.close()
+
+
+def prime(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compute: Compute,
+    passthrough: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Brings a fresh DDP to the bucket layout it has after a few steps; its hook passes gradients through."""
+    with passthrough():
+        compute(model).backward()
+        compute(model)  # DDP lays its buckets anew at the forward pass after the first backward pass
+    optimizer.zero_grad(set_to_none=True)
 
 
 def sgd(model: nn.Module, options: Any, momentum: float) -> torch.optim.SGD:

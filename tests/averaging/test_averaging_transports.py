@@ -186,6 +186,7 @@ def _switching_job(rank, size, overflows):
     warnings = []
     logging.getLogger("commhooks.averaging.local_hook").warning = lambda *given: warnings.append(given[-1])
     generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     owed, missing, norms = torch.zeros(10, 20), [], []
     for step in range(4):
         inputs = torch.randn(size, 8, 20, generator=generator)
@@ -195,6 +196,7 @@ def _switching_job(rank, size, overflows):
             owed += inputs.sum(dim=1).mean(dim=0)
         model.zero_grad()
         model(inputs[rank]).sum().backward()
+        optimizer.step()
         owed -= net.weight.grad
         missing.append(float(owed.abs().max()))
         norms.append(sparse.stats()["residual_norm"])
