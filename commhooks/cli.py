@@ -60,7 +60,11 @@ def _info(arguments: argparse.Namespace) -> int:
     started = launched()
     if started is not None and started.rank > 0:
         return 0
-    lines = describe()
+    try:
+        lines = describe()
+    except ValueError as error:  # an environment variable with a value that means nothing
+        print(f"commhooks info: {error}", file=sys.stderr)
+        return 2
     if arguments.json:
         print(json.dumps(lines, indent=1))
         return 0

@@ -118,25 +118,70 @@ CUDA_SIGNATURES: dict[str, _Signature] = {
 }
 
 
+_SWITCH = {
+    "1": True,
+    "on": True,
+    "true": True,
+    "yes": True,
+    "0": False,
+    "off": False,
+    "false": False,
+    "no": False,
+}
+
+
 def enabled() -> bool:
-    """Whether native libraries may be used (``COMMHOOKS_NATIVE``)."""
-    return os.environ.get("COMMHOOKS_NATIVE", "1").lower() not in ("0", "off", "false", "no")
+    """Whether native libraries may be used (``COMMHOOKS_NATIVE``).
+
+    Raises:
+        ValueError: the variable is neither on nor off.
+    """
+    value = os.environ.get("COMMHOOKS_NATIVE") or "1"
+    if value.lower() not in _SWITCH:
+        raise ValueError(f"COMMHOOKS_NATIVE must be one of {', '.join(_SWITCH)}, got {value!r}")
+    return _SWITCH[value.lower()]
 
 
 def path(name: str) -> Path:
-    """Where the library ``name`` ("cpu" or "cuda") is expected."""
-    directory = os.environ.get("COMMHOOKS_LIBRARY_DIR") or Path(__file__).parent / "lib"
-    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-    return Path(directory) / f"libcommhooks_{name}{suffix}"
+    """Where the library ``name`` ("cpu" or "cuda") is, or is expected.
+
+    A checkout in the working folder shadows an installed package and has no libraries of its own after
+    ``pip install .``: those of the first other copy on ``sys.path`` are taken then.
+
+    Raises:
+        ValueError: ``COMMHOOKS_LIBRARY_DIR`` names no folder.
+    """
+    file = f"libcommhooks_{name}" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    directory = os.environ.get("COMMHOOKS_LIBRARY_DIR")
+    if directory:
+        if not Path(directory).is_dir():
+            raise ValueError(f"COMMHOOKS_LIBRARY_DIR must be a folder, got {directory!r}")
+        return Path(directory) / file
+    own = Path(__file__).parent / "lib" / file
+    others = (Path(entry, *__package__.split("."), "lib", file) for entry in sys.path)
+    return own if own.is_file() else next((other for other in others if other.is_file()), own)
 
 
 @functools.cache
 def cpu() -> ctypes.CDLL | None:
-    """The CPU library with its prototypes set, or None."""
+    """The CPU library with its prototypes set, or None.
+
+    Raises:
+        ValueError: an environment variable has a value that means nothing.
+    """
     if enabled() and not path("cpu").is_file():
         _LOG.warning("%s is missing: kernels run as torch operators, much slower", path("cpu"))
     loaded = _load("cpu")
-    return None if loaded is None else declare_cpu(loaded)
+    if loaded is None:
+        return None
+    declare_cpu(loaded)
+    asked = os.environ.get("COMMHOOKS_ISA") or None
+    if asked is not None and loaded.commhooks_cpu_use_isa(asked.encode()) != 0:
+        raise ValueError(
+            f"COMMHOOKS_ISA must be an instruction set that this machine and library have (avx512, avx2, neon, "
+            f"scalar), got {asked!r}"
+        )
+    return loaded
 
 
 @functools.cache
@@ -209,16 +254,25 @@ def use_isa(name: str | None) -> None:
 
 
 def describe() -> dict[str, str]:
-    """Which implementation is in use, for ``python -m commhooks info``."""
+    """Which implementation is in use, for ``commhooks info``."""
     native_cpu, native_cuda = cpu(), cuda()
-    missing = "COMMHOOKS_NATIVE=0" if not enabled() else "no usable library"
     return {
-        "cpu kernels": f"native ({isa()})" if native_cpu is not None else f"torch operators ({missing})",
+        "cpu kernels": f"native ({isa()})"
+        if native_cpu is not None
+        else f"torch operators ({_why_not('cpu')})",
         "cpu library": str(path("cpu")) if native_cpu is not None else "not in use",
-        "cuda kernels": "native" if native_cuda is not None else f"torch operators ({missing})",
+        "cuda kernels": "native" if native_cuda is not None else f"torch operators ({_why_not('cuda')})",
         "cuda library": str(path("cuda")) if native_cuda is not None else "not in use",
         "cuda devices": str(torch.cuda.device_count()) if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _why_not(name: str) -> str:
+    """Why the library ``name`` is not used."""
+    if not enabled():
+        return "COMMHOOKS_NATIVE=0"
+    file = path(name)
+    return f"no usable library: {file} {'cannot be loaded here' if file.is_file() else 'does not exist'}"

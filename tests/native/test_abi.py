@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +57,45 @@ def test_info_says_that_native_code_is_turned_off(off: str) -> None:
 
 def test_info_says_that_there_is_no_library(tmp_path: Path) -> None:
     lines = info(COMMHOOKS_LIBRARY_DIR=str(tmp_path))
-    assert lines["cpu kernels"] == "torch operators (no usable library)"
+    assert lines["cpu kernels"].startswith("torch operators (no usable library: ")
+    assert lines["cpu kernels"].endswith("libcommhooks_cpu.so does not exist)")
+
+
+@pytest.mark.native
+def test_a_checkout_takes_the_libraries_of_the_installed_package(tmp_path: Path) -> None:
+    """After `pip install .` the working folder shadows the installed package, and has no library itself."""
+    checkout, installed = tmp_path / "checkout", tmp_path / "site-packages"
+    without = shutil.ignore_patterns("lib", "__pycache__")
+    shutil.copytree(ROOT / "commhooks", checkout / "commhooks", ignore=without)
+    shutil.copytree(ROOT / "commhooks", installed / "commhooks", ignore=without)
+    (installed / "commhooks/native/lib").mkdir()
+    library = Path(shutil.copy(abi.path("cpu"), installed / "commhooks/native/lib"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COMMHOOKS_")}
+    environment["PYTHONPATH"] = str(installed)
+    command = [sys.executable, "-m", "commhooks", "info", "--json"]
+    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=120)
+    lines = json.loads(done.stdout)
+    assert lines["commhooks"].endswith(str(checkout / "commhooks"))
+    assert lines["cpu kernels"].startswith("native (") and lines["cpu library"] == str(library)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("COMMHOOKS_NATIVE", "of"), ("COMMHOOKS_LIBRARY_DIR", "/nowhere/at/all"), ("COMMHOOKS_ISA", "avx1024")],
+)
+def test_a_value_that_means_nothing_is_an_error(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "COMMHOOKS_ISA" and abi.cpu() is None:
+        pytest.skip("needs the library")
+    monkeypatch.setenv(name, value)
+    abi.cpu.cache_clear()
+    with pytest.raises(ValueError, match=f"{name} must be .*{value!r}"):
+        abi.cpu()
+    assert cli.main(["info"]) == 2
+    assert f"commhooks info: {name} must be" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert "native (" in abi.describe()["cpu kernels"] or abi.cpu() is None
 
 
 def test_info_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
