@@ -48,7 +48,7 @@ MOVED = {
     "transports.roll_call": "transports.stragglers",
     "transports.rotation": "transports.pairwise",
     "worker": "ddp.comm_thread",
-    "write_back": "gradient.write_back",
+    "write_back": "reduction.write_back",
 }
 """Old module: new module, both below ``commhooks``."""
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
 from .. import transports
-from ..errors import CommHooksError, SettingsMismatchError
+from ..errors import CommHooksError
+from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
 from ..transports.base import Transport
-from .flat import digest, digest_of, flatten, layout_of, message_dtype, parameters_of, unflatten_
+from .flat import digest_of, flatten, message_dtype, parameters_of, shown_layout, unflatten_
 
 if TYPE_CHECKING:
     from ..reduction.reducer import Reducer
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 BufferChoice = Literal["average", "broadcast", "leave"]
 _TAG = 7000  # averagers have a transport of their own; the tag only tells their calls from each other
-_HEADER = ("settings", "parameter shapes", "step", "starting point")
+_ADVICE = {"starting point": ": call broadcast_parameters first, or load the averagers' states"}
 
 
 @contextmanager
@@ -88,7 +89,6 @@ class Averager(ModelAverager):
         self.transport = transports.make(
             transport, timeout_s=timeout_s, process_group=process_group, device_type=device_type
         )
-        self._device = torch.device(self.transport.device_type)
         self.module, self.buffers, self.reducer = module, buffers, reducer
         self.step = 0
         self.synchronisations = 0
@@ -175,39 +175,24 @@ class Averager(ModelAverager):
 
     def _agree(self, tensors: Sequence[Tensor], note: float = 0.0) -> list[float]:
         """Compares settings, shapes and step with every rank; returns the ranks' ``note``s in order."""
-        layout = layout_of(tensors)
-        buffers = f"{self.buffers};{layout_of(self._buffers())}"
-        header = torch.tensor(
-            [
-                digest(type(self).__name__, self.settings()),
-                digest(layout, buffers),
-                self.step,
-                self._start,
-                0,
-            ]
-        )
-        header[4:].view(torch.float64)[0] = note
-        headers = torch.empty(self.world_size, 5, dtype=torch.int64, device=self._device)
-        self.transport.all_gather(
-            header.to(self._device), headers, tag=_TAG, what=f"{self._what()}, agreement"
-        )
-        headers = headers.cpu()
-        self.check_headers(headers.tolist(), list(range(self.world_size)))
+        noted = torch.tensor([note], dtype=torch.float64, device="cpu").view(torch.uint8)
+        mine = torch.cat((encode(self._common(tensors)), noted))
+        messages = mine.new_empty((self.world_size, mine.numel()))
+        self.transport.all_gather(mine, messages, tag=_TAG, what=f"{self._what()}, agreement")
+        compare(messages[:, :MESSAGE_BYTES], self.rank, self._what(), advice=_ADVICE)
         self._start = 0
-        return [float(value) for value in headers[:, 4].contiguous().view(torch.float64)]
+        return messages[:, MESSAGE_BYTES:].contiguous().view(torch.float64).flatten().tolist()
 
-    def check_headers(self, headers: Sequence[Sequence[int]], ranks: Sequence[int]) -> None:
-        """Raises SettingsMismatchError when a header differs from the first, and says in what."""
-        for rank, header in zip(ranks, headers, strict=True):
-            for name, theirs, first in zip(_HEADER, header, headers[0], strict=False):
-                if theirs != first:
-                    shown = f" ({first} and {theirs})" if name == "step" else ""
-                    if name == "starting point":
-                        shown = ": call broadcast_parameters first, or load the averagers' states"
-                    raise SettingsMismatchError(
-                        f"{self._what()}: ranks {ranks[0]} and {rank} differ in {name}{shown}; "
-                        f"this is rank {self.rank} with {self.settings()}"
-                    )
+    def _common(self, tensors: Sequence[Tensor]) -> dict[str, object]:
+        """What the ranks must have in common at this synchronisation."""
+        return {
+            "averager": type(self).__name__,
+            "step": self.step,
+            "settings": self.settings(),
+            "parameter shapes": shown_layout(tensors),
+            "buffers": f"{self.buffers}: {shown_layout(self._buffers())}",
+            "starting point": f"{self._start:x}",
+        }
 
     def _in_order(self, tensors: list[Tensor]) -> list[Tensor]:
         """The order the averager was made with: an optimizer's groups may have another than the model."""
@@ -249,14 +234,11 @@ class Averager(ModelAverager):
         """Mean over ranks of ``flat`` (overwritten), or ``sum_p scale_p * flat_p``; same bits everywhere."""
         if scale is not None:
             flat.mul_(scale)
-        sent = flat.to(self._device)
-        self.transport.all_reduce(sent, tag=_TAG + 1, what=what)
-        if scale is None:
-            sent.div_(self.world_size)
-        return sent.to(flat.device)
+        self.transport.all_reduce(flat, tag=_TAG + 1, what=what)
+        return flat if scale is not None else flat.div_(self.world_size)
 
     def _broadcast(self, tensor: Tensor, root: int) -> None:
-        sent = tensor.detach().to(self._device).contiguous()
+        sent = tensor.detach().contiguous()
         self.transport.broadcast(sent, root=root, tag=_TAG + 2, what=f"{self._what()}, broadcast")
         tensor.copy_(sent)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flat import digest, flatten, layout_of, message_dtype, parameters_of, unflatten_
+from ..exchange.agreement import compare, encode
+from .flat import digest, flatten, message_dtype, parameters_of, unflatten_
 from .restarted_momentum import MomentumAverager
 from .sync_sets import Every, positive_int
 from .topology import Topology
@@ -20,7 +21,7 @@ class DecentralizedMomentum(MomentumAverager):
     x~_j``.
 
     Point-to-point messages to the neighbours only: ``degree`` messages of parameters + momentum buffers (+
-    floating buffers of ``module``) a step, with a 24-byte header in front of each. Written as ``x_p + sum_j
+    floating buffers of ``module``) a step, with a message of settings in front of each. Written as ``x_p + sum_j
     W[j, p] (x_j - x_p)``, so that rounded weights cannot move workers that agree.
 
     The workers' models differ during training; :meth:`average_now` averages them, for evaluation at the end,
@@ -79,16 +80,15 @@ class DecentralizedMomentum(MomentumAverager):
         everything = [*tensors, *self._momenta(tensors), *self._buffers()]
         self._agree_with(everything, sends, [peer for peer, _ in sources])
         own = flatten(everything, message_dtype(everything))
-        sent = own.to(self._device)
-        received = torch.empty(len(sources), own.numel(), dtype=own.dtype, device=self._device)
+        received = own.new_empty((len(sources), own.numel()))
         self.transport.exchange(
-            [(peer, sent) for peer in sends],
+            [(peer, own) for peer in sends],
             [(peer, row) for (peer, _), row in zip(sources, received, strict=True)],
             tag=_TAG_DATA,
             what=self._what(),
         )
         mixed = own.clone()
-        for (_, weight), row in zip(sources, received.to(own.device), strict=True):
+        for (_, weight), row in zip(sources, received, strict=True):
             mixed.add_(row.sub_(own), alpha=weight)
         unflatten_(everything, mixed)
 
@@ -97,13 +97,11 @@ class DecentralizedMomentum(MomentumAverager):
 
         A message of its own, of fixed size: if shapes differ, the data would not fit.
         """
-        layout = digest(layout_of(tensors))
-        header = torch.tensor([digest(self.settings()), layout, self.step], device=self._device)
-        received = torch.empty(len(sources), 3, dtype=torch.int64, device=self._device)
+        messages = encode(self._common(tensors)).repeat(1 + len(sources), 1)
         self.transport.exchange(
-            [(peer, header) for peer in sends],
-            [(peer, row) for peer, row in zip(sources, received, strict=True)],
+            [(peer, messages[0]) for peer in sends],
+            [(peer, row) for peer, row in zip(sources, messages[1:], strict=True)],
             tag=_TAG_HEADER,
             what=f"{self._what()}, agreement",
         )
-        self.check_headers([header.tolist(), *received.tolist()], [self.rank, *sources])
+        compare(messages, self.rank, self._what(), ranks=[self.rank, *sources])

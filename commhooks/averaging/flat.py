@@ -79,6 +79,8 @@ def digest_of(tensors: Iterable[Tensor]) -> int:
     return int.from_bytes(state.digest(), "little", signed=True)
 
 
-def layout_of(tensors: Sequence[Tensor]) -> str:
-    """What two ranks must share before their messages can be added up: shapes and dtypes, in order."""
-    return ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
+def shown_layout(tensors: Sequence[Tensor]) -> str:
+    """What two ranks must share before their messages can be added up, in short, with a checksum of shapes and dtypes."""
+    layout = ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
+    checksum = hashlib.blake2b(layout.encode(), digest_size=6).hexdigest()
+    return f"{numel_of(tensors)} elements in {len(tensors)} tensors (checksum {checksum})"

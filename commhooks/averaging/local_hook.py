@@ -41,10 +41,6 @@ def local_hook(state: object, bucket: dist.GradBucket) -> Future[torch.Tensor]: 
     return future
 
 
-def _everything(numel: int, k: int, world_size: int) -> bool:
-    return True
-
-
 class PostLocalState:
     """Reduces gradients by another hook for ``start`` optimizer steps, then leaves them local (post-local SGD).
 
@@ -91,7 +87,7 @@ class PostLocalState:
         self._seen: list[tuple[torch.Tensor, int]] = []  # parameters and their versions at that pass
         self._stepped = False  # an optimizer of them has stepped since
         self._reducer: Any = getattr(hook_state, "reducer", None)
-        self._crossover: Any = None  # the reducer's own rule while the residual is handed over
+        self._handing_over = False
         self._watch_optimizers()
 
     @property
@@ -141,26 +137,21 @@ class PostLocalState:
             )
 
     def _hand_over(self) -> None:
-        """Makes the sparse hook send all it holds in this step: the last one before local steps."""
-        if self._reducer is not None and self._crossover is None:
-            self._crossover = self._reducer.dense_crossover
-            self._reducer.dense_crossover = _everything
+        """Makes the sparse hook send all it holds in this pass: the last step before local steps."""
+        if self._reducer is not None:
+            self._handing_over = True
+            self._reducer.send_everything()
 
     def _handed_over(self) -> None:
-        """Gives the reducer its rule back and logs what is left in its memory."""
-        if self._take_back():
-            left = self._reducer.memory.table.residual_norm()
-            if left > 0.0:
-                logger.warning(
-                    "step %d: a residual of norm %.3g stays behind as local steps begin", self.step, left
-                )
-
-    def _take_back(self) -> bool:
-        """Gives the reducer its rule back; False if it has it."""
-        if self._crossover is None:
-            return False
-        self._reducer.dense_crossover, self._crossover = self._crossover, None
-        return True
+        """Afterwards: logs what is left in the reducer's memory."""
+        if not self._handing_over:
+            return
+        self._handing_over = False
+        left = self._reducer.memory.table.residual_norm()
+        if left > 0.0:
+            logger.warning(
+                "step %d: a residual of norm %.3g stays behind as local steps begin", self.step, left
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and what the hook's state withholds; call it between steps, on every rank.
@@ -195,7 +186,7 @@ class PostLocalState:
             logger.warning(
                 "PostLocalState: the checkpoint holds no residuals: those of its hook are kept as they are"
             )
-        self._take_back()
+        self._handing_over = False
         self._steps, self._passes, self._seen, self._stepped = int(state["step"]), 0, [], False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class RestartedMomentum(MomentumAverager):
             for group, anchor, _ in zip(groups, anchors, updates, strict=False):
                 unflatten_(group, anchor)
             raise
-        thrown_away = self.reducer.last.nonfinite_buckets if self.reducer.nonfinite != "skip" else []
+        thrown_away = self.reducer.nonfinite_buckets if self.reducer.nonfinite != "skip" else []
         for index, (group, anchor, update) in enumerate(zip(groups, anchors, updates, strict=False)):
             if not thrown_away or index in thrown_away:  # a bucket that was thrown away itself is NaN
                 anchor += update

@@ -248,9 +248,8 @@ class SparseState:
             try:
                 with stream_after(ready, buffer):
                     self._reduce(buffer, index, parameters, is_last, stale)
-                    done.set_result(
-                        buffer
-                    )  # on this stream: whoever uses the result waits for what is queued here
+                    # On this stream: whoever uses the result waits for what is queued here.
+                    done.set_result(buffer)
             except BaseException as error:  # the device itself failed
                 self._fail(error)
                 done.set_result(buffer)
@@ -270,7 +269,7 @@ class SparseState:
             self.reducer.reduce(bucket, self._loss_scale())
             bucket.put_back(held)
             if is_last:
-                self.watch.end_step(bool(self.reducer.last.nonfinite_buckets))
+                self.watch.end_step(bool(self.reducer.nonfinite_buckets))
         except BaseException as error:
             self._fail(error)
             drain(buffer.device, _DRAIN_S)
@@ -283,8 +282,8 @@ class SparseState:
             if parameter.requires_grad and parameter.is_leaf:
                 self.watch.add(parameter, name)
 
-    def attach(self, owner: Any) -> None:
-        """Claims the state for one model.
+    def attach(self, owner: Any, average: bool = True) -> None:
+        """Claims the state for one model, whose gradients become the average over ranks, or their sum.
 
         Raises:
             ValueError: it belongs to another model already.
@@ -293,6 +292,7 @@ class SparseState:
             raise ValueError("this SparseState has a model already; each DDP model needs a state of its own")
         # Weakly: DDP's C++ part holds this state, and a cycle through C++ would never be collected.
         self._owner = weakref.ref(owner)
+        self.reducer.average = average
 
     def open(self, device_type: str | None = None) -> None:
         """Opens the transport: a collective call. The first bucket does so by itself.
@@ -382,7 +382,7 @@ class SparseState:
         over = f"transport {connection.requested!r}"
         if connection.is_open:
             over += f", rank {connection.transport.rank} of {connection.transport.world_size}"
-        parts = f"{reducer.selector!r}, {reducer.aggregator!r}, {reducer.memory.describe()}"
+        parts = f"{reducer.selector!r}, {reducer.aggregator!r}, {reducer.memory!r}"
         by_ddp = ", averaged by DDP's own all-reduce" if self.ddp_allreduce else ""
         failed = "" if self.error is None else f", failed: {type(self.error).__name__}: {self.error}"
         return f"{type(self).__name__}({parts}; {over}, step {reducer.step}{by_ddp}{failed})"

@@ -1,52 +1,108 @@
-"""Before any data: do all ranks mean the same exchange? A fixed-size all-gather answers, so it cannot hang on
-sizes."""
+"""Do all ranks mean the same exchange? Asked before any data is sent, by messages of one fixed size.
+
+``encode`` makes a rank's message, ``compare`` reads the messages of all ranks. Whoever may wait calls ``agree``, which
+gathers them at once. Horovod starts its own all-gather in backward and compares later.
+"""
 
 from __future__ import annotations
 
-import zlib
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ..errors import SettingsMismatchError
 from ..transports import Transport
 
-_TEXT_BYTES = 488
-_SIZES = 5
-_DIGEST_BYTES = 8 * _SIZES + _TEXT_BYTES
+MESSAGE_BYTES = 1024
+_CHECKSUM_BYTES = 8
+_DERIVED = ("k",)
+_BETWEEN_PAIRS, _WITHIN_PAIR = "\x1e", "\x1f"
+
+Settings = Mapping[str, object]
+"""What ranks must have in common, by name, the most telling first."""
 
 
-def check_agreement(
-    transport: Transport, *, bucket: int, numel: int, k: int, settings: str, step: int, tag: int
+def encode(settings: Settings) -> Tensor:
+    """The message of a rank, shape ``(MESSAGE_BYTES,)`` uint8: a checksum of all settings, then as many as fit."""
+    text = _BETWEEN_PAIRS.join(f"{name}{_WITHIN_PAIR}{value}" for name, value in settings.items()).encode()
+    checksum = hashlib.blake2b(text, digest_size=_CHECKSUM_BYTES).digest()
+    message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
+    content = bytearray((checksum + text)[:MESSAGE_BYTES])
+    message[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
+    return message
+
+
+def compare(
+    messages: Tensor,
+    rank: int,
+    what: str,
+    *,
+    ranks: Sequence[int] | None = None,
+    advice: Mapping[str, str] | None = None,
 ) -> None:
-    """Compares the bucket's number, size, k and step and the settings over all ranks.
+    """Raises unless all messages are the same. Ranks that differ from each other all raise.
 
     Args:
-        transport: the open transport.
-        bucket: the bucket's index.
-        numel: its number of elements.
-        k: pairs to be sent at this step.
-        settings: one line; compared by checksum; its first 488 bytes are shown.
-        step: exchanges so far.
-        tag: message tag.
+        messages: shape ``(number of ranks, MESSAGE_BYTES)``, uint8, on the CPU: one of :func:`encode` a row.
+        rank: this rank.
+        what: names the exchange in the error.
+        ranks: whose messages they are, in the order of the rows; default: 0, 1, ...
+        advice: by setting, what to do when it differs; said behind the values.
 
     Raises:
-        SettingsMismatchError: two ranks differ; raised on every rank, with both ranks and values.
+        SettingsMismatchError: it names every setting that differs, with this rank's value and the others'.
     """
-    sizes = torch.tensor([bucket, numel, k, step, zlib.crc32(settings.encode())], dtype=torch.int64)
-    text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
-    encoded = settings.encode()[:_TEXT_BYTES]
-    text[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    mine = torch.cat((sizes.view(torch.uint8), text))
-    everyone = mine.new_empty((transport.world_size, _DIGEST_BYTES))
-    transport.all_gather(mine, everyone, tag=tag, what=f"bucket {bucket}, agreement on settings")
-    for rank in range(1, transport.world_size):
-        if not torch.equal(everyone[rank], everyone[0]):
-            raise SettingsMismatchError(
-                f"rank 0 has {_readable(everyone[0])}, but rank {rank} has {_readable(everyone[rank])}"
-            )
+    whose = list(range(len(messages))) if ranks is None else list(ranks)
+    mine = messages[whose.index(rank)]
+    others = [(r, row) for r, row in zip(whose, messages, strict=True) if not torch.equal(row, mine)]
+    if not others:
+        return
+    here, there = _read(mine), {r: _read(row) for r, row in others}
+    names = list(dict.fromkeys(name for found in (here, *there.values()) for name in found))
+    told = {name: text for name in names if (text := _difference(name, here, there))}
+    # A density that differs makes k differ too: the cause alone is told.
+    causes = {name: text for name, text in told.items() if name not in _DERIVED} or told
+    lines = [f"{text}{(advice or {}).get(name, '')}" for name, text in causes.items()]
+    if not lines:
+        lines = [
+            f"settings beyond the first {MESSAGE_BYTES} bytes differ on {_named(list(there))} (by checksum)"
+        ]
+    raise SettingsMismatchError(f"rank {rank}, {what}: the ranks disagree on {'; '.join(lines)}")
 
 
-def _readable(digest: torch.Tensor) -> str:
-    bucket, numel, k, step, _ = digest[: 8 * _SIZES].clone().view(torch.int64).tolist()
-    text = bytes(digest[8 * _SIZES :].tolist()).rstrip(b"\0").decode(errors="replace")
-    return f"bucket {bucket} of {numel} elements, k {k}, step {step}, settings [{text}]"
+def agree(transport: Transport, settings: Settings, *, tag: int, what: str) -> None:
+    """Compares ``settings`` over all ranks of ``transport``; a collective call that waits for all of them.
+
+    Raises:
+        SettingsMismatchError: as :func:`compare`, on every rank.
+    """
+    mine = encode(settings)
+    messages = mine.new_empty((transport.world_size, MESSAGE_BYTES))
+    transport.all_gather(mine, messages, tag=tag, what=f"{what}, agreement on settings")
+    compare(messages, transport.rank, what)
+
+
+def _read(message: Tensor) -> dict[str, str]:
+    """The settings that fitted into a message; the last one may be cut off."""
+    text = bytes(message[_CHECKSUM_BYTES:].tolist()).rstrip(b"\0").decode(errors="replace")
+    pairs = (pair.split(_WITHIN_PAIR, 1) for pair in text.split(_BETWEEN_PAIRS))
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def _difference(name: str, here: Mapping[str, str], there: Mapping[int, Mapping[str, str]]) -> str:
+    """``"density: 0.01 here, 0.02 on rank 1"``; empty when all ranks have the same value or none was read."""
+    by_value: dict[str, list[int]] = {}
+    for rank, found in there.items():
+        value = found.get(name, "nothing")
+        if value != here.get(name, "nothing"):
+            by_value.setdefault(value, []).append(rank)
+    if not by_value:
+        return ""
+    values = ", ".join(f"{value} on {_named(ranks)}" for value, ranks in by_value.items())
+    return f"{name}: {here.get(name, 'nothing')} here, {values}"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..gradient.sparse_grad import SparseGrad
 from ..transports import Transport
-from ..wire.message import HEADER_BYTES, Context, pack, unpack
+from ..wire.message import HEADER_BYTES, Context, pack, unpack_all
 from .base import Aggregated, Aggregator
 
 
@@ -23,18 +21,8 @@ class AllGather(Aggregator):
         send = pack(pairs, nonfinite, context)
         received = send.new_empty((transport.world_size, send.numel()))
         transport.all_gather(send, received, tag=context.tag, what=str(context))
-        rows, votes = [], []
-        for rank, message in enumerate(received):
-            row, vote = unpack(message, pairs.numel, rank, context)
-            rows.append(row)
-            votes.append(vote)
-        return Aggregated(
-            torch.stack([row.values for row in rows]),
-            torch.stack([row.indices for row in rows]),
-            contributed=pairs,
-            refused=None,
-            nonfinite=any(votes),
-        )
+        values, indices, vote = unpack_all(received, context)
+        return Aggregated(values, indices, contributed=pairs, refused=None, nonfinite=vote)
 
     def wire_bytes(self, k: int, world_size: int) -> int:
         return (world_size - 1) * (8 * k + HEADER_BYTES)

@@ -63,12 +63,12 @@ class Aggregator(ABC):
     def wire_bytes(self, k: int, world_size: int) -> int:
         """Bytes a rank sends at most for one bucket of ``k`` pairs (formulas in docs/algorithms.md)."""
 
-    def describe(self) -> str:
-        """Settings that all ranks must share, in one line."""
-        return f"{type(self).__name__}()"
+    def settings(self) -> dict[str, object]:
+        """What all ranks must share, by argument."""
+        return {}
 
     def __repr__(self) -> str:
-        return self.describe()
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.settings().items())})"
 
     def __getstate__(self) -> dict[str, Any]:
         name = self.requested if isinstance(self.requested, str) else self.requested.name

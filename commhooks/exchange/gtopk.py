@@ -75,8 +75,8 @@ class GTopK(Aggregator):
         rounds = core.bit_length() - 1
         return folds + rounds * (message if self.algorithm == "doubling" else message + bits)
 
-    def describe(self) -> str:
-        return f"GTopK(algorithm={self.algorithm})"
+    def settings(self) -> dict[str, object]:
+        return {"algorithm": self.algorithm}
 
 
 def _doubling(merge: _Merge) -> None:

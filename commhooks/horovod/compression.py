@@ -16,7 +16,7 @@ from ..errors import SettingsMismatchError
 from ..memory import Memory
 from ..selection.density import DensitySchedule
 from ..selection.selectors import RandomK, TopK
-from ..wire.message import Context, pack, unpack
+from ..wire.message import pack, unpack_all
 from .api import horovod, wait_for
 from .pending import CompressorCore, PendingGradient
 
@@ -83,21 +83,18 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
             f"back as {reduced:g} (or process_set is not the optimizer's)"
         )
 
-    def _count(self, sent: int) -> None:
-        self.core.current.bytes_sent += sent
-        self.core.current.bytes_received += sent
-
 
 class RandomKCompressor(SparseCompressor):
     """k values under a mask that all ranks derive from (seed, the parameter's step, its name), all-reduced."""
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
         pending = self.core.begin(tensor)
-        message = torch.empty(pending.pairs.k + 1, dtype=torch.float32, device=tensor.device)
-        message[:-1] = pending.pairs.values
-        message[-1] = self._marker() + (_VOTE if pending.nonfinite else 0.0)
+        pairs = pending.route.pairs
+        message = torch.empty(pairs.k + 1, dtype=torch.float32, device=tensor.device)
+        message[:-1] = pairs.values
+        message[-1] = self._marker() + (_VOTE if pending.route.bad else 0.0)
         world_size = self.core.process_set.size()
-        self._count(2 * (world_size - 1) * 4 * message.numel() // world_size)
+        self.core.count(2 * (world_size - 1) * 4 * message.numel() // world_size)
         return message, pending
 
     def decompress(self, tensor: Tensor, ctx: PendingGradient) -> Tensor:
@@ -107,7 +104,8 @@ class RandomKCompressor(SparseCompressor):
         # After hvd.join() some ranks send zeros and draw no mask: the count stands still, so that masks stay shared.
         ctx.entry.step += complete
         share = 1.0 if self._averages else float(core.process_set.size())
-        return core.finish(ctx, tensor[None, :-1].contiguous(), ctx.pairs.indices[None], 1.0, share, voted)
+        indices = ctx.route.pairs.indices[None]
+        return core.finish(ctx, tensor[None, :-1].contiguous(), indices, 1.0, share, voted)
 
 
 class TopKCompressor(SparseCompressor):
@@ -116,12 +114,11 @@ class TopKCompressor(SparseCompressor):
     def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
         core = self.core
         pending = core.begin(tensor)
-        context = Context(pending.entry.index, pending.entry.step)
-        message = pack(pending.pairs, pending.nonfinite > 0, context)
+        message = pack(pending.route.pairs, pending.route.bad > 0, pending.route.context)
         pending.handle = horovod().allgather_async(
             message, name=f"commhooks.topk.{pending.entry.name}", process_set=core.process_set
         )
-        self._count((core.process_set.size() - 1) * 4 * message.numel())
+        self.core.count((core.process_set.size() - 1) * 4 * message.numel())
         return torch.tensor([self._marker()], dtype=torch.float32, device=tensor.device), pending
 
     def decompress(self, tensor: Tensor, ctx: PendingGradient) -> Tensor:
@@ -135,16 +132,10 @@ class TopKCompressor(SparseCompressor):
             raise SettingsMismatchError(
                 f"{entry.name}: the ranks sent {gathered.numel()} words of unequal shares"
             )
-        context = Context(entry.index, entry.step)
-        rows, votes = [], []
-        for rank, message in enumerate(gathered.view(world_size, -1)):
-            row, vote = unpack(message, ctx.grad.numel(), rank, context)
-            rows.append(row)
-            votes.append(vote)
+        values, indices, voted = unpack_all(gathered.view(world_size, -1), ctx.route.context)
         entry.step += 1
         factor, share = (1.0 / world_size, 1.0) if self._averages else (1.0, float(world_size))
-        values, indices = torch.stack([r.values for r in rows]), torch.stack([r.indices for r in rows])
-        return core.finish(ctx, values, indices, factor, share, any(votes))
+        return core.finish(ctx, values, indices, factor, share, voted)
 
 
 class Compression:

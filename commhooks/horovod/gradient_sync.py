@@ -51,11 +51,10 @@ class GradientSync:
         process_set: Any,
         sparse_as_dense: bool,
     ) -> None:
-        state.attach(self)
+        state.attach(self, average=not sums)
         state.set_names((name, p) for p, name in names.items())
         self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
         self.passes, self.sparse_as_dense = passes, sparse_as_dense
-        state.reducer.average = not sums
         self._session: object = None
         self._lock = threading.Lock()  # gradients on several devices arrive on several threads
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}

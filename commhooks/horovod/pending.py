@@ -1,10 +1,9 @@
-"""What both compressors share: memory per parameter, the vote, agreement of the ranks, thrown-away steps."""
+"""What both compressors share: memory per parameter, agreement of the ranks, the step's bookkeeping."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,50 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteGradientError, SettingsMismatchError
+from ..errors import NonFiniteGradientError
+from ..exchange import Aggregated
+from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
-from ..gradient.sparse_grad import SparseGrad
-from ..gradient.write_back import write_sparse
 from ..memory import ErrorFeedback, Memory
-from ..memory.parameter_memory import BucketMemory
-from ..reduction.reducer import NONFINITE
-from ..reduction.stats import StepFigures
+from ..reduction.routes import SparseRoute
+from ..reduction.step import Kept, Step
 from ..selection.selectors import Selector
+from ..wire.message import Context
 from .api import check_process_set, horovod, wait_for
 from .parameters import Entry, ParameterTable
 
-logger = logging.getLogger(__name__)
-
-_AGREEMENT_BYTES = 512
 # Compressions of one process set are made in the same order on all its ranks.
 _numbers: dict[Any, Iterator[int]] = defaultdict(itertools.count)
 
 
 @dataclass(eq=False)
 class PendingGradient:
-    """One gradient between ``compress`` and the end of its step.
+    """One gradient between ``compress`` and ``decompress``.
 
     Attributes:
         entry: its parameter.
-        held: the parameter's memory.
-        grad: the flat gradient, not yet overwritten.
         shape: of the gradient.
-        pairs: what was taken out of the memory.
-        nonfinite: elements of the local gradient that were not finite.
+        route: gradient, memory and pairs.
+        kept: the step's record of it. A gradient that never comes to ``decompress`` is rolled back.
         handle: of an asynchronous operation, or None.
-        finished: whether the result is written; then ``rounding`` is what half precision kept.
     """
 
     entry: Entry
-    held: BucketMemory
-    grad: Tensor
     shape: torch.Size
-    pairs: SparseGrad
-    nonfinite: int
+    route: SparseRoute
+    kept: Kept
     handle: int | None = None
-    finished: bool = False
-    bad: bool = False
-    rounding: SparseGrad | None = None
 
 
 class CompressorCore:
@@ -80,17 +68,14 @@ class CompressorCore:
         process_set: Any,
         timeout_s: float,
     ) -> None:
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
+        self.step = Step(nonfinite)
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.selector, self.memory = selector, ErrorFeedback() if memory is None else memory
-        self.nonfinite, self.timeout_s, self._process_set = nonfinite, float(timeout_s), process_set
+        self.timeout_s, self._process_set = float(timeout_s), process_set
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})
-        self.last, self.current = StepFigures(), StepFigures()
-        self.nonfinite_steps = 0
-        self._pending: dict[Entry, PendingGradient] = {}
+        self._begun: set[Entry] = set()  # parameters whose gradients are in the step
         self._name = f"commhooks.agreement.{next(_numbers[tuple(getattr(process_set, 'ranks', None) or ())])}"
         self._agreement: int | None = None  # handle of the exchange of settings
         self._agreed = False
@@ -107,21 +92,20 @@ class CompressorCore:
                 "sparse gradients are not supported (sparse_as_dense): use nn.Embedding(sparse=False)"
             )
         entry = self.table.find(tensor)
-        if entry in self._pending:
+        if entry in self._begun:
             self.finish_step()
         self._start_agreement()
         flat = tensor.detach().reshape(-1)
         k = self.selector.k(flat.numel(), entry.step)
         held, _ = self.memory.for_bucket(Bucket(entry.index, flat, (entry.parameter,), (flat.numel(),)))
-        with self.current.phase("select"):
-            operands = self.memory.operands(held, flat, scale=None)
-            selected = self.selector.select(operands, k, step=entry.step, mask_key=entry.mask_key)
-            pairs = SparseGrad(selected.values, selected.indices, flat.numel())
-            nonfinite = int(selected.report[1])
-        self.current.dense_bytes += flat.numel() * flat.element_size()
-        pending = PendingGradient(entry, held, flat, tensor.shape, pairs, nonfinite)
-        self._pending[entry] = pending
-        return pending
+        context = Context(entry.index, entry.step)
+        route = SparseRoute(self.memory, held, flat, None, context, self.selector, k, entry.mask_key)
+        with self.step.figures.phase("select"):
+            route.correct()
+        self.step.figures.misses += route.misses
+        self.step.figures.dense_bytes += flat.numel() * flat.element_size()
+        self._begun.add(entry)
+        return PendingGradient(entry, tensor.shape, route, self.step.keep(None, route.rollback))
 
     def finish(
         self, pending: PendingGradient, rows: Tensor, indices: Tensor, factor: float, share: float, bad: bool
@@ -135,84 +119,78 @@ class CompressorCore:
             factor: of the sum.
             share: units of the result that a rank's memory answers for: 1 for an average, P for a sum.
             bad: whether any rank voted non-finite.
+
+        Raises:
+            NonFiniteGradientError: ``bad``, under the policy ``"error"``.
         """
-        result = torch.empty_like(pending.grad)
-        pending.finished, pending.bad = True, bad
+        route = pending.route
+        result = torch.empty_like(route.buffer)
         if bad:
+            route.take_back()
+            pending.kept.settle()
             self._throw_away(pending, result)
         else:
-            with self.current.phase("write_back"):
-                pending.rounding = write_sparse(result, rows, indices, factor, share)
+            route.out = Aggregated(rows, indices, contributed=route.pairs, refused=None, nonfinite=False)
+            with self.step.figures.phase("write_back"):
+                route.write(factor, share, target=result)
+            pending.kept.commit = route.commit
         return result.view(pending.shape)
 
     def _throw_away(self, pending: PendingGradient, result: Tensor) -> None:
-        self.memory.restore(pending.held, pending.pairs)
-        self.memory.undo(pending.held, pending.grad, scale=None)
-        self.current.nonfinite_buckets.append(pending.entry.index)
-        text = f"{pending.entry.name}: {pending.nonfinite} non-finite gradient elements on this rank"
-        if self.nonfinite == "skip":
-            logger.warning("%s; its update is skipped on all ranks", text)
-            result.zero_()
-            return
-        result.fill_(float("nan"))
-        if self.nonfinite == "error":
-            for other in self._pending.values():
-                if not other.bad:
-                    self.memory.restore(other.held, other.pairs)
-            self._pending.clear()
-            raise NonFiniteGradientError(f"rank {horovod().rank()}, {text}")
+        text = f"{pending.entry.name}: {pending.route.bad} non-finite gradient elements on this rank"
+        try:
+            self.step.throw_away(result, pending.entry.index, text, horovod().rank())
+        except NonFiniteGradientError:
+            self._begun.clear()
+            raise
 
     def finish_step(self) -> None:
-        """Ends the step: what was sent is final, or goes back when any gradient of the step was thrown away."""
-        if not self._pending:
-            return
-        thrown_away = bool(self.current.nonfinite_buckets) and self.nonfinite != "skip"
-        for pending in self._pending.values():
-            if pending.bad:
-                continue
-            if thrown_away or not pending.finished:  # not finished: the user gave up on this step
-                self.memory.restore(pending.held, pending.pairs)
-            else:
-                self.memory.mask_velocity(pending.held, pending.pairs)
-                if pending.rounding is not None:
-                    self.memory.restore(pending.held, pending.rounding)
-        self._pending.clear()
-        self.nonfinite_steps += bool(self.current.nonfinite_buckets)
-        self.last, self.current = self.current, StepFigures()
+        """Ends the step: what was sent is final, or goes back when any gradient of the step was thrown away.
 
-    def settings(self) -> str:
-        """All that ranks must share, in one line."""
+        A gradient whose result was never asked for (the user gave up on the step) goes back too.
+        """
+        if self._begun:
+            self._begun.clear()
+            self.step.finish()
+
+    def count(self, bytes_each_way: int) -> None:
+        """Adds traffic to the figures of the step under way."""
+        self.step.figures.bytes_sent += bytes_each_way
+        self.step.figures.bytes_received += bytes_each_way
+
+    def settings(self) -> dict[str, object]:
+        """All that ranks must share, by name."""
         names = sorted((e.name, tuple(e.parameter.shape), str(e.parameter.dtype)) for e in self.table.entries)
-        digest = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
-        steps = hashlib.blake2b(repr(self.steps()).encode(), digest_size=4).hexdigest()
-        return (
-            f"{self.selector!r} | {self.memory.describe()} | nonfinite={self.nonfinite} "
-            f"parameters={len(names)} names={digest} steps={steps}"
-        )
+        return {
+            **self.selector.settings(),
+            "selector": type(self.selector).__name__,
+            "memory": type(self.memory).__name__,
+            **self.memory.settings(),
+            "nonfinite": self.step.nonfinite,
+            "parameters": f"{len(names)} (checksum {_checksum(names)})",
+            "steps of the parameters": f"up to {self.last_step} (checksum {_checksum(self.steps())})",
+        }
+
+    @property
+    def last_step(self) -> int:
+        """Exchanges so far of the parameter that was exchanged most often."""
+        return max(entry.step for entry in self.table.entries)
 
     def stats(self) -> dict[str, Any]:
         """Figures of the last step on this rank: bytes, compression ratio, residual norm, seconds."""
-        self._finish_if_landed()
-        last, sent = self.last, max(1, self.last.bytes_sent)
-        return {
-            "step": max(entry.step for entry in self.table.entries),
-            "bytes_sent": last.bytes_sent,
-            "bytes_received": last.bytes_received,
-            "dense_bytes": last.dense_bytes,
-            "compression_ratio": last.dense_bytes / sent if last.bytes_sent else float("inf"),
-            "residual_norm": self.memory.table.residual_norm(),
-            "nonfinite_steps": self.nonfinite_steps,
-            "seconds": dict(last.seconds),
-        }
+        self._finish_if_complete()
+        residual_norm = self.memory.table.residual_norm()
+        return {"step": self.last_step, **self.step.stats(), "residual_norm": residual_norm}
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory and step counts by parameter name; call it between steps and save one per rank."""
-        self._finish_if_landed()
+        self._finish_if_complete()
         return {"version": 1, "steps": self.steps(), **self.memory.table.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what this rank's :meth:`state_dict` gave."""
-        self._pending.clear()
+        self._begun.clear()
+        self.step.forget()
         self.load_steps(state["steps"])
         self.memory.table.load(state)
 
@@ -226,8 +204,8 @@ class CompressorCore:
         """Step counts by parameter name."""
         return {entry.name: entry.step for entry in sorted(self.table.entries, key=lambda e: e.name)}
 
-    def _finish_if_landed(self) -> None:
-        if all(pending.finished for pending in self._pending.values()):
+    def _finish_if_complete(self) -> None:
+        if self.step.is_complete:
             self.finish_step()
 
     def _start_agreement(self) -> None:
@@ -235,15 +213,11 @@ class CompressorCore:
 
         Waiting here, inside backward, could deadlock with collectives of the model's own (SyncBatchNorm).
         """
-        if self._agreed or self._agreement is not None:
-            return
-        hvd = horovod()
-        text = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
-        settings = self.settings()  # may be longer than the message: a digest of the whole stands first
-        digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
-        encoded = f"{digest}: {settings}".encode()[:_AGREEMENT_BYTES]
-        text[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        self._agreement = hvd.allgather_async(text, name=self._name, process_set=self.process_set)
+        if not self._agreed and self._agreement is None:
+            message = encode(self.settings())
+            self._agreement = horovod().allgather_async(
+                message, name=self._name, process_set=self.process_set
+            )
 
     def check_agreement(self) -> None:
         """Raises ``SettingsMismatchError`` on every rank when two ranks differ."""
@@ -251,14 +225,10 @@ class CompressorCore:
             return
         handle, self._agreement = self._agreement, None
         what = "agreement on settings (is process_set the optimizer's?)"
-        everyone = wait_for(handle, self.timeout_s, what).view(-1, _AGREEMENT_BYTES)
-        for rank in range(1, everyone.shape[0]):
-            if not torch.equal(everyone[rank], everyone[0]):
-                raise SettingsMismatchError(
-                    f"rank 0 has [{_readable(everyone[0])}], but rank {rank} has [{_readable(everyone[rank])}]"
-                )
+        messages = wait_for(handle, self.timeout_s, what).view(-1, MESSAGE_BYTES)
+        compare(messages, horovod().rank(), "compression", ranks=self.process_set.ranks)
         self._agreed = True
 
 
-def _readable(text: Tensor) -> str:
-    return bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
+def _checksum(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()

@@ -45,9 +45,12 @@ class Memory(ABC):
         """The bucket's memory, flat, and whether its layout is new. Parameters take their memory along."""
         return self.table.for_bucket(bucket)
 
-    @abstractmethod
-    def describe(self) -> str:
-        """Settings that all ranks must share, in one line."""
+    def settings(self) -> dict[str, object]:
+        """What all ranks must share, by argument."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.settings().items())})"
 
     @abstractmethod
     def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:

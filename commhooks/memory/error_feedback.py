@@ -56,13 +56,13 @@ class ErrorFeedback(Memory):
     def new_table(self) -> ParameterMemory:
         return ParameterMemory(with_velocity=self.momentum > 0.0)
 
-    def describe(self) -> str:
-        return (
-            f"ErrorFeedback(momentum={self.momentum!r}, factor_masking={self.factor_masking}, "
-            f"clip_norm={self.clip_norm}, rescale_with_lr={self.rescales})"
-        )
-
-    __repr__ = describe
+    def settings(self) -> dict[str, object]:
+        return {
+            "momentum": self.momentum,
+            "factor_masking": self.factor_masking,
+            "clip_norm": self.clip_norm,
+            "rescale_with_lr": self.rescales,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizer": None}

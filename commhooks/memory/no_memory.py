@@ -19,11 +19,6 @@ class NoMemory(Memory):
     def new_table(self) -> ParameterMemory:
         return ParameterMemory(with_velocity=False, with_residual=False)
 
-    def describe(self) -> str:
-        return "NoMemory()"
-
-    __repr__ = describe
-
     def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
         held, is_new = self.table.for_bucket(bucket)
         held.residual.zero_()

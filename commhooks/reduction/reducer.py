@@ -1,47 +1,30 @@
-"""``Reducer``: the one place that knows the whole line from a gradient to the average that replaces it."""
+"""``Reducer``: the one place that knows the whole pipeline, from a gradient to the average that replaces it."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteGradientError, says_what_to_write
-from ..exchange import Aggregated, Aggregator
-from ..exchange.agreement import check_agreement
-from ..exchange.dense import dense_wire_bytes
-from ..exchange.voting_sum import summed
+from ..errors import says_what_to_write
+from ..exchange import Aggregator
+from ..exchange.agreement import agree
 from ..gradient.bucket import Bucket
-from ..gradient.sparse_grad import SparseGrad
-from ..gradient.write_back import write_dense, write_sparse
 from ..memory import Memory, NoMemory
-from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import Connection, Transport
 from ..wire.message import Context
-from .stats import DeltaMeter, StepFigures
+from .dense_rule import Crossover, everything, goes_dense
+from .routes import DenseRoute, PlainRoute, Route, SparseRoute
+from .step import Step
 
-logger = logging.getLogger(__name__)
-
-NONFINITE = ("propagate", "skip", "error")
 _AGREEMENT_TAG = 30
 _SETTINGS = (
     "selector", "aggregator", "memory", "average", "nonfinite", "dense_crossover", "delta_every", "timeout_s",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A bucket whose result is out, until the step is known to be good."""
-
-    commit: Callable[[], None]
-    rollback: Callable[[], None]
 
 
 class Reducer:
@@ -59,8 +42,8 @@ class Reducer:
             ``"propagate"``: the bucket becomes NaN everywhere, as under plain DDP, so that a GradScaler
             skips; the step's other buckets put back what they sent. ``"skip"``: the bucket's update is 0.
             ``"error"``: ``NonFiniteGradientError`` on all ranks.
-        dense_crossover: send a bucket densely when that takes fewer bytes (early warm-up); it takes its
-            residual along.
+        dense_crossover: True: a bucket is sent densely when that takes fewer bytes (early warm-up), and takes its
+            residual along. False: never. Or a rule ``(numel, k, world_size) -> bool``, the same on all ranks.
         delta_every: measure Assumption 1's delta every so many steps (one dense all-reduce each); 0: never.
         timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s without a group.
 
@@ -77,13 +60,11 @@ class Reducer:
         *,
         average: bool = True,
         nonfinite: str = "propagate",
-        dense_crossover: bool | Callable[[int, int, int], bool] = True,
+        dense_crossover: Crossover = True,
         delta_every: int = 0,
         timeout_s: float | None = None,
     ) -> None:
         check_scheme(selector, aggregator)
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
         if not isinstance(delta_every, int) or delta_every < 0:
             raise ValueError(f"delta_every must be an integer >= 0, got {delta_every!r}")
         if timeout_s is not None and not timeout_s > 0:
@@ -91,16 +72,13 @@ class Reducer:
         self.selector, self.aggregator = selector, aggregator
         self.connection = Connection(aggregator.requested)
         self.memory = chosen_memory(memory, selector)
-        self.average, self.nonfinite = average, nonfinite
-        self.dense_crossover, self.delta_every, self.timeout_s = dense_crossover, delta_every, timeout_s
+        self.average, self.timeout_s = average, timeout_s
+        self.dense_crossover, self.delta_every = dense_crossover, delta_every
         self.step = 0
-        self.nonfinite_steps = 0
-        self.last = StepFigures()
         self.last_delta: float | None = None
-        self._current = StepFigures()
-        self._delta = DeltaMeter()
-        self._written: list[_Written] = []
-        self._agreed: dict[int, tuple[int, ...]] = {}
+        self._step = Step(nonfinite)
+        self._sends_everything = False
+        self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, which no memory knows
 
     def open(self, process_group: Any = None, device_type: str = "cpu") -> Transport:
         """Opens the transport, once; a collective call. The first :meth:`reduce` does so by itself."""
@@ -129,57 +107,77 @@ class Reducer:
             PeerTimeoutError, PeerLostError: a rank is missing.
             NonFiniteGradientError: with ``nonfinite="error"``.
         """
-        self.open(device_type=bucket.buffer.device.type)
-        context = Context(bucket.index, self.step)
-        if not self.remembers and bucket.buffer.dtype == torch.float32:
-            self._reduce_plain(bucket, context)
-            return
-        k = self.selector.k(bucket.numel, self.step) if self.selector is not None else bucket.numel
-        held, is_new = self.memory.for_bucket(bucket)
-        if is_new:
-            self._agree(bucket, k, scale, context)
-        self._current.dense_bytes += bucket.numel * bucket.buffer.element_size()
-        if self._goes_dense(bucket.numel, k):
-            self._reduce_dense(bucket, held, scale, context)
+        transport = self.open(device_type=bucket.buffer.device.type)
+        route, step = self._route(bucket, scale, transport), self._step
+        with step.figures.phase("select"):
+            route.correct()
+        step.figures.misses += route.misses
+        with step.figures.phase("exchange", transport.counters):
+            thrown_away = route.exchange(transport)
+        if thrown_away:
+            route.take_back()
+            text = f"step {self.step}, bucket {bucket.index}: {route.bad} non-finite gradient elements {route.where}"
+            step.throw_away(bucket.buffer, bucket.index, text, transport.rank)
         else:
-            self._reduce_sparse(bucket, held, k, scale, context)
+            factor = scale / transport.world_size if self.average else scale
+            with step.figures.phase("write_back"):
+                route.write(factor, share=factor * transport.world_size)
+            step.keep(route.commit, route.rollback)
         if bucket.is_last:
             self.finish_step()
 
     def finish_step(self) -> None:
         """Ends the step: what was sent is final, or goes back when any bucket of the step was thrown away."""
-        thrown_away = bool(self._current.nonfinite_buckets) and self.nonfinite != "skip"
-        for written in self._written:
-            (written.rollback if thrown_away else written.commit)()
-        self._written.clear()
-        self.nonfinite_steps += bool(self._current.nonfinite_buckets)
         if self._measures_delta:
-            self.last_delta, self._delta = self._delta.value(), DeltaMeter()
-        self.last, self._current = self._current, StepFigures()
+            self.last_delta = self._step.figures.delta.value()
+        self._step.finish()
+        self._sends_everything = False
         self.step += 1
 
-    def settings(self) -> str:
-        """All that ranks must share, in one line."""
-        rule = getattr(self.dense_crossover, "__qualname__", self.dense_crossover)  # no address of a function
-        return (
-            f"{self.selector!r} | {self.aggregator!r} | {self.memory.describe()} | average={self.average} "
-            f"nonfinite={self.nonfinite} dense_crossover={rule} delta_every={self.delta_every}"
-        )
+    def send_everything(self) -> None:
+        """Sends the rest of the step under way densely, or all of the next one, so that the residuals go along."""
+        self._sends_everything = True
+
+    @property
+    def nonfinite(self) -> str:
+        """The policy on NaN and Inf."""
+        return self._step.nonfinite
+
+    @property
+    def nonfinite_buckets(self) -> list[int]:
+        """Indices of the buckets that the last finished step threw away."""
+        return self._step.last.nonfinite_buckets
+
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is selected or kept. If not, the buffer itself is all-reduced."""
+        return self.selector is not None or not isinstance(self.memory, NoMemory)
+
+    def settings(self) -> dict[str, object]:
+        """All that ranks must share, by name."""
+        selector = {} if self.selector is None else self.selector.settings()
+        return {
+            **selector,
+            "selector": type(self.selector).__name__,
+            "aggregator": type(self.aggregator).__name__,
+            **self.aggregator.settings(),
+            "memory": type(self.memory).__name__,
+            **self.memory.settings(),
+            "average": self.average,
+            "nonfinite": self.nonfinite,
+            # a function's name, as its address differs from process to process
+            "dense_crossover": getattr(self.dense_crossover, "__qualname__", self.dense_crossover),
+            "delta_every": self.delta_every,
+        }
 
     def stats(self) -> dict[str, Any]:
         """Figures of the last finished step on this rank, and the norm of its residual now."""
-        last, sent = self.last, max(1, self.last.bytes_sent)
+        residual_norm = self.memory.table.residual_norm()
         return {
             "step": self.step,
-            "bytes_sent": last.bytes_sent,
-            "bytes_received": last.bytes_received,
-            "dense_bytes": last.dense_bytes,
-            "compression_ratio": last.dense_bytes / sent if last.bytes_sent else float("inf"),
-            "residual_norm": self.memory.table.residual_norm(),
+            **self._step.stats(),
+            "residual_norm": residual_norm,
             "delta": self.last_delta,
-            "misses": last.misses,
-            "nonfinite_steps": self.nonfinite_steps,
-            "seconds": dict(last.seconds),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,7 +190,7 @@ class Reducer:
 
     def restart(self, saved: dict[str, Any]) -> None:
         """Goes back to this rank's own ``state_dict()`` and forgets a step that has begun; not collective."""
-        self._forget_step()  # what it would put back is in the memory that is replaced here
+        self._forget_step()  # what that step sent goes back nowhere: the memory is replaced
         self._agreed.clear()
         self.step = int(saved["step"])
         self.memory.table.load(saved)
@@ -224,9 +222,8 @@ class Reducer:
             mine = {**states[0], **redistributed(states, transport.rank, transport.world_size)}
         self.restart({**mine, "step": states[0]["step"]})
 
-    def __getstate__(
-        self,
-    ) -> dict[str, Any]:  # the settings: what a later version needs to make a Reducer of its own
+    def __getstate__(self) -> dict[str, Any]:
+        # The settings are all that a later version needs to make a Reducer of its own.
         return {name: getattr(self, name) for name in (*_SETTINGS, "step")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -234,141 +231,53 @@ class Reducer:
         self.__init__(**settings)  # type: ignore[misc]
         self.step = state["step"]
 
-    def _agree(self, bucket: Bucket, k: int, scale: float, context: Context) -> None:
-        check_agreement(
-            self.transport,
-            bucket=bucket.index,
-            numel=bucket.numel,
-            k=k,
-            settings=f"loss scale {scale:g}, {bucket.buffer.dtype}, {len(bucket.keys)} parameters, {self.settings()}",
-            step=context.step,
-            tag=context.tag + _AGREEMENT_TAG,
-        )
-
-    def _goes_dense(self, numel: int, k: int) -> bool:
-        if self.selector is None:
-            return True
-        world_size = self.transport.world_size
-        if callable(self.dense_crossover):
-            return self.dense_crossover(numel, k, world_size)
-        sparse_bytes = self.aggregator.wire_bytes(k, world_size)
-        return self.dense_crossover and sparse_bytes > dense_wire_bytes(numel, world_size)
-
-    def _factor(self, scale: float) -> float:
-        return scale / self.transport.world_size if self.average else scale
-
-    def _reduce_sparse(
-        self, bucket: Bucket, held: BucketMemory, k: int, scale: float, context: Context
-    ) -> None:
-        assert self.selector is not None
-        memory, figures, transport = self.memory, self._current, self.transport
-        inverse = _inverse(scale, bucket.buffer)
-        with figures.phase("select"):
-            operands = memory.operands(held, bucket.buffer, scale=inverse)
-            selected = self.selector.select(operands, k, step=self.step, mask_key=bucket.index)
-            report = selected.report.tolist()
-            pairs = SparseGrad(selected.values, selected.indices, bucket.numel)
-            figures.misses += report[2]
-        with figures.phase("exchange"), figures.traffic(transport.counters):
-            out = self.aggregator.aggregate(transport, pairs, report[1] > 0, context)
-        if out.nonfinite:
-            memory.restore(held, pairs)
-            memory.undo(held, bucket.buffer, scale=inverse)
-            self._throw_away(bucket, report[1])
-            return
-        with figures.phase("write_back"):
-            if out.refused is not None:
-                memory.restore(held, out.refused)
-            if self._measures_delta:
-                self._delta.add(transport, held.residual, out, k, context.tag)
-            factor = self._factor(scale)
-            share = factor * transport.world_size
-            rounding = write_sparse(bucket.buffer, out.values, out.indices, factor, share)
-        self._keep_until_known(held, out, rounding, masks=k < bucket.numel)
-
-    def _keep_until_known(
-        self, held: BucketMemory, out: Aggregated, rounding: SparseGrad | None, masks: bool
-    ) -> None:
-        memory, contributed = self.memory, out.contributed
-
-        def commit() -> None:
-            if masks:
-                memory.mask_velocity(held, contributed)
-            if rounding is not None:
-                memory.restore(held, rounding)
-
-        self._written.append(_Written(commit, lambda: memory.restore(held, contributed)))
-
-    def _reduce_dense(self, bucket: Bucket, held: BucketMemory, scale: float, context: Context) -> None:
-        memory, figures, transport = self.memory, self._current, self.transport
-        inverse = _inverse(scale, bucket.buffer)
-        with figures.phase("select"):
-            bad = memory.accumulate(held, bucket.buffer, scale=inverse)
-            active = held.active(bucket.buffer)
-            sent = held.residual if active is None else held.residual * active
-        with figures.phase("exchange"), figures.traffic(transport.counters):
-            total, thrown_away = summed(transport, sent, bad > 0, context)
-        if thrown_away:
-            memory.undo(held, bucket.buffer, scale=inverse)
-            self._throw_away(bucket, bad)
-            return
-        with figures.phase("write_back"):
-            factor = self._factor(scale)
-            share = factor * transport.world_size
-            rounding = write_dense(bucket.buffer, total, factor, share)
-
-        def commit() -> None:  # until then the residual still holds all that was sent
-            kept = held.residual.new_zeros(()) if active is None else held.residual * ~active
-            held.residual.copy_(kept if rounding is None else kept + rounding)
-
-        self._written.append(_Written(commit, lambda: None))
-
-    @property
-    def remembers(self) -> bool:
-        """Whether anything is selected or kept. If not, the buffer itself is all-reduced."""
-        return self.selector is not None or not isinstance(self.memory, NoMemory)
-
-    def _reduce_plain(self, bucket: Bucket, context: Context) -> None:
-        """As DDP without a hook. NaN and Inf need no vote: they stay in the sum."""
-        transport, figures, buffer = self.transport, self._current, bucket.buffer
-        if self._agreed.get(bucket.index) != bucket.numels:
-            self._agree(bucket, bucket.numel, 1.0, context)
-            self._agreed[bucket.index] = bucket.numels
-        figures.dense_bytes += bucket.numel * buffer.element_size()
-        with figures.phase("exchange"), figures.traffic(transport.counters):
-            transport.all_reduce(buffer, tag=context.tag, what=str(context))
-        with figures.phase("write_back"):
-            buffer.mul_(self._factor(1.0))
-            bad = 0 if bool(buffer.sum().isfinite()) else int((~buffer.isfinite()).sum())
-        if bad:
-            self._throw_away(bucket, bad, "in the sum over ranks")
-        if bucket.is_last:
-            self.finish_step()
-
-    def _throw_away(self, bucket: Bucket, count: int, where: str = "on this rank") -> None:
-        """Applies the policy to a bucket that some rank found non-finite; the memory has been undone."""
-        self._current.nonfinite_buckets.append(bucket.index)
-        message = f"step {self.step}, bucket {bucket.index}: {count} non-finite gradient elements {where}"
-        if self.nonfinite == "skip":
-            logger.warning("%s; the bucket's update is skipped on all ranks", message)
-            bucket.buffer.zero_()
-            return
-        bucket.buffer.fill_(float("nan"))
-        if self.nonfinite == "error":
-            for written in self._written:
-                written.rollback()
-            self._forget_step()
-            self.nonfinite_steps += 1
-            raise NonFiniteGradientError(f"rank {self.transport.rank}, {message}")
-
     def _forget_step(self) -> None:
         """The next bucket begins a step anew."""
-        self._written.clear()
-        self._current = StepFigures()
+        self._step.forget()
+        self._sends_everything = False
+
+    def _route(self, bucket: Bucket, scale: float, transport: Transport) -> Route:
+        """Chooses the bucket's route. At a new layout the ranks compare their settings first."""
+        buffer, context = bucket.buffer, Context(bucket.index, self.step)
+        self._step.figures.dense_bytes += bucket.numel * buffer.element_size()
+        if not self.remembers and buffer.dtype == torch.float32:
+            if self._agreed.get(bucket.index) != bucket.numels:
+                self._agree(bucket, bucket.numel, 1.0, transport)
+                self._agreed[bucket.index] = bucket.numels
+            return PlainRoute(buffer, context)
+        selector, memory = self.selector, self.memory
+        k = bucket.numel if selector is None else selector.k(bucket.numel, self.step)
+        held, is_new = memory.for_bucket(bucket)
+        if is_new:
+            self._agree(bucket, k, scale, transport)
+        inverse = _inverse(scale, buffer)
+        if selector is None or self._goes_dense(bucket.numel, k, transport.world_size):
+            return DenseRoute(memory, held, buffer, inverse, context)
+        meter = self._step.figures.delta if self._measures_delta else None
+        key, aggregator = bucket.index, self.aggregator
+        return SparseRoute(memory, held, buffer, inverse, context, selector, k, key, aggregator, meter)
 
     @property
     def _measures_delta(self) -> bool:
         return self.delta_every > 0 and self.step % self.delta_every == 0
+
+    def _goes_dense(self, numel: int, k: int, world_size: int) -> bool:
+        crossover = everything if self._sends_everything else self.dense_crossover
+        return goes_dense(crossover, self.aggregator, numel, k, world_size)
+
+    def _agree(self, bucket: Bucket, k: int, scale: float, transport: Transport) -> None:
+        context = Context(bucket.index, self.step)
+        settings = {
+            "bucket": bucket.index,
+            "step": self.step,
+            "elements": bucket.numel,
+            "parameters": len(bucket.keys),
+            "dtype": bucket.buffer.dtype,
+            "loss scale": f"{scale:g}",
+            "k": k,
+            **self.settings(),
+        }
+        agree(transport, settings, tag=context.tag + _AGREEMENT_TAG, what=f"bucket {bucket.index}")
 
 
 def _inverse(scale: float, like: Tensor) -> Tensor | None:

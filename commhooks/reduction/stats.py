@@ -1,11 +1,11 @@
-"""What a Reducer counts: traffic, phases of a step, and Assumption 1's delta."""
+"""What a step's exchanges are counted by: traffic, seconds of each phase, and Assumption 1's delta."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,48 +18,11 @@ from ..transports import Counters, Transport
 PHASES = ("select", "exchange", "write_back")
 
 
-@dataclass
-class StepFigures:
-    """Figures of one step on this rank.
-
-    Attributes:
-        bytes_sent: bytes this rank sent, headers included, settings checks and measurements not.
-        bytes_received: likewise.
-        dense_bytes: bytes of the gradients themselves, in their own dtype.
-        seconds: wall-clock by phase.
-        nonfinite_buckets: indices of the buckets that were thrown away.
-        misses: selections whose sampled guess did not hold (they are exact all the same, but slower).
-    """
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    dense_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    nonfinite_buckets: list[int] = field(default_factory=list)
-    misses: int = 0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to ``seconds[name]`` and names it in a profiler's trace."""
-        start = time.perf_counter()
-        with record_function(f"commhooks.{name}"):
-            yield
-        self.seconds[name] += time.perf_counter() - start
-
-    @contextmanager
-    def traffic(self, counters: Counters) -> Iterator[None]:
-        """Adds what ``counters`` gain during the block."""
-        sent, received = counters.bytes_sent, counters.bytes_received
-        yield
-        self.bytes_sent += counters.bytes_sent - sent
-        self.bytes_received += counters.bytes_received - received
-
-
 class DeltaMeter:
     """Assumption 1 of the gTop-k paper, measured: does the selection beat a random one?
 
     ``delta = ||mean_p c_p - s / P||^2 / ((1 - k/n) ||mean_p c_p||^2)``, the denominator by eq. 15. The first
-    difference is the mean residual after the exchange, so one dense all-reduce of residuals per bucket tells.
+    difference is the mean residual after the exchange, so one dense all-reduce of residuals per bucket suffices.
     The theory holds while delta <= 1; it may fail, which is worth seeing. Norms are added over the step's
     buckets.
     """
@@ -68,8 +31,10 @@ class DeltaMeter:
         self._numerator = self._denominator = 0.0
 
     def add(self, transport: Transport, residual: Tensor, out: Aggregated, k: int, tag: int) -> None:
-        """Adds one bucket, after what was refused is back in ``residual`` (n,), which is only read."""
+        """Adds one bucket. ``residual`` (n,) is only read; it does not hold what the exchange refused."""
         withheld = residual.clone()
+        if out.refused is not None:
+            ops.scatter_add(withheld, out.refused.values, out.refused.indices)
         with transport.uncounted():
             transport.all_reduce(withheld, tag=tag, what="measuring delta")
         corrected = withheld.clone()
@@ -84,3 +49,69 @@ class DeltaMeter:
     def value(self) -> float:
         """Delta of the step; 0 when nothing was withheld."""
         return self._numerator / self._denominator if self._denominator > 0.0 else 0.0
+
+
+@dataclass
+class StepFigures:
+    """Figures of one step on this rank.
+
+    Attributes:
+        bytes_sent: bytes this rank sent, headers included, settings checks and measurements not.
+        bytes_received: likewise.
+        dense_bytes: bytes of the gradients themselves, in their own dtype.
+        seconds: wall-clock by phase.
+        nonfinite_buckets: indices of the buckets that were thrown away.
+        misses: selections whose sampled guess did not hold (they are exact all the same, but slower).
+        delta: what was measured of Assumption 1's delta.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    dense_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    nonfinite_buckets: list[int] = field(default_factory=list)
+    misses: int = 0
+    delta: DeltaMeter = field(default_factory=DeltaMeter)
+
+    def phase(self, name: str, counters: Counters | None = None) -> Phase:
+        """A ``with`` block whose time is added to ``seconds[name]``, and its traffic where ``counters`` are given."""
+        return Phase(self, name, counters)
+
+    def report(self) -> dict[str, Any]:
+        """The figures by name, with the ratio of dense bytes to bytes sent."""
+        ratio = self.dense_bytes / self.bytes_sent if self.bytes_sent else float("inf")
+        return {
+            "bytes_sent": self.bytes_sent,
+            "bytes_received": self.bytes_received,
+            "dense_bytes": self.dense_bytes,
+            "compression_ratio": ratio,
+            "misses": self.misses,
+            "seconds": dict(self.seconds),
+        }
+
+
+class Phase:
+    """One phase of one exchange, named ``commhooks.<name>`` in a profiler's trace."""
+
+    __slots__ = ("_counters", "_figures", "_name", "_received", "_record", "_sent", "_start")
+    _record: Any  # torch's is not typed
+
+    def __init__(self, figures: StepFigures, name: str, counters: Counters | None) -> None:
+        self._figures, self._name, self._counters = figures, name, counters
+
+    def __enter__(self) -> None:
+        if self._counters is not None:
+            self._sent, self._received = self._counters.bytes_sent, self._counters.bytes_received
+        self._record = record_function(f"commhooks.{self._name}")
+        self._start = time.perf_counter()
+        self._record.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._record.__exit__(kind, error, trace)
+        figures = self._figures
+        figures.seconds[self._name] += time.perf_counter() - self._start
+        if self._counters is not None:
+            figures.bytes_sent += self._counters.bytes_sent - self._sent
+            figures.bytes_received += self._counters.bytes_received - self._received

@@ -46,11 +46,12 @@ class Selector(ABC):
             misses).
         """
 
-    def describe(self) -> str:
-        """Settings that all ranks must share, in one line."""
-        return f"{type(self).__name__}(density={self.schedule!r})"
+    def settings(self) -> dict[str, object]:
+        """What all ranks must share, by argument."""
+        return {"density": self.schedule}
 
-    __repr__ = describe
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.settings().items())})"
 
 
 class TopK(Selector):
@@ -104,10 +105,8 @@ class RandomK(Selector):
         indices = ops.random_indices(self.seed, step, mask_key, grad.numel(), k, grad.device)
         return ops.select_indices(operands, indices)
 
-    def describe(self) -> str:
-        return f"RandomK(density={self.schedule!r}, seed={self.seed})"
-
-    __repr__ = describe
+    def settings(self) -> dict[str, object]:
+        return {**super().settings(), "seed": self.seed}
 
 
 def _next_below(magnitude: float) -> float:

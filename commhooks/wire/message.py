@@ -1,8 +1,11 @@
-"""The one message in which pairs travel: a header, k indices, k values."""
+"""The one message in which pairs travel: a header of four words, k indices, k values.
+
+The header's words (int32) are a mark, the bucket, the step with the sender's vote as its sign bit, and k.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +16,13 @@ from ..gradient.sparse_grad import SparseGrad
 HEADER_WORDS = 4
 HEADER_BYTES = 4 * HEADER_WORDS
 ROUNDS_PER_BUCKET = 32
-_MAGIC = 0x436F4B31
+_MARK = 0x436F4B32
+_STEP_BITS = 0x7FFFFFFF
+_VOTE = -0x80000000
 _TAGS = 32768 // ROUNDS_PER_BUCKET
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """Which exchange this is: the same on all ranks."""
 
     bucket: int
@@ -34,30 +38,65 @@ class Context:
 
 
 def pack(pairs: SparseGrad, nonfinite: bool, context: Context) -> Tensor:
-    """One int32 message: header (magic, bucket, step, vote), then k indices, then the k values' bits."""
+    """A new message, shape ``(HEADER_WORDS + 2 k,)`` int32: header, indices, the values' bits."""
     message = pairs.indices.new_empty(HEADER_WORDS + 2 * pairs.k)
-    message[:HEADER_WORDS] = torch.tensor([_MAGIC, context.bucket, context.step & 0x7FFFFFFF, int(nonfinite)])
+    step = context.step & _STEP_BITS
+    header = [_MARK, context.bucket, step | _VOTE if nonfinite else step, pairs.k]
+    message[:HEADER_WORDS] = torch.tensor(header, dtype=torch.int32, device="cpu")
     message[HEADER_WORDS : HEADER_WORDS + pairs.k] = pairs.indices
     message[HEADER_WORDS + pairs.k :] = pairs.values.view(torch.int32)
     return message
 
 
 def unpack(message: Tensor, numel: int, sender: int, context: Context) -> tuple[SparseGrad, bool]:
-    """The pairs and the vote of a message made by :func:`pack`.
+    """The pairs (views of the message) and the vote of a message made by :func:`pack`.
 
     Raises:
-        SettingsMismatchError: the message belongs to another bucket or step.
+        SettingsMismatchError: the message is of another bucket or step, or holds another number of pairs.
     """
-    magic, bucket, step, vote = message[:HEADER_WORDS].tolist()
-    if (magic, bucket, step) != (_MAGIC, context.bucket, context.step & 0x7FFFFFFF):
-        raise SettingsMismatchError(
-            f"expected {context} from rank {sender}, got bucket {bucket}, step {step} (mark {magic:#x}): "
-            "the ranks are out of step"
-        )
+    vote = _read_header(message[:HEADER_WORDS].tolist(), message.numel(), sender, context)
     k = (message.numel() - HEADER_WORDS) // 2
     indices = message[HEADER_WORDS : HEADER_WORDS + k]
     values = message[HEADER_WORDS + k :].view(torch.float32)
-    return SparseGrad(values, indices, numel), bool(vote)
+    return SparseGrad(values, indices, numel), vote
+
+
+def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool]:
+    """Values and indices of all ranks' messages, and whether any rank voted. Waits for the device once.
+
+    Args:
+        messages: shape ``(P, HEADER_WORDS + 2 k)``, int32, in rank order.
+        context: which exchange this is.
+
+    Returns:
+        values ``(P, k)`` float32 and indices ``(P, k)`` int32, contiguous, in new memory; the vote.
+
+    Raises:
+        SettingsMismatchError: as :func:`unpack`.
+    """
+    words = messages.shape[1]
+    headers = messages[:, :HEADER_WORDS].tolist()
+    votes = [_read_header(header, words, rank, context) for rank, header in enumerate(headers)]
+    k = (words - HEADER_WORDS) // 2
+    indices = messages[:, HEADER_WORDS : HEADER_WORDS + k].contiguous()
+    values = messages[:, HEADER_WORDS + k :].contiguous().view(torch.float32)
+    return values, indices, any(votes)
+
+
+def _read_header(header: list[int], words: int, sender: int, context: Context) -> bool:
+    """The vote. Raises unless the header fits ``context`` and a message of ``words`` words."""
+    mark, bucket, step, k = header
+    if (mark, bucket, step & _STEP_BITS) != (_MARK, context.bucket, context.step & _STEP_BITS):
+        raise SettingsMismatchError(
+            f"expected {context} from rank {sender}, got bucket {bucket}, step {step & _STEP_BITS} "
+            f"(mark {mark:#x}): the ranks are out of step"
+        )
+    expected = (words - HEADER_WORDS) // 2
+    if k != expected:
+        raise SettingsMismatchError(
+            f"{context}: expected {expected} pairs from rank {sender}, got a message of {k}: the ranks' densities differ"
+        )
+    return step < 0
 
 
 def empty_message(k: int, device: torch.device) -> Tensor:

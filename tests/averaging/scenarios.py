@@ -6,12 +6,13 @@ import torch
 
 from commhooks import AllGather, ErrorFeedback, Reducer, TopK
 from commhooks.averaging import BlockMomentum, DecentralizedMomentum, LocalSGD, RestartedMomentum, topology
+from commhooks.exchange.agreement import MESSAGE_BYTES
 
 from . import oracles
 from .workers import NUMEL, Pieces, flat_momentum, run_steps, start
 
 STEPS, RATE, BETA = 6, 0.1, 0.9
-HEADER_BYTES = 40
+SETTINGS_BYTES = MESSAGE_BYTES + 8  # compared before each synchronisation, with a weight behind them
 
 
 def same(ours, theirs):
@@ -42,7 +43,7 @@ def check_local(transport):
             oracles.local_sgd(start(), gradient, world_size, STEPS, lambda t: RATE, {3, 6}, weights)[:, rank],
         )
         ring = 2 * (world_size - 1) * 8 * NUMEL // world_size
-        expected = 2 * (ring + (world_size - 1) * HEADER_BYTES)
+        expected = 2 * (ring + (world_size - 1) * SETTINGS_BYTES)
         assert transport.counters.bytes_sent - before == expected
 
 
@@ -85,7 +86,7 @@ def check_decentralized(transport):
         history = run_steps(model, optimizer, averager, gradient, rank, STEPS)
         degrees = [network.degree(rank, t) for t in range(STEPS)]
         assert transport.counters.messages - messages_before == 2 * sum(degrees)
-        data = 24 + 2 * 8 * NUMEL  # header; parameters and momentum, float64
+        data = MESSAGE_BYTES + 2 * 8 * NUMEL  # settings; parameters and momentum, float64
         assert transport.counters.bytes_sent - bytes_before == sum(degrees) * data
         xs, us = oracles.decentralized(
             start(), gradient, world_size, STEPS, RATE, BETA, network.matrices, "I"

@@ -13,15 +13,15 @@ from .workers import NUMEL, Pieces, flat_momentum, in_ranks, run_steps, start
 PERIOD, STEPS, RATE = 2, 8, 0.1
 
 
-def reducer_for(scheme, transport):
+def reducer_for(scheme, transport, **options):
     if scheme == "dense":
-        return Reducer(None, Dense(transport=transport), ErrorFeedback())
+        return Reducer(None, Dense(transport=transport), ErrorFeedback(), **options)
     if scheme == "randomk":
         selector, aggregator = RandomK(0.3, seed=5), SharedIndices(transport=transport)
     else:
         kind = {"topk": AllGather, "gtopk": GTopK}[scheme]
         selector, aggregator = TopK(0.3), kind(transport=transport)
-    return Reducer(selector, aggregator, ErrorFeedback(), dense_crossover=False)
+    return Reducer(selector, aggregator, ErrorFeedback(), dense_crossover=False, **options)
 
 
 def compressed_m_avg(x0, gradient, world_size, blocks, mu, keep):
@@ -216,8 +216,7 @@ def test_inf_in_one_group_leaves_the_other_with_all_its_mass(bad, policy):
     def work(transport):
         model = Pieces(start(), dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-        reducer = reducer_for("topk", transport)
-        reducer.nonfinite = policy
+        reducer = reducer_for("topk", transport, nonfinite=policy)
         averager = RestartedMomentum(optimizer, PERIOD, transport=transport, reducer=reducer)
         run_steps(model, optimizer, averager, gradient, transport.rank, 2 * PERIOD)
 

@@ -121,7 +121,7 @@ def test_reducers_and_parts_pickle_without_their_transports():
     aggregator, memory, selector, connection = map(pickle.loads, in_process.run(2, work)[0])
     assert repr(aggregator) == "GTopK(algorithm=tree)" and aggregator.requested == "in_process"
     assert connection.requested == "in_process" and not connection.is_open
-    assert memory.describe() == ErrorFeedback(0.5).describe()
+    assert repr(memory) == repr(ErrorFeedback(0.5))
     assert selector.k(10, 0) == 5
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..gradient.sparse_grad import SparseGrad
 from ..native import ops
 from ..native.fused import PAD
-from .sparse_grad import SparseGrad
 
 
 def write_sparse(

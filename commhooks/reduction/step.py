@@ -1,0 +1,125 @@
+"""``Step``: the exchanges of one training step, until it is known whether the step counts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import NonFiniteGradientError
+from .stats import StepFigures
+
+logger = logging.getLogger(__name__)
+
+NONFINITE = ("propagate", "skip", "error")
+
+
+def check_nonfinite(policy: str) -> str:
+    """Returns ``policy``, or raises ``ValueError`` when it is none of :data:`NONFINITE`."""
+    if policy not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {NONFINITE}, got {policy!r}")
+    return policy
+
+
+@dataclass(eq=False, slots=True)
+class Kept:
+    """One exchange that the end of the step finishes.
+
+    Attributes:
+        rollback: puts back what the exchange sent, when the step is thrown away.
+        commit: what has to wait until the step is known to count. None: the result was never used, so the end of the
+            step rolls the exchange back.
+    """
+
+    rollback: Callable[[], None]
+    commit: Callable[[], None] | None
+
+    def settle(self) -> None:
+        """Leaves nothing to do at the end of the step: the exchange was taken back already."""
+        self.commit = self.rollback = _nothing
+
+
+def _nothing() -> None:
+    """Neither commits nor rolls back."""
+
+
+class Step:
+    """Collects a step's exchanges and their figures, and applies the policy on non-finite gradients.
+
+    NaN and Inf are noticed bucket by bucket, but a GradScaler skips whole steps. So effects that cannot be taken back
+    (masking the velocity, returning what rounding kept) wait until the end of the step.
+
+    Args:
+        nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.
+
+    Attributes:
+        figures: of the step under way.
+        last: of the last finished step.
+        nonfinite_steps: steps in which a bucket was thrown away.
+    """
+
+    def __init__(self, nonfinite: str) -> None:
+        self.nonfinite = check_nonfinite(nonfinite)
+        self.figures, self.last = StepFigures(), StepFigures()
+        self.nonfinite_steps = 0
+        self._kept: list[Kept] = []
+
+    def keep(self, commit: Callable[[], None] | None, rollback: Callable[[], None]) -> Kept:
+        """Adds an exchange; the end of the step calls one of the two. ``commit`` may be set later."""
+        kept = Kept(rollback, commit)
+        self._kept.append(kept)
+        return kept
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no exchange waits for its result."""
+        return all(kept.commit is not None for kept in self._kept)
+
+    def throw_away(self, result: Tensor, index: int, text: str, rank: int) -> None:
+        """Applies the policy to a bucket that some rank found non-finite and whose memory has been undone.
+
+        Args:
+            result: what the bucket's gradient becomes: NaN, or 0 under ``"skip"``. Overwritten.
+            index: the bucket's.
+            text: which bucket, and how many elements were not finite.
+            rank: this rank's, for the error.
+
+        Raises:
+            NonFiniteGradientError: under ``"error"``, after the step's other exchanges are rolled back.
+        """
+        self.figures.nonfinite_buckets.append(index)
+        if self.nonfinite == "skip":
+            logger.warning("%s; its update is skipped on all ranks", text)
+            result.zero_()
+            return
+        result.fill_(float("nan"))
+        if self.nonfinite == "error":
+            for kept in self._kept:
+                kept.rollback()
+            self.forget()
+            self.nonfinite_steps += 1
+            raise NonFiniteGradientError(f"rank {rank}, {text}")
+
+    def finish(self) -> None:
+        """Ends the step: every exchange is final, or goes back when any bucket of the step was thrown away."""
+        thrown_away = bool(self.figures.nonfinite_buckets) and self.nonfinite != "skip"
+        for kept in self._kept:
+            if thrown_away or kept.commit is None:
+                kept.rollback()
+            else:
+                kept.commit()
+        self.nonfinite_steps += bool(self.figures.nonfinite_buckets)
+        self.last = self.figures
+        self.forget()
+
+    def forget(self) -> None:
+        """The next exchange begins a step anew. What the exchanges so far sent is not put back."""
+        self._kept.clear()
+        self.figures = StepFigures()
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the last finished step, and how many steps were thrown away."""
+        return {**self.last.report(), "nonfinite_steps": self.nonfinite_steps}
