@@ -15,7 +15,7 @@ from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
 from .. import transports
 from ..errors import CommHooksError
-from ..exchange.agreement import MESSAGE_BYTES, compare, encode
+from ..exchange.agreement import agree
 from ..gradient.bucket import Bucket
 from ..transports.base import Transport
 from .flat import digest_of, flatten, message_dtype, parameters_of, shown_layout, unflatten_
@@ -175,13 +175,11 @@ class Averager(ModelAverager):
 
     def _agree(self, tensors: Sequence[Tensor], note: float = 0.0) -> list[float]:
         """Compares settings, shapes and step with every rank; returns the ranks' ``note``s in order."""
-        noted = torch.tensor([note], dtype=torch.float64, device="cpu").view(torch.uint8)
-        mine = torch.cat((encode(self._common(tensors)), noted))
-        messages = mine.new_empty((self.world_size, mine.numel()))
-        self.transport.all_gather(mine, messages, tag=_TAG, what=f"{self._what()}, agreement")
-        compare(messages[:, :MESSAGE_BYTES], self.rank, self._what(), advice=_ADVICE)
+        notes = agree(
+            self.transport, self._common(tensors), tag=_TAG, what=self._what(), advice=_ADVICE, note=note
+        )
         self._start = 0
-        return messages[:, MESSAGE_BYTES:].contiguous().view(torch.float64).flatten().tolist()
+        return notes
 
     def _common(self, tensors: Sequence[Tensor]) -> dict[str, object]:
         """What the ranks must have in common at this synchronisation."""

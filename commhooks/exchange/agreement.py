@@ -1,7 +1,7 @@
 """Do all ranks mean the same exchange? Asked before any data is sent, by messages of one fixed size.
 
 ``encode`` makes a rank's message, ``compare`` reads the messages of all ranks. Whoever may wait calls ``agree``, which
-gathers them at once. Horovod starts its own all-gather in backward and compares later.
+gathers and compares at once. Horovod starts its own all-gather in backward and compares later.
 """
 
 from __future__ import annotations
@@ -72,16 +72,46 @@ def compare(
     raise SettingsMismatchError(f"rank {rank}, {what}: the ranks disagree on {'; '.join(lines)}")
 
 
-def agree(transport: Transport, settings: Settings, *, tag: int, what: str) -> None:
+def agree(
+    transport: Transport,
+    settings: Settings,
+    *,
+    tag: int,
+    what: str,
+    advice: Mapping[str, str] | None = None,
+    note: float = 0.0,
+) -> list[float]:
     """Compares ``settings`` over all ranks of ``transport``; a collective call that waits for all of them.
+
+    The ranks gather 16 bytes, a checksum and ``note``. Where checksums differ they gather :func:`encode`'s messages
+    too, so that the error can name values.
+
+    Args:
+        transport: connects the ranks.
+        settings: this rank's.
+        tag: of the messages.
+        what: names the exchange in errors.
+        advice: see :func:`compare`.
+        note: a number of this rank, which is not compared.
+
+    Returns:
+        The ranks' notes, in rank order.
 
     Raises:
         SettingsMismatchError: as :func:`compare`, on every rank.
     """
-    mine = encode(settings)
-    messages = mine.new_empty((transport.world_size, MESSAGE_BYTES))
-    transport.all_gather(mine, messages, tag=tag, what=f"{what}, agreement on settings")
-    compare(messages, transport.rank, what)
+    message, what_for = encode(settings), f"{what}, agreement on settings"
+    mine = torch.cat(
+        (message[:_CHECKSUM_BYTES], torch.tensor([note], dtype=torch.float64, device="cpu").view(torch.uint8))
+    )
+    gathered = mine.new_empty((transport.world_size, mine.numel()))
+    transport.all_gather(mine, gathered, tag=tag, what=what_for)
+    checksums = gathered[:, :_CHECKSUM_BYTES]
+    if not torch.equal(checksums, checksums[:1].expand_as(checksums)):
+        messages = message.new_empty((transport.world_size, MESSAGE_BYTES))
+        transport.all_gather(message, messages, tag=tag, what=what_for)
+        compare(messages, transport.rank, what, advice=advice)
+    return [float(x) for x in gathered[:, _CHECKSUM_BYTES:].contiguous().view(torch.float64)]
 
 
 def _read(message: Tensor) -> dict[str, str]:

@@ -12,7 +12,7 @@ from . import oracles
 from .workers import NUMEL, Pieces, flat_momentum, run_steps, start
 
 STEPS, RATE, BETA = 6, 0.1, 0.9
-SETTINGS_BYTES = MESSAGE_BYTES + 8  # compared before each synchronisation, with a weight behind them
+SETTINGS_BYTES = 16  # a checksum of the settings, compared before each synchronisation, and a weight
 
 
 def same(ours, theirs):

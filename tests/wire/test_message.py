@@ -6,8 +6,9 @@ import pytest
 import torch
 from ranks import reducer
 
-from commhooks import Bucket
+from commhooks import Bucket, SettingsMismatchError, SparseGrad
 from commhooks.transports import in_process
+from commhooks.wire.message import Context, pack, unpack, unpack_all
 
 HEADER = 16
 SIZES = (1, 2, 3, 4, 5, 8)
@@ -113,3 +114,29 @@ def test_what_an_aggregator_promises_is_what_its_busiest_rank_sends(scheme, worl
 def test_compression_ratio_is_dense_bytes_over_bytes_sent():
     stats, sent, _ = traffic("gtopk", 4, 4000, 4)[0]
     assert stats["compression_ratio"] == 16000 / (2 * (32 + 16)) == 16000 / sum(sent)
+
+
+def test_a_message_says_what_it_is():
+    """Bucket, step, vote and number of pairs are read before any pair is used."""
+    pairs = SparseGrad(torch.tensor([1.5, -0.0]), torch.tensor([3, 9], dtype=torch.int32), 10)
+    for step, vote in ((0, False), (0, True), (2**31 + 5, True), (7, False)):
+        context = Context(4, step)
+        message = pack(pairs, vote, context)
+        back, voted = unpack(message, 10, 1, context)
+        assert voted is vote and back.indices.tolist() == [3, 9]
+        assert torch.equal(back.values.view(torch.int32), pairs.values.view(torch.int32))
+        values, indices, any_vote = unpack_all(torch.stack([pack(pairs, False, context), message]), context)
+        assert any_vote is vote and indices.tolist() == [[3, 9]] * 2 and values.tolist() == [[1.5, -0.0]] * 2
+    for other in (Context(5, 7), Context(4, 8)):
+        with pytest.raises(
+            SettingsMismatchError, match=f"expected {other} from rank 1, got bucket 4, step 7"
+        ):
+            unpack(message, 10, 1, other)
+    shorter = pack(SparseGrad(pairs.values[:1], pairs.indices[:1], 10), False, context)
+    padded = torch.cat((shorter, torch.zeros(2, dtype=torch.int32)))  # what MPI leaves in a longer buffer
+    for read in (
+        lambda m: unpack(m, 10, 1, context),
+        lambda m: unpack_all(torch.stack([message, m]), context),
+    ):
+        with pytest.raises(SettingsMismatchError, match="expected 2 pairs from rank 1, got a message of 1"):
+            read(padded)
