@@ -1,4 +1,4 @@
-"""gTop-k: the k largest of the global sum, by a tree of pairwise merges in O(k log P) traffic."""
+"""gTop-k: the k largest of the global sum, by pairwise merges in O(k log P) traffic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..wire.message import HEADER_BYTES, Context, empty_message, pack, unpack
 from .base import Aggregated, Aggregator
 
 ALGORITHMS = ("doubling", "tree")
-_LAST_ROUND = 31
+_FOLD_ROUND = 0
+_RESULT_ROUND = 31
 _MEET_TAG = 15  # and up: one for each round of doubling, of which there are at most 15
 
 
@@ -46,26 +47,29 @@ class GTopK(Aggregator):
     def aggregate(
         self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
     ) -> Aggregated:
-        merge = _Merge(transport, pairs, nonfinite, context)
-        folded = merge.core_size + merge.rank  # the rank that folds into this one, if it exists
-        if merge.rank >= merge.core_size:
-            merge.send_up(merge.rank - merge.core_size, 0)
+        merged, messages = _Merged(pairs, nonfinite), _Messages(transport, pairs, context)
+        rank, size = transport.rank, transport.world_size
+        core = 1 << (size.bit_length() - 1)
+        if rank >= core:
+            messages.send(rank - core, merged, _FOLD_ROUND)
+            merged.replace(*messages.receive_result(rank - core))
         else:
-            if folded < merge.world_size:
-                merge.merge_from(folded, 0)
+            folds = rank + core < size  # rank + core folds into this rank
+            if folds:
+                merged.add(*messages.receive(rank + core, _FOLD_ROUND), child=rank + core)
             if self.algorithm == "doubling":
-                _doubling(merge)
+                _doubling(merged, messages, rank, core)
             else:
-                _tree(merge)
-            if folded < merge.world_size:
-                merge.send_down(folded)
-        kept = merge.tracked[0].alive
+                _tree(merged, messages, rank, core)
+            if folds:
+                messages.send_result(rank + core, merged)
+        kept = merged.own.alive
         return Aggregated(
-            merge.pairs.values[None],
-            merge.pairs.indices[None],
+            merged.pairs.values[None],
+            merged.pairs.indices[None],
             contributed=pairs.masked(kept),
             refused=pairs.masked(~kept),
-            nonfinite=merge.nonfinite,
+            nonfinite=merged.nonfinite,
         )
 
     def wire_bytes(self, k: int, world_size: int) -> int:
@@ -79,26 +83,30 @@ class GTopK(Aggregator):
         return {"algorithm": self.algorithm}
 
 
-def _doubling(merge: _Merge) -> None:
-    """Recursive doubling among the core ranks: both partners merge, so both know what survived."""
-    distance, round_number = 1, 1
-    while distance < merge.core_size:
-        merge.exchange_with(merge.rank ^ distance, round_number)
-        distance, round_number = 2 * distance, round_number + 1
+def _doubling(merged: _Merged, messages: _Messages, rank: int, core: int) -> None:
+    """Recursive doubling among ``core`` ranks: both partners merge, so both know what survived."""
+    distance, number = 1, 1
+    while distance < core:
+        partner = rank ^ distance
+        merged.add(*messages.swap(partner, merged, number, meet=core != messages.transport.world_size))
+        distance, number = 2 * distance, number + 1
 
 
-def _tree(merge: _Merge) -> None:
-    """Binomial reduction to rank 0, then the way back with the result and the survival bits."""
-    distance, round_number = 1, 1
+def _tree(merged: _Merged, messages: _Messages, rank: int, core: int) -> None:
+    """Binomial reduction to rank 0; then the same way back with the result and the survival bits."""
+    distance, number = 1, 1
     children: list[int] = []
-    while distance < merge.core_size and not merge.rank & distance:
-        merge.merge_from(merge.rank | distance, round_number)
-        children.append(merge.rank | distance)
-        distance, round_number = 2 * distance, round_number + 1
-    if merge.rank:
-        merge.send_up(merge.rank ^ distance, round_number)
+    while distance < core and not rank & distance:
+        child = rank | distance
+        merged.add(*messages.receive(child, number), child=child)
+        children.append(child)
+        distance, number = 2 * distance, number + 1
+    if rank:
+        parent = rank ^ distance
+        messages.send(parent, merged, number)
+        merged.replace(*messages.receive_result(parent))
     for child in reversed(children):
-        merge.send_down(child)
+        messages.send_result(child, merged)
 
 
 class _Tracked:
@@ -113,79 +121,30 @@ class _Tracked:
         self.alive &= ops.contains(self.indices, merged)
 
 
-class _Merge:
-    """The state of one gTop-k exchange on one rank."""
+class _Merged:
+    """The sum so far of this rank's group, and what survived of the selections that went into it.
 
-    def __init__(self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context) -> None:
-        self.transport, self.context = transport, context
-        self.rank, self.world_size = transport.rank, transport.world_size
-        self.core_size = 1 << (self.world_size.bit_length() - 1)
+    Attributes:
+        pairs: the k largest of the sum.
+        nonfinite: whether a rank of the group voted.
+        own: this rank's selection.
+        children: what each rank handed over that waits for its survival bits.
+    """
+
+    def __init__(self, pairs: SparseGrad, nonfinite: bool) -> None:
         self.pairs, self.nonfinite = pairs, nonfinite
-        self.tracked = [_Tracked(pairs.indices)]  # this rank's own pairs first, then each child's message
+        self.own = _Tracked(pairs.indices)
         self.children: dict[int, _Tracked] = {}
 
-    def exchange_with(self, peer: int, round_number: int) -> None:
-        """Swaps partial results with ``peer`` and merges."""
-        if self.transport.sends_early and self.core_size != self.world_size:
-            self._meet(peer, round_number)
-        message = empty_message(self.pairs.k, self.pairs.indices.device)
-        self._move([(peer, self._packed())], [(peer, message)], round_number)
-        self._absorb(unpack(message, self.pairs.numel, peer, self.context))
-
-    def _meet(self, peer: int, round_number: int) -> None:
-        """Waits until ``peer`` is at this round too.
-
-        Where some ranks have folded others in, the rest is ahead of them: what it sends too early would take
-        the link that the late ones still need for the round before.
-        """
-        nothing = self.pairs.indices.new_empty(0)
-        self.transport.exchange(
-            [(peer, nothing)],
-            [(peer, nothing.clone())],
-            tag=self.context.tag + _MEET_TAG + round_number,
-            what=f"{self.context}, before round {round_number}",
-        )
-
-    def merge_from(self, child: int, round_number: int) -> None:
-        """Receives ``child``'s partial result, merges, and remembers what it sent."""
-        message = empty_message(self.pairs.k, self.pairs.indices.device)
-        self._move([], [(child, message)], round_number)
-        received, vote = unpack(message, self.pairs.numel, child, self.context)
-        self.children[child] = _Tracked(received.indices)
-        self.tracked.append(self.children[child])
-        self._absorb((received, vote))
-
-    def send_up(self, parent: int, round_number: int) -> None:
-        """Hands the partial result to ``parent`` and waits for the result and the bits of what survived."""
-        sent = self.pairs.indices
-        self._move([(parent, self._packed())], [], round_number)
-        k, device = self.pairs.k, self.pairs.indices.device
-        message = torch.empty(_down_bytes(k), dtype=torch.uint8, device=device)
-        self._move([], [(parent, message)], _LAST_ROUND)
-        body = message[: 4 * empty_message(k, device).numel()].view(torch.int32)
-        self.pairs, self.nonfinite = unpack(body, self.pairs.numel, parent, self.context)
-        survived = sent[_unpack_bits(message[body.numel() * 4 :], k)]
-        for tracked in self.tracked:
-            if survived.numel():
-                tracked.keep_only(survived)
-            else:
-                tracked.alive.zero_()
-
-    def send_down(self, child: int) -> None:
-        """Hands the result to ``child`` with one bit for each pair it had sent."""
-        body = self._packed().view(torch.uint8)
-        bits = _pack_bits(self.children[child].alive)
-        self._move([(child, torch.cat((body, bits)))], [], _LAST_ROUND)
-
-    def _absorb(self, received: tuple[SparseGrad, bool]) -> None:
-        other, vote = received
+    def add(self, other: SparseGrad, vote: bool, child: int | None = None) -> None:
+        """Merges another group's sum, of the rank ``child`` if that one must be told what survived."""
+        if child is not None:
+            self.children[child] = _Tracked(other.indices)
         mine = self.pairs
         merged = ops.merge_topk(mine.values, mine.indices, other.values, other.indices, mine.k)
-        self.pairs, self.nonfinite = (
-            SparseGrad(merged.values, merged.indices, mine.numel),
-            self.nonfinite | vote,
-        )
-        for tracked in self.tracked:
+        self.pairs = SparseGrad(merged.values, merged.indices, mine.numel)
+        self.nonfinite |= vote
+        for tracked in (self.own, *self.children.values()):
             if tracked.indices is mine.indices:  # the merge itself says what survived of its inputs
                 tracked.alive &= merged.survives_a
             elif tracked.indices is other.indices:
@@ -193,21 +152,86 @@ class _Merge:
             else:
                 tracked.keep_only(merged.indices)
 
-    def _packed(self) -> Tensor:
-        return pack(self.pairs, self.nonfinite, self.context)
-
-    def _move(
-        self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], round_number: int
-    ) -> None:
-        what = f"{self.context}, round {round_number}"
-        self.transport.exchange(sends, receives, tag=self.context.tag + round_number, what=what)
-
-
-def _down_bytes(k: int) -> int:
-    return HEADER_BYTES + 8 * k + (k + 7) // 8
+    def replace(self, result: SparseGrad, vote: bool, survives: Tensor) -> None:
+        """Takes the final result; ``survives`` (k,) bool says what is part of it of the sum that was handed over."""
+        survived = self.pairs.indices[survives]
+        self.pairs, self.nonfinite = result, vote
+        for tracked in (self.own, *self.children.values()):
+            if survived.numel():
+                tracked.keep_only(survived)
+            else:
+                tracked.alive.zero_()
 
 
-_BIT_VALUES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+class _Messages:
+    """Sends and receives the sums of one exchange, by rounds."""
+
+    def __init__(self, transport: Transport, pairs: SparseGrad, context: Context) -> None:
+        self.transport, self.context = transport, context
+        self._k, self._numel, self._device = pairs.k, pairs.numel, pairs.indices.device
+
+    def swap(self, peer: int, merged: _Merged, number: int, meet: bool) -> tuple[SparseGrad, bool]:
+        """Sends the sum to ``peer`` and receives that rank's.
+
+        Args:
+            peer: the partner.
+            merged: the sum.
+            number: of the round.
+            meet: whether partners may come at different times, because some have folded others in.
+        """
+        if meet and self.transport.sends_early:
+            self._meet(peer, number)
+        message = empty_message(self._k, self._device)
+        self._move([(peer, self._packed(merged))], [(peer, message)], number)
+        return unpack(message, self._numel, peer, self.context)
+
+    def send(self, peer: int, merged: _Merged, number: int) -> None:
+        """Hands the sum to ``peer``."""
+        self._move([(peer, self._packed(merged))], [], number)
+
+    def receive(self, peer: int, number: int) -> tuple[SparseGrad, bool]:
+        """The sum that ``peer`` hands over, and its vote."""
+        message = empty_message(self._k, self._device)
+        self._move([], [(peer, message)], number)
+        return unpack(message, self._numel, peer, self.context)
+
+    def send_result(self, child: int, merged: _Merged) -> None:
+        """Sends the final result to ``child``, with one bit for each pair that rank had handed over."""
+        bits = _pack_bits(merged.children[child].alive)
+        message = torch.cat((self._packed(merged).view(torch.uint8), bits))
+        self._move([(child, message)], [], _RESULT_ROUND)
+
+    def receive_result(self, parent: int) -> tuple[SparseGrad, bool, Tensor]:
+        """The final result, its vote, and which of the pairs handed to ``parent`` are part of it: bool ``(k,)``."""
+        body_bytes = HEADER_BYTES + 8 * self._k
+        message = torch.empty(body_bytes + (self._k + 7) // 8, dtype=torch.uint8, device=self._device)
+        self._move([], [(parent, message)], _RESULT_ROUND)
+        result, vote = unpack(message[:body_bytes].view(torch.int32), self._numel, parent, self.context)
+        return result, vote, _unpack_bits(message[body_bytes:], self._k)
+
+    def _meet(self, peer: int, number: int) -> None:
+        """Waits until ``peer`` is at this round too.
+
+        Ranks that fold nobody in are ahead of those that do. What they send too early would take the link on which the
+        late ranks still wait for the round before.
+        """
+        nothing = torch.empty(0, dtype=torch.int32, device=self.transport.device_type)
+        self.transport.exchange(
+            [(peer, nothing)],
+            [(peer, nothing.clone())],
+            tag=self.context.tag + _MEET_TAG + number,
+            what=f"{self.context}, before round {number}",
+        )
+
+    def _packed(self, merged: _Merged) -> Tensor:
+        return pack(merged.pairs, merged.nonfinite, self.context)
+
+    def _move(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], number: int) -> None:
+        what = f"{self.context}, round {number}"
+        self.transport.exchange(sends, receives, tag=self.context.tag + number, what=what)
+
+
+_BIT_VALUES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device="cpu")
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
