@@ -79,6 +79,16 @@ def _why_no_native() -> str | None:
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--stress", action="store_true", help="repeat tests of races 200 times instead of 5")
+
+
+@pytest.fixture
+def repeats(request: pytest.FixtureRequest) -> int:
+    """How often a test of a race runs it."""
+    return 200 if request.config.getoption("--stress") else 5
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name, text in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
@@ -91,6 +101,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in FOLDER_MARKERS:
             if inside and inside[0] == name:
                 item.add_marker(name)
+        if item.config.getoption("--stress") and "repeats" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(7200))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,34 +9,24 @@ import weakref
 from collections.abc import Callable
 
 _Task = Callable[[], None]
+_threads: weakref.WeakSet[CommThread] = weakref.WeakSet()
 
 
 class CommThread:
     """Runs tasks one after the other in a thread that starts with the first task.
 
-    After a fork, or after :meth:`close`, the next task starts a new thread.
+    After a fork, or after :meth:`close`, the next task starts a new thread. The thread ends with the object.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self_reference = weakref.ref(self)
-
-        def close_at_exit() -> None:
-            worker = self_reference()
-            if worker is not None:
-                worker.close()
-
-        # Python's own shutdown must not meet a thread that is inside torch or MPI.
-        atexit.register(close_at_exit)
 
     def submit(self, task: _Task) -> None:
         """Queues ``task``; it must not raise."""
         if self._thread is None or not self._thread.is_alive():
-            self._tasks = queue.SimpleQueue()
-            self._thread = threading.Thread(target=_run, args=(self._tasks,), name=self._name, daemon=True)
-            self._thread.start()
+            self._start()
         self._tasks.put(task)
 
     def wait(self) -> None:
@@ -57,7 +47,25 @@ class CommThread:
             self._thread.join()
         self._thread = None
 
+    def _start(self) -> None:
+        self._tasks = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_run, args=(self._tasks,), name=self._name, daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._tasks.put, None).atexit = False
+        if not _threads:
+            # Python's own shutdown must not meet a thread that is inside torch or MPI. Registered later than the
+            # handlers of the transports, hence run before they close what this thread uses.
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)
+        _threads.add(self)
+
 
 def _run(tasks: queue.SimpleQueue[_Task | None]) -> None:
     while (task := tasks.get()) is not None:
         task()
+        del task  # it holds its state, which would wait for the next task to be freed
+
+
+def _close_all() -> None:
+    for thread in list(_threads):
+        thread.close()

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from ..errors import PeerTimeoutError
+from ..transports.deadline import Deadline
 
 SUPPORTED = "0.28"
 _POLL_S = 2e-4
@@ -80,9 +81,9 @@ def wait_for(handle: int, timeout_s: float, what: str) -> Any:
         ValueError: it is an all-gather and some rank has joined (``hvd.join()``).
     """
     hvd = horovod()
-    deadline = time.monotonic() + timeout_s
+    deadline = Deadline(timeout_s)
     while not hvd.poll(handle):
-        if time.monotonic() > deadline:
+        if deadline.has_passed():
             raise PeerTimeoutError(f"rank {hvd.rank()}, {what}: no answer from any rank for {timeout_s:g} s")
         time.sleep(_POLL_S)
     try:

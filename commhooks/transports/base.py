@@ -173,6 +173,11 @@ class Transport(ABC):
         """Bytes each way and messages of one all-reduce: a ring's."""
         return 2 * (self.world_size - 1) * nbytes(buffer) // self.world_size, 2 * (self.world_size - 1)
 
+    @property
+    def is_alive(self) -> bool:
+        """False once what the transport works on was taken down by somebody else."""
+        return True
+
     def fail(self, error: BaseException) -> None:
         """Told once that this rank gives up on its peers. A transport may arrange how the process leaves."""
 

@@ -104,6 +104,7 @@ class Connection:
     def __init__(self, requested: str | Transport = "distributed") -> None:
         self.requested = check_name(requested)
         self._transport: Transport | None = requested if isinstance(requested, Transport) else None
+        self._opened_here = False
 
     @property
     def transport(self) -> Transport:
@@ -118,22 +119,24 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Whether the transport is open."""
-        return self._transport is not None
+        """Whether the transport is open. One that was opened here is so no longer when its process group was destroyed."""
+        return self._transport is not None and (self._transport.is_alive or not self._opened_here)
 
     def open(
         self, *, timeout_s: float | None = None, process_group: Any = None, device_type: str = "cpu"
     ) -> Transport:
         """The open transport; the first call, a collective one, opens it. Arguments as for :func:`make`."""
-        if self._transport is None:
+        if not self.is_open:
+            self.close()
             self._transport = make(
                 self.requested, timeout_s=timeout_s, process_group=process_group, device_type=device_type
             )
-        return self._transport
+            self._opened_here = isinstance(self.requested, str)
+        return self.transport
 
     def adopt(self, transport: Transport) -> None:
         """Takes a transport that the caller opened; :meth:`close` closes it. ``requested`` stays as it is."""
-        self._transport = transport
+        self._transport, self._opened_here = transport, False
 
     def close(self) -> None:
         """Closes the transport, if it is open. Call it on all ranks."""
@@ -143,4 +146,4 @@ class Connection:
 
     def __getstate__(self) -> dict[str, Any]:
         name = self.requested if isinstance(self.requested, str) else self.requested.name
-        return {"requested": name, "_transport": None}
+        return {"requested": name, "_transport": None, "_opened_here": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..errors import CommHooksError, PeerLostError, PeerTimeoutError
 from . import pairwise, recursive_doubling
 from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
+from .deadline import Deadline
+from .own_group import OwnGroup
 from .stragglers import Stragglers
 
 _POLL_S = 1e-4
@@ -57,30 +60,28 @@ class DistributedTransport(Transport):
         self.backend = backend
         self.device_type = "cpu" if backend == "gloo" else "cuda"
         self._ranks = dist.get_process_group_ranks(parent)
-        self._group: Any = dist.new_group(
-            self._ranks,
-            timeout=timedelta(seconds=_group_timeout_s(backend, timeout_s)),
-            backend=backend,
-            use_local_synchronization=self.world_size < dist.get_world_size(),
-        )
+        self._own = OwnGroup(self._ranks, backend, _group_timeout_s(backend, timeout_s))
+        # A transport that nobody closes must not keep its connections and threads.
+        weakref.finalize(self, self._own.leave_as_garbage).atexit = False
         if backend == "nccl":
             _warn_of_launch_order()
         self._collectives = 0
-        store = _store_of(self._group) if backend == "gloo" else None
+        store = _store_of(self._own.group) if backend == "gloo" else None
         self._stragglers = Stragglers(store, self.rank, self.world_size)
 
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+        self._check_alive(what)
         pending: list[tuple[Any, str]] = []
         if self.backend == "nccl":
-            operations = [dist.P2POp(dist.irecv, b, self._ranks[p], self._group) for p, b in receives]
-            operations += [dist.P2POp(dist.isend, b, self._ranks[p], self._group) for p, b in sends]
+            operations = [dist.P2POp(dist.irecv, b, self._ranks[p], self._own.group) for p, b in receives]
+            operations += [dist.P2POp(dist.isend, b, self._ranks[p], self._own.group) for p, b in sends]
             pending = [(work, "any peer") for work in dist.batch_isend_irecv(operations)]
         else:
             try:
                 for peer, b in receives:
-                    pending.append((dist.irecv(b, self._ranks[peer], self._group, tag), f"rank {peer}"))
+                    pending.append((dist.irecv(b, self._ranks[peer], self._own.group, tag), f"rank {peer}"))
                 for peer, b in sends:
-                    pending.append((dist.isend(b, self._ranks[peer], self._group, tag), f"rank {peer}"))
+                    pending.append((dist.isend(b, self._ranks[peer], self._own.group, tag), f"rank {peer}"))
             except RuntimeError as error:
                 raise self._typed(error, what, f"rank {peer}") from error
         deadline = time.monotonic() + self.timeout_s
@@ -89,7 +90,7 @@ class DistributedTransport(Transport):
                 self._wait(work, deadline)
             except RuntimeError as error:
                 raise self._typed(error, what, name) from error
-        self._wait_for_device(deadline, what)
+        self._wait_for_device(what)
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
         if self.backend == "gloo" and self.world_size <= _ROTATION_RANKS:
@@ -100,7 +101,7 @@ class DistributedTransport(Transport):
             return
         flat, mine = receive.view(-1), send.view(-1)
         self._collective(
-            lambda: dist.all_gather_into_tensor(flat, mine, group=self._group, async_op=True),
+            lambda: dist.all_gather_into_tensor(flat, mine, group=self._own.group, async_op=True),
             what,
             "all-gather",
         )
@@ -110,7 +111,7 @@ class DistributedTransport(Transport):
             recursive_doubling.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
             return
         self._collective(
-            lambda: dist.all_reduce(buffer, group=self._group, async_op=True), what, "all-reduce"
+            lambda: dist.all_reduce(buffer, group=self._own.group, async_op=True), what, "all-reduce"
         )
 
     def _all_reduce_traffic(self, buffer: Tensor) -> tuple[int, int]:
@@ -132,6 +133,7 @@ class DistributedTransport(Transport):
 
         A rank that gives up breaks the others' connections, so these look for the late ranks too.
         """
+        self._check_alive(what)
         deadline, told = time.monotonic() + self.timeout_s, False
         self._collectives += 1
         try:
@@ -143,7 +145,7 @@ class DistributedTransport(Transport):
             late = self._stragglers.missing(self._collectives) if told else []
             names = " and ".join(f"rank {r}" for r in late) or "any rank"
             raise self._typed(error, f"{what}, {operation}", names) from error
-        self._wait_for_device(deadline, what)
+        self._wait_for_device(what)
 
     def _ends_soon(self, work: Any) -> bool:
         """False if a collective is still under way after a long wait, or has failed."""
@@ -159,18 +161,18 @@ class DistributedTransport(Transport):
         else:
             work.wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
 
-    def _wait_for_device(self, deadline: float, what: str) -> None:
+    def _wait_for_device(self, what: str) -> None:
         """NCCL's wait only orders streams: poll the stream itself, so that a stall is seen in time."""
         if self.backend != "nccl":
             return
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
+        deadline = Deadline(self.timeout_s)
         hot_until = time.monotonic() + _HOT_POLL_S
         while not done.query():
-            now = time.monotonic()
-            if now > hot_until:
+            if time.monotonic() > hot_until:
                 time.sleep(_POLL_S)
-            if now > deadline:
+            if deadline.has_passed():
                 raise PeerTimeoutError(f"rank {self.rank}, {what}: no answer for {self.timeout_s:g} s (NCCL)")
 
     def _typed(self, error: RuntimeError, what: str, peer: str) -> CommHooksError:
@@ -183,10 +185,19 @@ class DistributedTransport(Transport):
             f"rank {self.rank}, {what}: lost a connection while waiting for {peer}: {text.split('. ')[0]}"
         )
 
+    @property
+    def is_alive(self) -> bool:
+        return self._own.is_alive
+
+    def _check_alive(self, what: str) -> None:
+        if not self.is_alive:
+            raise PeerLostError(
+                f"rank {self.rank}, {what}: the process group of this transport was destroyed. After a new "
+                "init_process_group register the state with a new DDP model, or make the averager anew"
+            )
+
     def close(self) -> None:
-        if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-        self._group = None
+        self._own.close()
 
 
 def _store_of(group: Any) -> Any:

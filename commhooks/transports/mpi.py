@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..errors import PeerLostError, PeerTimeoutError
 from . import pairwise
 from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
 from .cuda_aware import is_cuda_aware
+from .deadline import Deadline
+from .duplicates import duplicate
 
 _SPIN_POLLS = 200  # polls that only yield the core, before a waiting rank starts to sleep between them
 _SLEEP_S = 5e-5
@@ -53,8 +56,9 @@ def load_mpi() -> Any:
 class MpiTransport(Transport):
     """A duplicate of ``comm`` (default: ``COMM_WORLD``), so no message of ours meets one of the user's.
 
-    Making one is collective. Every wait polls against a deadline. After a time-out the process leaves through
-    ``comm.Abort``: ``MPI_Finalize`` would wait for the stalled rank.
+    A closed or forgotten transport leaves its duplicate to the next one of the same ranks. Making one is collective.
+    Every wait polls against a deadline. After a time-out the process leaves through ``comm.Abort``: ``MPI_Finalize``
+    would wait for the stalled rank.
 
     Args:
         comm: an mpi4py communicator whose ranks take part.
@@ -75,12 +79,21 @@ class MpiTransport(Transport):
         super().__init__(parent.Get_rank(), parent.Get_size(), timeout_s)
         multiple = self._mpi.Query_thread() >= self._mpi.THREAD_MULTIPLE
         self._lock: Any = contextlib.nullcontext() if multiple else _serialized
-        with self._lock:
-            self._comm, request = parent.Idup()
-        self._wait([request], "opening the transport", "any rank")
+        self._duplicate = duplicate(self._mpi, parent, self._complete)
+        self._comm = self._duplicate.comm
+        self._release = weakref.finalize(self, self._duplicate.release)
+        self._release.atexit = False
         self._failed = False
         if device_type == "cuda" and is_cuda_aware(self._mpi):
             self.device_type = "cuda"
+
+    def _complete(self, start: Callable[[], Any]) -> None:
+        try:
+            with self._lock:
+                request = start()
+        except self._mpi.Exception as error:
+            raise PeerLostError(f"rank {self.rank}, opening the transport: {error}") from error
+        self._wait([request], "opening the transport", "any rank")
 
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
         self._finish_kernels()
@@ -89,6 +102,10 @@ class MpiTransport(Transport):
             posted += [self._comm.Isend(_bytes(b), dest=p, tag=tag) for p, b in sends]
         peers = [f"rank {p}" for p, _ in (*receives, *sends)]
         self._wait(posted, what, peers)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._comm != self._mpi.COMM_NULL and not self._mpi.Is_finalized()
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
         self._finish_kernels()
@@ -108,11 +125,11 @@ class MpiTransport(Transport):
 
     def _wait(self, requests: list[Any], what: str, peers: list[str] | str) -> None:
         """Polls until all requests are complete; on time-out names the peers of those that are not."""
-        deadline, polls = time.monotonic() + self.timeout_s, 0
+        deadline, polls = Deadline(self.timeout_s), 0
         while not self._tested(lambda: self._mpi.Request.Testall(requests), what):
             polls += 1
             time.sleep(0 if polls < _SPIN_POLLS else _SLEEP_S)
-            if time.monotonic() > deadline:
+            if deadline.has_passed():
                 if isinstance(peers, list):
                     late = {p for p, r in zip(peers, requests, strict=True) if not self._tested(r.Test, what)}
                     peers = ", ".join(sorted(late))
@@ -135,12 +152,13 @@ class MpiTransport(Transport):
     def fail(self, error: BaseException) -> None:
         if not self._failed and self.world_size > 1:
             self._failed = True
-            atexit.register(self._comm.Abort, 1)  # runs before mpi4py's own Finalize
+            self._release.detach()  # messages may still be on their way in it
+            atexit.register(self._mpi.COMM_WORLD.Abort, 1)  # runs before mpi4py's own Finalize
 
     def close(self) -> None:
-        if not self._failed and self._comm != self._mpi.COMM_NULL and not self._mpi.Is_finalized():
-            with self._lock:
-                self._comm.Free()
+        """Leaves the duplicate to the next transport of the same ranks; freeing it would need all of them."""
+        self._release()
+        self._comm = self._mpi.COMM_NULL
 
 
 def _bytes(buffer: Tensor) -> Any:

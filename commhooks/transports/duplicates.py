@@ -1,0 +1,96 @@
+"""Duplicates of MPI communicators: counted, and used again, since freeing one would need all ranks."""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import CommHooksError, PeerLostError
+
+_COLLECT_FROM = 8  # with so many in use some of their transports may be garbage that waits for the collector
+
+_pools: dict[tuple[int, ...], list[Duplicate]] = defaultdict(list)
+
+
+class Duplicate:
+    """A communicator of our own over the ranks of a parent.
+
+    A library has about two thousand communicators. A transport that is closed, or that is garbage on every rank,
+    leaves its duplicate to the next transport of the same ranks.
+
+    Attributes:
+        comm: the mpi4py communicator.
+        in_use: whether a transport of this rank works on it.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.in_use = comm, False
+
+    def release(self) -> None:
+        """Leaves it to the next transport; local. Safe in a finalizer, on any thread."""
+        self.in_use = False
+
+
+def duplicate(mpi: Any, parent: Any, complete: Callable[[Callable[[], Any]], Any]) -> Duplicate:
+    """A duplicate of ``parent`` that no transport uses on any rank: the first such one, or a new one. Collective.
+
+    Args:
+        mpi: the module ``mpi4py.MPI``.
+        parent: whose ranks take part; an intracommunicator.
+        complete: starts an operation, given as a function that returns its request, and waits for it.
+
+    Raises:
+        CommHooksError: MPI has no communicator left; the message tells how many are in use.
+    """
+    ranks = _world_ranks(mpi, parent)
+    pool = [] if mpi.UNDEFINED in ranks else _pools[ranks]
+    found = _first_free(mpi, parent, pool, complete)
+    if found is None and len(pool) >= _COLLECT_FROM:
+        gc.collect()
+        found = _first_free(mpi, parent, pool, complete)
+    if found is None:
+        pool.append(found := Duplicate(_new(parent, complete, len(pool))))
+    found.in_use = True
+    return found
+
+
+def _new(parent: Any, complete: Callable[[Callable[[], Any]], Any], used: int) -> Any:
+    made: list[Any] = []
+
+    def start() -> Any:
+        comm, request = parent.Idup()
+        made.append(comm)
+        return request
+
+    try:
+        complete(start)
+    except PeerLostError as error:
+        raise CommHooksError(
+            f"MPI gave no communicator beside the {used} that our open transports have: close() the states and "
+            f"averagers that are done. ({error})"
+        ) from error
+    return made[0]
+
+
+def _first_free(
+    mpi: Any, parent: Any, pool: list[Duplicate], complete: Callable[[Callable[[], Any]], Any]
+) -> Duplicate | None:
+    """The ranks made the same duplicates in the same order, and each knows which of them it uses."""
+    if not pool:
+        return None
+    free = np.array([not d.in_use for d in pool], dtype=np.int32)
+    complete(lambda: parent.Iallreduce(mpi.IN_PLACE, free, op=mpi.MIN))
+    return next((d for d, everywhere in zip(pool, free, strict=True) if everywhere), None)
+
+
+def _world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
+    """The ranks of ``comm`` as ranks of COMM_WORLD: communicators of the same ranks in the same order are alike."""
+    group, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
+    ranks = tuple(mpi.Group.Translate_ranks(group, list(range(group.Get_size())), world))
+    group.Free()
+    world.Free()
+    return ranks

@@ -1,0 +1,96 @@
+"""Process groups of our own: closed before Python ends, and when the transport that made them is garbage."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+_open: set[OwnGroup] = set()
+_garbage: deque[OwnGroup] = deque()  # what a finalizer may do: append
+
+
+class OwnGroup:
+    """A new process group over global ``ranks``; making one is collective over them.
+
+    A thread of gloo lets go of a collective's tensors after the collective's end, and needs the interpreter for that.
+    One that asks for it while Python shuts down ends the process by ``std::terminate``. So every group is closed
+    before, by a handler that is registered when this module is imported and therefore runs after the handlers of
+    all threads that use a group.
+
+    Args:
+        ranks: global ranks, ascending.
+        backend: ``"gloo"`` or ``"nccl"``.
+        timeout_s: the group's own timeout.
+    """
+
+    def __init__(self, ranks: Sequence[int], backend: str, timeout_s: float) -> None:
+        close_garbage()
+        self.group: Any = dist.new_group(
+            list(ranks),
+            timeout=timedelta(seconds=timeout_s),
+            backend=backend,
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
+        )
+        device = torch.device("cuda" if backend == "nccl" else "cpu")
+        self._backend: Any = self.group._get_backend(device)
+        self._process = os.getpid()
+        _open.add(self)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the group was closed, here or with the process's default group."""
+        if self.group is None:
+            return False
+        try:
+            dist.get_rank(self.group)
+        except (ValueError, RuntimeError):
+            return False
+        return True
+
+    def close(self) -> None:
+        """Ends the group's threads and closes its connections. Needs no other rank; calling it twice is fine.
+
+        In a forked child it does nothing: the threads are the parent's.
+        """
+        if self.group is None or os.getpid() != self._process:
+            return
+        if self.is_alive:
+            dist.destroy_process_group(self.group)
+        # The backend goes last, by its own Python object, which joins the threads without holding the interpreter's
+        # lock. As part of something else it might hold the lock for which one of those threads waits.
+        self.group = None
+        self._backend = None
+        _open.discard(self)
+
+    def leave_as_garbage(self) -> None:
+        """Closes the group when the next one is made, or at exit. Safe in a finalizer, on any thread."""
+        _garbage.append(self)
+
+
+def close_garbage() -> None:
+    """Closes the groups whose transports are gone."""
+    while _garbage:
+        _garbage.popleft().close()
+
+
+def _close_all() -> None:
+    for group in list(_open):
+        try:
+            group.close()
+        except (
+            Exception
+        ) as error:  # a broken connection may raise, and the others are to be closed all the same
+            logger.debug("closing a process group at exit: %s", error)
+
+
+atexit.register(_close_all)
