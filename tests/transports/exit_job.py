@@ -7,6 +7,7 @@ status of both ranks, and how many threads of gloo each of them had left after i
 
 import atexit
 import gc
+import itertools
 import json
 import os
 import sys
@@ -47,22 +48,29 @@ ending = threading.Event()
 NUMEL = 100_000  # large enough for gloo's own all-reduce
 
 
-def hold_results():
-    """Every asynchronous all-reduce is complete for who waits, while gloo's thread still holds its tensors."""
-    start = dist.all_reduce
+def hold_results(rank, store):
+    """Every asynchronous all-reduce is complete for who waits, while gloo's thread still holds its tensors.
+
+    Rank 1 starts after rank 0 has attached its callback, which therefore runs on gloo's thread. Rank 1 may come too late
+    for its own, which then runs at once on the calling thread and holds nothing.
+    """
+    start, calls = dist.all_reduce, itertools.count()
 
     def all_reduce(*arguments, **options):
-        work = start(*arguments, **options)
-        if work is None:
-            return None
-        future = work.get_future()
+        call, caller = next(calls), threading.get_ident()
+        if rank == 1:
+            store.wait([f"attached{call}"])
+        future = start(*arguments, **options).get_future()
 
         def hold(done):
-            ending.wait()
-            time.sleep(HOLD_S)
+            if threading.get_ident() != caller:
+                ending.wait()
+                time.sleep(HOLD_S)
             return done.value()
 
         future.then(hold)
+        if rank == 0:
+            store.set(f"attached{call}", "")
 
         class Held:
             def wait(self, timeout=None):
@@ -136,7 +144,7 @@ if __name__ == "__main__":
                 store = dist.FileStore(f"{folder}/store", RANKS)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
                 default = gloo_threads()
-                hold_results()
+                hold_results(rank, store)
                 kept = KINDS[sys.argv[1]]()
                 assert gloo_threads() > default
                 slow = SlowShutdown()

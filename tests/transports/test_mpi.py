@@ -142,6 +142,66 @@ def test_the_environment_of_a_job_is_clean():
     assert not [name for name in clean_environment() if name.startswith(("PMI_", "OMPI_COMM"))]
 
 
+FORGOTTEN = """
+    import sys
+    from mpi4py import MPI
+    from commhooks import SparseState
+    from commhooks.transports import duplicates
+    kept = [SparseState.topk(0.1, transport="mpi") for _ in range(3)]
+    for state in kept:
+        state.open()
+    for number in range(3000):  # MPI has about 2000 communicators
+        state = SparseState.topk(0.1, transport="mpi")
+        state.open()
+        if number % 3 == 0:
+            state.close()
+    made = [d.comm for d in next(iter(duplicates._pools.values()))]
+    in_use = {state.reducer.transport._comm.handle for state in kept}
+    assert len(duplicates._pools) == 1 and len(in_use) == 3
+    sys.stdout.write(f"duplicates: {len(made)}\\n")
+"""
+
+
+def test_3000_states_without_close_share_a_few_communicators(tmp_path):
+    """They failed at the 2046th: freeing a communicator needs all ranks, so a forgotten one was never freed."""
+    program = tmp_path / "forgotten.py"
+    program.write_text(textwrap.dedent(FORGOTTEN))
+    done = mpiexec(program, 2, timeout=TIMEOUT)
+    made = [int(n) for n in re.findall(r"duplicates: (\d+)", done.stdout)]
+    assert len(made) == 2 and max(made) <= 5, done.show()
+
+
+SUSPENDED = """
+    import os, signal, sys, time
+    import torch
+    from mpi4py import MPI
+    from commhooks.transports.mpi import MpiTransport
+    transport = MpiTransport(timeout_s=3.0)
+    comm = MPI.COMM_WORLD
+    pids = comm.allgather(os.getpid())
+    if comm.rank == 0 and os.fork() == 0:
+        time.sleep(0.5)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(5.0)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+    if comm.rank == 1:
+        time.sleep(1.0)  # stopped within this, and then late by what is left of it
+    total = torch.ones(1)
+    transport.all_reduce(total, tag=1, what="a suspended job")
+    sys.stdout.write(f"sum {total.item()}\\n")
+"""
+
+
+def test_a_job_that_was_suspended_for_longer_than_the_time_limit_goes_on(tmp_path):
+    program = tmp_path / "suspended.py"
+    program.write_text(textwrap.dedent(SUSPENDED))
+    done = mpiexec(program, 2, timeout=TIMEOUT)
+    assert done.stdout.count("sum 2.0") == 2, done.show()
+
+
 CUDA_AWARE = """
     import os
     from mpi4py import MPI

@@ -1,0 +1,164 @@
+"""Groups of ours that nobody closed, or that were destroyed together with the process's default group."""
+
+import gc
+import os
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import spawn_gloo
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commhooks import SparseState, register
+from commhooks.averaging import LocalSGD
+from commhooks.transports.distributed import DistributedTransport
+
+
+class Weight(nn.Module):
+    """The gradient of ``weight`` is what is passed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, gradient):
+        return (self.weight * gradient).sum()
+
+
+GRADIENT = torch.tensor([4.0, 3.0, 2.0, 1.0])
+
+
+def topk(timeout_s=30.0):
+    return SparseState.topk(0.25, dense_crossover=False, timeout_s=timeout_s)
+
+
+def gradient(ddp):
+    ddp.zero_grad()
+    ddp(GRADIENT).backward()
+    return ddp.module.weight.grad.tolist()
+
+
+def threads_and_files():
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def step(state, parameter):
+    state.submit(GRADIENT.clone(), 0, (parameter,), True).wait()
+
+
+def forgotten(rank, size):
+    seen = []
+    for trial in range(12):
+        state, parameter = topk(), nn.Parameter(torch.zeros(4))
+        step(state, parameter)
+        if trial == 1:
+            average = LocalSGD(1, timeout_s=30.0)
+            average.average_parameters([parameter])
+            del average
+        del state
+        gc.collect()
+        seen.append(threads_and_files())
+    return seen
+
+
+def test_forgotten_states_and_averagers_leave_at_most_the_last_ones_group():
+    for seen in spawn_gloo(forgotten, 2):
+        # A group is four threads and five files, and there were twelve; a socket of the store may still be on its way.
+        assert max(threads for threads, _ in seen[3:]) <= seen[0][0] + 2
+        assert max(files for _, files in seen[3:]) <= seen[0][1] + 3
+
+
+def closing_needs_no_other_rank(rank, size):
+    transport = DistributedTransport(timeout_s=30.0)
+    before = threads_and_files()[0]
+    if rank == 0:
+        transport.close()
+        transport.close()
+        assert threads_and_files()[0] <= before - 2  # those that ran its collectives
+    dist.barrier()
+    return True
+
+
+def test_closing_ends_the_threads_and_needs_no_other_rank():
+    assert spawn_gloo(closing_needs_no_other_rank, 2) == [True, True]
+
+
+@pytest.fixture
+def in_new_groups(tmp_path):
+    """Runs a job on two ranks that may call ``enter(n)`` to make the default group, again and again."""
+
+    def run(job):
+        def ranked(rank, size):
+            def enter(n):
+                store = dist.FileStore(str(tmp_path / f"{job.__name__}{n}"), size)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+            result = job(enter)
+            dist.destroy_process_group()
+            return result
+
+        return spawn_gloo(ranked, 2, init=False)
+
+    return run
+
+
+def a_cell_run_three_times(enter):
+    seen = []
+    for n in range(3):
+        if n:
+            dist.destroy_process_group()
+        enter(n)
+        ddp = DistributedDataParallel(Weight())
+        register(ddp, topk())
+        seen.append(gradient(ddp))
+    return seen
+
+
+def test_everything_is_made_anew_and_nothing_closed(in_new_groups):
+    assert in_new_groups(a_cell_run_three_times) == [[[4.0, 0.0, 0.0, 0.0]] * 3] * 2
+
+
+def the_state_goes_on(enter):
+    enter(0)
+    model, state = Weight(), topk()
+    ddp = DistributedDataParallel(model)
+    register(ddp, state)
+    seen = [gradient(ddp)]
+    dist.destroy_process_group()
+    del ddp
+    gc.collect()
+    enter(1)
+    ddp = DistributedDataParallel(model)
+    register(ddp, state)
+    return [*seen, gradient(ddp)]
+
+
+def test_a_state_goes_on_in_a_new_group_without_close(in_new_groups):
+    assert in_new_groups(the_state_goes_on) == [[[4.0, 0.0, 0.0, 0.0], [0.0, 6.0, 0.0, 0.0]]] * 2
+
+
+def late_close(enter):
+    enter(0)
+    ddp, averager, parameter = DistributedDataParallel(Weight()), LocalSGD(1), nn.Parameter(torch.zeros(1))
+    state = register(ddp, topk())
+    gradient(ddp)
+    averager.average_parameters([parameter])
+    dist.destroy_process_group()
+    state.close()  # with no group at all
+    enter(1)
+    message = ""
+    try:
+        averager.average_parameters([parameter])
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    averager.close()
+    state.close()
+    return message
+
+
+def test_close_after_the_groups_were_made_anew_and_use_without(in_new_groups):
+    for message in in_new_groups(late_close):
+        assert message.startswith("PeerLostError: ") and "was destroyed" in message
+        assert re.search(r"LocalSGD after step 2.*make the averager anew", message)
