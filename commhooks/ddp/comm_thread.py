@@ -53,8 +53,8 @@ class CommThread:
         self._thread.start()
         weakref.finalize(self, self._tasks.put, None).atexit = False
         if not _threads:
-            # Python's own shutdown must not meet a thread that is inside torch or MPI. Registered later than the
-            # handlers of the transports, hence run before they close what this thread uses.
+            # Python's own shutdown must not meet a thread that is inside torch or MPI. This handler is
+            # registered later than that of the transports, hence it runs before they close.
             atexit.unregister(_close_all)
             atexit.register(_close_all)
         _threads.add(self)

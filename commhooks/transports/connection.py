@@ -119,7 +119,7 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Whether the transport is open. One that was opened here is so no longer when its process group was destroyed."""
+        """Whether the transport is open. One opened here is not once its process group was destroyed."""
         return self._transport is not None and (self._transport.is_alive or not self._opened_here)
 
     def open(

@@ -11,12 +11,12 @@ _LONGEST_PAUSE_S = 1.0
 class Deadline:
     """The end of a wait that polls. Time in which this process was stopped does not count.
 
-    A scheduler suspends all ranks of a job (SIGSTOP) and wakes them hours later. By the clock every wait would then
-    be over its limit.
+    A scheduler suspends all ranks of a job (SIGSTOP) and wakes them hours later. By the clock every wait
+    would then be over its limit.
 
     Args:
-        timeout_s: seconds until the wait is given up. A pause between two polls counts as at most one second of
-            them, or as a quarter of ``timeout_s`` if that is less.
+        timeout_s: seconds until the wait is given up. A pause between two polls counts as at most one second
+            of them, or as a quarter of ``timeout_s`` if that is less.
     """
 
     def __init__(self, timeout_s: float) -> None:

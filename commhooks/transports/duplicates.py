@@ -19,8 +19,8 @@ _pools: dict[tuple[int, ...], list[Duplicate]] = defaultdict(list)
 class Duplicate:
     """A communicator of our own over the ranks of a parent.
 
-    A library has about two thousand communicators. A transport that is closed, or that is garbage on every rank,
-    leaves its duplicate to the next transport of the same ranks.
+    A library has about two thousand communicators. A transport that is closed, or that is garbage on every
+    rank, leaves its duplicate to the next transport of the same ranks.
 
     Attributes:
         comm: the mpi4py communicator.
@@ -36,7 +36,7 @@ class Duplicate:
 
 
 def duplicate(mpi: Any, parent: Any, complete: Callable[[Callable[[], Any]], Any]) -> Duplicate:
-    """A duplicate of ``parent`` that no transport uses on any rank: the first such one, or a new one. Collective.
+    """The first duplicate of ``parent`` that no transport uses on any rank, or a new one. Collective.
 
     Args:
         mpi: the module ``mpi4py.MPI``.
@@ -70,8 +70,8 @@ def _new(parent: Any, complete: Callable[[Callable[[], Any]], Any], used: int) -
         complete(start)
     except PeerLostError as error:
         raise CommHooksError(
-            f"MPI gave no communicator beside the {used} that our open transports have: close() the states and "
-            f"averagers that are done. ({error})"
+            f"MPI gave no communicator beside the {used} that our open transports have: close() the states "
+            f"and averagers that are done. ({error})"
         ) from error
     return made[0]
 
@@ -88,7 +88,7 @@ def _first_free(
 
 
 def _world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
-    """The ranks of ``comm`` as ranks of COMM_WORLD: communicators of the same ranks in the same order are alike."""
+    """The ranks of ``comm`` as ranks of COMM_WORLD: communicators of the same ranks in one order are alike."""
     group, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
     ranks = tuple(mpi.Group.Translate_ranks(group, list(range(group.Get_size())), world))
     group.Free()

@@ -22,10 +22,10 @@ _garbage: deque[OwnGroup] = deque()  # what a finalizer may do: append
 class OwnGroup:
     """A new process group over global ``ranks``; making one is collective over them.
 
-    A thread of gloo lets go of a collective's tensors after the collective's end, and needs the interpreter for that.
-    One that asks for it while Python shuts down ends the process by ``std::terminate``. So every group is closed
-    before, by a handler that is registered when this module is imported and therefore runs after the handlers of
-    all threads that use a group.
+    A thread of gloo lets go of a collective's tensors after the collective's end, and needs the interpreter
+    for that. One that asks for it while Python shuts down ends the process by ``std::terminate``. So every
+    group is closed before, by a handler that is registered when this module is imported and therefore runs
+    after the handlers of all threads that use a group.
 
     Args:
         ranks: global ranks, ascending.
@@ -66,8 +66,8 @@ class OwnGroup:
             return
         if self.is_alive:
             dist.destroy_process_group(self.group)
-        # The backend goes last, by its own Python object, which joins the threads without holding the interpreter's
-        # lock. As part of something else it might hold the lock for which one of those threads waits.
+        # The backend goes last, by its own Python object, which joins the threads without holding the
+        # interpreter's lock. As part of something else it might hold the lock that one of them waits for.
         self.group = None
         self._backend = None
         _open.discard(self)

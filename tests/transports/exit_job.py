@@ -1,8 +1,9 @@
 """Jobs of two forked ranks that end as scripts do, through Python's own shutdown. argv: kind, repeats.
 
-A thread of gloo that holds a collective's result while Python ends is a race that tests win once in hundreds of runs. Here
-it is certain: a callback that runs on that thread, before it lets go, sleeps on. Prints for each run, as JSON, the exit
-status of both ranks, and how many threads of gloo each of them had left after its exit handlers.
+A thread of gloo that holds a collective's result while Python ends is a race that tests win once in
+hundreds of runs. Here it is certain: a callback that runs on that thread, before it lets go, sleeps on.
+Prints for each run, as JSON, the exit status of both ranks, and how many threads of gloo each of them had
+left after its exit handlers.
 """
 
 import atexit
@@ -51,8 +52,8 @@ NUMEL = 100_000  # large enough for gloo's own all-reduce
 def hold_results(rank, store):
     """Every asynchronous all-reduce is complete for who waits, while gloo's thread still holds its tensors.
 
-    Rank 1 starts after rank 0 has attached its callback, which therefore runs on gloo's thread. Rank 1 may come too late
-    for its own, which then runs at once on the calling thread and holds nothing.
+    Rank 1 starts after rank 0 has attached its callback, which therefore runs on gloo's thread. Rank 1 may
+    come too late for its own, which then runs at once on the calling thread and holds nothing.
     """
     start, calls = dist.all_reduce, itertools.count()
 

@@ -163,7 +163,7 @@ FORGOTTEN = """
 
 
 def test_3000_states_without_close_share_a_few_communicators(tmp_path):
-    """They failed at the 2046th: freeing a communicator needs all ranks, so a forgotten one was never freed."""
+    """They failed at the 2046th: freeing a communicator needs all ranks, so none was ever freed."""
     program = tmp_path / "forgotten.py"
     program.write_text(textwrap.dedent(FORGOTTEN))
     done = mpiexec(program, 2, timeout=TIMEOUT)
