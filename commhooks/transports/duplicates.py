@@ -88,7 +88,7 @@ def _first_free(
 
 
 def _world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
-    """The ranks of ``comm`` as ranks of COMM_WORLD: communicators of the same ranks in one order are alike."""
+    """The ranks of ``comm`` in COMM_WORLD. Communicators of the same ranks in one order are alike."""
     group, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
     ranks = tuple(mpi.Group.Translate_ranks(group, list(range(group.Get_size())), world))
     group.Free()
