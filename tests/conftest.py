@@ -32,6 +32,7 @@ MARKERS = {
     "horovod": "needs Horovod built for this torch",
     "network": "makes network namespaces with limits: needs root, ip and tc",
     "cuda": "needs a CUDA device",
+    "nvcc": "needs nvcc and nvdisasm (the wheel nvidia-cuda-nvdisasm has it)",
     "slow": "takes more than 20 s on two cores",
 }
 FOLDER_MARKERS = ("horovod",)
@@ -64,6 +65,10 @@ def why_not(marker: str) -> str | None:
         return why_no_network()
     if marker == "cuda":
         return None if torch.cuda.is_available() else "no CUDA device"
+    if marker == "nvcc":
+        from cuda_tools import why_no_nvcc
+
+        return why_no_nvcc()
     if marker == "native":
         return _why_no_native()
     return None

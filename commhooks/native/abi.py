@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .fused import Fused
 
 _LOG = logging.getLogger(__name__)
 
 #: ``COMMHOOKS_ABI_VERSION`` of the header; a library of another version is not used.
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 #: Values of ``commhooks_status`` that the callers tell apart.
 INVALID, NO_MEMORY = 1, 2
@@ -45,8 +46,12 @@ class Operands(ctypes.Structure):
         ("grad", _ADDRESS),
         ("residual", _ADDRESS),
         ("velocity", _ADDRESS),
+        ("residual_out", _ADDRESS),
+        ("velocity_out", _ADDRESS),
         ("scale_ptr", _ADDRESS),
+        ("rescale", _ADDRESS),
         ("segment_offsets", _ADDRESS),
+        ("active", _ADDRESS),
         ("numel", _I64),
         ("num_segments", _I32),
         ("grad_dtype", _I32),
@@ -55,21 +60,52 @@ class Operands(ctypes.Structure):
     )
 
 
-def operands(fused: Fused) -> Operands:
-    """The C struct of ``fused``; valid as long as its tensors are."""
-    segments = fused.segments
+class Rows(ctypes.Structure):
+    """``commhooks_rows``."""
+
+    _fields_ = (
+        ("values", _ADDRESS),
+        ("indices", _ADDRESS),
+        ("rows", _I64),
+        ("k", _I64),
+        ("values_stride", _I64),
+        ("indices_stride", _I64),
+    )
+
+
+def operands(fused: Fused, active: Tensor | None = None) -> Operands:
+    """The C struct of ``fused``, valid as long as its tensors are.
+
+    Args:
+        fused: the operands.
+        active: where the flags of the segments go, bool ``(s,)``; None where they are not wanted.
+    """
     return Operands(
         fused.grad.data_ptr(),
         fused.residual.data_ptr(),
-        None if fused.velocity is None else fused.velocity.data_ptr(),
-        None if fused.scale_tensor is None else fused.scale_tensor.data_ptr(),
-        None if segments is None else segments.data_ptr(),
+        _address(fused.velocity),
+        _address(fused.residual_out),
+        _address(fused.velocity_out),
+        _address(fused.scale_tensor),
+        _address(fused.rescale),
+        _address(fused.segments),
+        _address(active),
         fused.residual.numel(),
-        0 if segments is None else segments.numel() - 1,
+        fused.num_segments,
         DTYPES[fused.grad.dtype],
         fused.scale,
         fused.momentum,
     )
+
+
+def rows(values: Tensor, indices: Tensor) -> Rows:
+    """The C struct of ``values`` and ``indices``, both ``(m, k)`` with contiguous rows."""
+    m, k = values.shape
+    return Rows(values.data_ptr(), indices.data_ptr(), m, k, values.stride(0), indices.stride(0))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 _Signature = list[Any]  # ctypes has no public type for its types
@@ -78,16 +114,7 @@ _FUSED = ctypes.POINTER(Operands)
 _SELECTED = [_ADDRESS] * 3  # values, indices, report
 _PAIRS = [_ADDRESS, _ADDRESS, _I64]  # values, indices, how many
 _MERGED = [_ADDRESS] * 4  # values, indices, survives_a, survives_b
-_ROWS = [
-    _ADDRESS,
-    _I32,
-    _I64,
-    _ADDRESS,
-    _ADDRESS,
-    _I64,
-    _I64,
-    _F32,
-]  # out, dtype, numel, pairs, rows, k, scale
+_ROWS = [ctypes.POINTER(Rows), _F32]  # rows, scale
 _KEYS = [_U64, _U64, _U64, _I64, _I64, _ADDRESS]  # seed, step, stream, numel, k, indices
 _SCRATCH = [_ADDRESS, _I64, _ADDRESS]  # scratch, its bytes, stream
 
@@ -100,8 +127,8 @@ CPU_SIGNATURES: dict[str, _Signature] = {
     "random_indices": _KEYS,
     "merge_topk": [*_PAIRS, *_PAIRS, _I64, _I32, *_MERGED],
     "contains": [_ADDRESS, _I64, _ADDRESS, _I64, _ADDRESS],
-    "scatter_add": [_ADDRESS, _I64, *_PAIRS, _F32],
-    "write_back": [*_ROWS, _I32],
+    "scatter_add": [_ADDRESS, _I64, *_ROWS],
+    "write_back": [_ADDRESS, _I32, _I64, *_ROWS, _I32],
     "use_isa": [ctypes.c_char_p],
 }
 
@@ -113,8 +140,8 @@ CUDA_SIGNATURES: dict[str, _Signature] = {
     "sample_threshold": [_FUSED, _I64, _U64, _ADDRESS, *_SCRATCH],
     "random_indices": [*_KEYS, *_SCRATCH],
     "merge_topk": [*_PAIRS, *_PAIRS, _I64, *_MERGED, *_SCRATCH],
-    "scatter_add": [_ADDRESS, _I64, *_PAIRS, _F32, _ADDRESS],
-    "write_back": [*_ROWS, _ADDRESS],
+    "scatter_add": [_ADDRESS, _I64, *_ROWS, _ADDRESS],
+    "write_back": [_ADDRESS, _I32, _I64, *_ROWS, _ADDRESS],
 }
 
 

@@ -15,20 +15,28 @@ F32 = (torch.float32,)
 I32 = (torch.int32,)
 
 
-def array(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device, numel: int | None = None
-) -> None:
-    """Raises unless ``tensor`` is a contiguous 1-D tensor of one of ``dtypes`` on ``device``."""
+def _typed(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.layout != torch.strided or tensor.dim() != 1 or not tensor.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous 1-D tensor, got shape {tuple(tensor.shape)}")
+
+
+def _placed(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad (detach it)")
+
+
+def array(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device, numel: int | None = None
+) -> None:
+    """Raises unless ``tensor`` is a contiguous 1-D tensor of one of ``dtypes`` on ``device``."""
+    _typed(name, tensor, dtypes)
+    if tensor.layout != torch.strided or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous 1-D tensor, got shape {tuple(tensor.shape)}")
+    _placed(name, tensor, device)
     if numel is not None and tensor.numel() != numel:
         raise ValueError(f"{name} must have {numel} elements, got {tensor.numel()}")
     if tensor.numel() >= PAD:
@@ -53,19 +61,39 @@ def fused_operands(fused: Fused) -> None:
         array("scale_tensor", factor.reshape(-1) if isinstance(factor, Tensor) else factor, F32, device, 1)
     if fused.segments is not None:
         segment_offsets(fused.segments, device)
+    if fused.residual_out is not None:
+        array("residual_out", fused.residual_out, F32, device, numel)
+    if fused.velocity_out is not None:
+        if fused.velocity is None:
+            raise ValueError("velocity_out needs velocity, got None")
+        array("velocity_out", fused.velocity_out, F32, device, numel)
+    if fused.rescale is not None:
+        array("rescale", fused.rescale, F32, device, fused.num_segments or 1)
     no_overlap(overwritten(fused), inputs(fused))
 
 
 def inputs(fused: Fused) -> list[tuple[str, Tensor]]:
     """What the pass only reads, by name."""
-    named = (("grad", fused.grad), ("scale_tensor", fused.scale_tensor), ("segments", fused.segments))
+    named = [
+        ("grad", fused.grad),
+        ("scale_tensor", fused.scale_tensor),
+        ("segments", fused.segments),
+        ("rescale", fused.rescale),
+    ]
+    if fused.residual_out is not None:
+        named.append(("residual", fused.residual))
+    if fused.velocity_out is not None:
+        named.append(("velocity", fused.velocity))
     return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
 def overwritten(fused: Fused) -> list[tuple[str, Tensor]]:
     """What the pass writes, by name."""
-    velocity = [] if fused.velocity is None else [("velocity", fused.velocity)]
-    return [("residual", fused.residual), *velocity]
+    named = [
+        ("residual", fused.residual) if fused.residual_out is None else ("residual_out", fused.residual_out),
+        ("velocity", fused.velocity) if fused.velocity_out is None else ("velocity_out", fused.velocity_out),
+    ]
+    return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
 def outputs(
@@ -88,7 +116,7 @@ def outputs(
             given.append((name, tensor))
     if given:
         no_overlap(given, [*inputs(fused), *overwritten(fused), *read])
-    return Selected.empty(k, device, values, indices)
+    return Selected.empty(fused, k, values, indices)
 
 
 def segment_offsets(segments: Tensor, device: torch.device) -> None:
@@ -118,9 +146,12 @@ def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """First address of a contiguous tensor, and the one behind its last."""
+    """First address of a tensor, and the one behind its last."""
     start = tensor.data_ptr()
-    return start, start + tensor.numel() * tensor.element_size()
+    if not tensor.numel():
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
 
 
 def integer(name: str, value: object) -> int:
@@ -169,22 +200,31 @@ def index_order(name: str, indices: Tensor, numel: int | None) -> None:
             raise ValueError(f"{name} must be below {numel}, got {largest}")
 
 
-def rows(values: Tensor, indices: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """``write_back``'s pairs as ``(m, k)`` rows."""
-    array("values", values.reshape(-1) if isinstance(values, Tensor) else values, F32, out.device)
-    array("indices", indices.reshape(-1) if isinstance(indices, Tensor) else indices, I32, out.device)
+def row_order(indices: Tensor, numel: int) -> None:
+    """:func:`index_order` for every row of ``indices`` ``(m, k)``."""
+    for row in indices:
+        index_order("indices", row, numel)
+
+
+def rows(values: Tensor, indices: Tensor, name: str, out: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs that go into ``out`` as ``(m, k)`` rows; ``name`` is that of ``out``."""
+    for own, tensor, dtypes in (("values", values, F32), ("indices", indices, I32)):
+        _typed(own, tensor, dtypes)
+        _placed(own, tensor, out.device)
     if values.shape != indices.shape or values.dim() not in (1, 2):
         raise ValueError(
             f"values and indices must have one shape, (k,) or (m, k), "
             f"got {tuple(values.shape)} and {tuple(indices.shape)}"
         )
-    if not (values.is_contiguous() and indices.is_contiguous()):
-        raise ValueError(
-            f"values and indices must be contiguous, got strides {values.stride()}, {indices.stride()}"
-        )
     if values.dim() == 1:
         values, indices = values[None], indices[None]
+    if values.shape[1] > 1 and not values.stride(1) == indices.stride(1) == 1:
+        raise ValueError(
+            f"rows of values and indices must be contiguous, got strides {values.stride()}, {indices.stride()}"
+        )
+    if max(values.shape) >= PAD:
+        raise ValueError(f"values must have fewer than 2**31 - 1 rows and columns, got {tuple(values.shape)}")
     if out.dtype != torch.float32 and values.shape[0] > 1:
         raise ValueError(f"values must be one row for {out.dtype}, got {values.shape[0]} rows")
-    no_overlap([("out", out)], [("values", values), ("indices", indices)])
+    no_overlap([(name, out)], [("values", values), ("indices", indices)])
     return values, indices

@@ -7,6 +7,7 @@ before it writes anything; when it refuses, :mod:`commhooks.native.checks` says 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,10 @@ def _call(name: str, *arguments: object, explain: Callable[[], None] = lambda: N
     raise ValueError(f"{name}: the native library refused its arguments")
 
 
+def _pairs_and_report(out: Selected) -> tuple[int, int, int]:
+    return out.values.data_ptr(), out.indices.data_ptr(), out.report.data_ptr()
+
+
 def _threads(threads: int | None) -> int:
     return torch.get_num_threads() if threads is None else threads
 
@@ -37,14 +42,14 @@ def select_topk(
     fused: Fused, k: int, seed: int = 0, threads: int | None = None, out: Selected | None = None
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`."""
-    out = Selected.empty(k, _CPU) if out is None else out
+    out = Selected.empty(fused, k) if out is None else out
     _call(
         "select_topk",
-        abi.operands(fused),
+        abi.operands(fused, out.active),
         k,
         seed & abi.MASK64,
         _threads(threads),
-        *(tensor.data_ptr() for tensor in out),
+        *_pairs_and_report(out),
         explain=lambda: checks.segment_order(fused),
     )
     return out
@@ -59,15 +64,15 @@ def select_threshold(
     out: Selected | None = None,
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_threshold`."""
-    out = Selected.empty(k, _CPU) if out is None else out
+    out = Selected.empty(fused, k) if out is None else out
     _call(
         "select_threshold",
-        abi.operands(fused),
+        abi.operands(fused, out.active),
         threshold,
         k,
         start,
         _threads(threads),
-        *(tensor.data_ptr() for tensor in out),
+        *_pairs_and_report(out),
         explain=lambda: checks.segment_order(fused),
     )
     return out
@@ -89,10 +94,10 @@ def select_indices(
         checks.segment_order(fused)
         checks.index_order("indices", indices, fused.residual.numel())
 
-    out = Selected.empty(indices.numel(), _CPU, indices=indices.clone()) if out is None else out
+    out = Selected.empty(fused, indices.numel(), indices=indices.clone()) if out is None else out
     _call(
         "select_indices",
-        abi.operands(fused),
+        abi.operands(fused, out.active),
         indices.data_ptr(),
         indices.numel(),
         _threads(threads),
@@ -163,39 +168,16 @@ def contains(wanted: Tensor, among: Tensor) -> Tensor:
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:
-    """See :func:`commhooks.native.ops.scatter_add`."""
-    _call(
-        "scatter_add",
-        dense.data_ptr(),
-        dense.numel(),
-        values.data_ptr(),
-        indices.data_ptr(),
-        indices.numel(),
-        scale,
-        explain=lambda: checks.index_order("indices", indices, dense.numel()),
-    )
+    """See :func:`commhooks.native.ops.scatter_add`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    pointers = dense.data_ptr(), dense.numel(), abi.rows(values, indices), scale
+    _call("scatter_add", *pointers, explain=lambda: checks.row_order(indices, dense.numel()))
 
 
 def write_back(
     out: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0, threads: int | None = None
 ) -> None:
     """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
-
-    def explain() -> None:
-        for row in indices:
-            checks.index_order("indices", row, out.numel())
-
-    rows, k = indices.shape
-    _call(
-        "write_back",
-        out.data_ptr(),
-        abi.DTYPES[out.dtype],
-        out.numel(),
-        values.data_ptr(),
-        indices.data_ptr(),
-        rows,
-        k,
-        scale,
-        _threads(threads),
-        explain=explain,
-    )
+    target = out.data_ptr(), abi.DTYPES[out.dtype], out.numel()
+    rows = abi.rows(values, indices)
+    explain = functools.partial(checks.row_order, indices, out.numel())
+    _call("write_back", *target, rows, scale, _threads(threads), explain=explain)

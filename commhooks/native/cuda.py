@@ -55,16 +55,20 @@ def _scratch(device: torch.device, operation: int, numel: int, k: int, extra: in
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _segments(fused: Fused) -> int:
-    return 0 if fused.segments is None else fused.segments.numel() - 1
-
-
 def _select(name: str, fused: Fused, k: int, out: Selected | None, *numbers: object) -> Selected:
     device = fused.residual.device
-    out = Selected.empty(k, device) if out is None else out
-    scratch = _scratch(device, _SELECT, fused.residual.numel(), k, _segments(fused))
+    out = Selected.empty(fused, k) if out is None else out
+    scratch = _scratch(device, _SELECT, fused.residual.numel(), k, fused.num_segments)
     pointers = (out.values.data_ptr(), out.indices.data_ptr(), out.report.data_ptr())
-    _call(device, name, abi.operands(fused), *numbers, *pointers, scratch.data_ptr(), scratch.numel())
+    _call(
+        device,
+        name,
+        abi.operands(fused, out.active),
+        *numbers,
+        *pointers,
+        scratch.data_ptr(),
+        scratch.numel(),
+    )
     return out
 
 
@@ -93,10 +97,11 @@ def select_indices(
     """See :func:`commhooks.native.ops.select_indices`; ``threads`` has no meaning here."""
     device = fused.residual.device
     k = indices.numel()
-    out = Selected.empty(k, device, indices=indices.clone()) if out is None else out
-    scratch = _scratch(device, _INDICES, fused.residual.numel(), k, _segments(fused))
+    out = Selected.empty(fused, k, indices=indices.clone()) if out is None else out
+    scratch = _scratch(device, _INDICES, fused.residual.numel(), k, fused.num_segments)
     pointers = (out.values.data_ptr(), out.report.data_ptr(), scratch.data_ptr())
-    _call(device, "select_indices", abi.operands(fused), indices.data_ptr(), k, *pointers, scratch.numel())
+    operands = abi.operands(fused, out.active)
+    _call(device, "select_indices", operands, indices.data_ptr(), k, *pointers, scratch.numel())
     return out
 
 
@@ -147,16 +152,13 @@ def merge_topk(
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:
-    """See :func:`commhooks.native.ops.scatter_add`."""
-    pairs = (values.data_ptr(), indices.data_ptr(), values.numel())
-    _call(dense.device, "scatter_add", dense.data_ptr(), dense.numel(), *pairs, scale)
+    """See :func:`commhooks.native.ops.scatter_add`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    _call(dense.device, "scatter_add", dense.data_ptr(), dense.numel(), abi.rows(values, indices), scale)
 
 
 def write_back(
     out: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0, threads: int | None = None
 ) -> None:
     """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
-    rows, k = values.shape
-    dtype = abi.DTYPES[out.dtype]
-    pairs = (values.data_ptr(), indices.data_ptr(), rows, k)
-    _call(out.device, "write_back", out.data_ptr(), dtype, out.numel(), *pairs, scale)
+    target = out.data_ptr(), abi.DTYPES[out.dtype], out.numel()
+    _call(out.device, "write_back", *target, abi.rows(values, indices), scale)

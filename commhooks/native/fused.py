@@ -20,19 +20,25 @@ class Fused:
 
         g = float(grad) * (scale * scale_tensor)
         v = momentum * velocity + g        # without velocity: v = g
-        c = residual + v                   # the corrected gradient; not finite: again with g = 0, and counted
-        residual, velocity = c, v          # elements that are taken out leave residual = 0
+        u = rescale[segment] * residual    # without rescale: u = residual
+        c = u + v                          # the corrected gradient; not finite: again with g = 0, and counted
+        residual_out, velocity_out = c, v  # elements that are taken out leave residual_out = 0
 
     Attributes:
         grad: shape ``(n,)``, float32, bfloat16 or float16; only read.
-        residual: shape ``(n,)``, float32; updated in place.
-        velocity: shape ``(n,)``, float32, or None; updated in place.
+        residual: shape ``(n,)``, float32; updated in place, or only read when ``residual_out`` is given.
+        velocity: shape ``(n,)``, float32, or None; updated in place, or only read when ``velocity_out`` is given.
         momentum: factor of the old velocity; must be 0 without ``velocity``.
         scale: factor of the gradient.
         scale_tensor: one float32 element on the same device, a further factor of the gradient, or None.
         segments: shape ``(s + 1,)``, int64, ascending offsets from 0 to n on the same device, or None. A
-            segment (one parameter) whose gradient is exactly zero everywhere is inactive: its residual and
-            velocity are not touched and nothing of it is selected. None: one segment that is always active.
+            segment (one parameter) whose gradient is exactly zero everywhere is inactive. Nothing of it is
+            selected; it leaves ``residual_out = u`` and ``velocity_out = velocity``. None: one segment that is
+            always active.
+        residual_out: shape ``(n,)``, float32: where the new residual goes. None: in place.
+        velocity_out: shape ``(n,)``, float32: where the new velocity goes; needs ``velocity``. None: in place.
+        rescale: shape ``(s,)``, float32 on the same device: a factor of the residual for each segment; shape
+            ``(1,)`` without segments. None: no factor.
     """
 
     grad: Tensor
@@ -42,6 +48,24 @@ class Fused:
     scale: float = 1.0
     scale_tensor: Tensor | None = None
     segments: Tensor | None = None
+    residual_out: Tensor | None = None
+    velocity_out: Tensor | None = None
+    rescale: Tensor | None = None
+
+    @property
+    def new_residual(self) -> Tensor:
+        """Where the pass leaves the residual."""
+        return self.residual if self.residual_out is None else self.residual_out
+
+    @property
+    def new_velocity(self) -> Tensor | None:
+        """Where the pass leaves the velocity."""
+        return self.velocity if self.velocity_out is None else self.velocity_out
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments; 0 when they are not told apart."""
+        return 0 if self.segments is None else self.segments.numel() - 1
 
 
 class Selected(NamedTuple):
@@ -50,23 +74,27 @@ class Selected(NamedTuple):
     Attributes:
         values: shape ``(k,)``, float32.
         indices: shape ``(k,)``, int32, ascending, ``PAD`` at unused places.
-        report: shape ``(3,)``, int64: pairs written before the padding, elements that were not finite,
-            guesses that did not hold.
+        report: shape ``(4,)``, int64: pairs written before the padding, elements that were not finite,
+            guesses that did not hold, elements in inactive segments.
+        active: shape ``(s,)``, bool: which segments are active. None without segments.
     """
 
     values: Tensor
     indices: Tensor
     report: Tensor
+    active: Tensor | None
 
     @classmethod
     def empty(
-        cls, k: int, device: torch.device, values: Tensor | None = None, indices: Tensor | None = None
+        cls, fused: Fused, k: int, values: Tensor | None = None, indices: Tensor | None = None
     ) -> Selected:
         """Outputs of a selection of ``k`` places: the given tensors, and new uninitialised ones for None."""
+        device, segments = fused.residual.device, fused.num_segments
         return cls(
             torch.empty(k, dtype=torch.float32, device=device) if values is None else values,
             torch.empty(k, dtype=torch.int32, device=device) if indices is None else indices,
-            torch.empty(3, dtype=torch.int64, device=device),
+            torch.empty(4, dtype=torch.int64, device=device),
+            torch.empty(segments, dtype=torch.bool, device=device) if segments else None,
         )
 
 

@@ -271,8 +271,9 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
 
     Args:
         dense: shape ``(n,)``, float32, changed in place.
-        values: shape ``(k,)``, float32.
-        indices: shape ``(k,)``, int32, ascending, unique, below n.
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order; they are contiguous, and may be
+            views of a message with any distance between them.
+        indices: like ``values``, int32, each row ascending and unique, below n.
         scale: factor of the values; the product is rounded to float32 before it is added.
 
     Raises:
@@ -281,11 +282,10 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
     """
     device = dense.device if isinstance(dense, Tensor) else torch.device("cpu")
     checks.array("dense", dense, checks.F32, device)
-    checks.pairs("", values, indices, device)
-    checks.no_overlap([("dense", dense)], [("values", values), ("indices", indices)])
+    values, indices = checks.rows(values, indices, "dense", dense)
     implementation = _implementation(device)
     if implementation is reference:
-        checks.index_order("indices", indices, dense.numel())
+        checks.row_order(indices, dense.numel())
     implementation.scatter_add(dense, values, indices, float(scale))
 
 
@@ -296,8 +296,9 @@ def write_back(
 
     Args:
         out: shape ``(n,)``, float32, bfloat16 or float16, overwritten.
-        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Half precision takes one row;
-            it is rounded to nearest and clamped to the finite range.
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order; they are contiguous, and may be
+            views of a message with any distance between them. Half precision takes one row; it is rounded to
+            nearest and clamped to the finite range.
         indices: like ``values``, int32, each row ascending and unique, below n.
         scale: factor of the values.
         threads: number of CPU threads, default torch's; never changes the result.
@@ -308,10 +309,9 @@ def write_back(
     """
     device = out.device if isinstance(out, Tensor) else torch.device("cpu")
     checks.array("out", out, checks.GRAD_DTYPES, device)
-    values, indices = checks.rows(values, indices, out)
+    values, indices = checks.rows(values, indices, "out", out)
     threads = checks.thread_count(threads)
     implementation = _implementation(device)
     if implementation is reference:
-        for row in indices:
-            checks.index_order("indices", row, out.numel())
+        checks.row_order(indices, out.numel())
     implementation.write_back(out, values, indices, float(scale), threads)

@@ -6,6 +6,8 @@ those of the native libraries. Arguments have been checked by :mod:`commhooks.na
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,43 +25,58 @@ def _keys(values: Tensor) -> Tensor:
     return values.view(torch.int32).bitwise_and(_MAGNITUDE_BITS).to(torch.int64)
 
 
+class _Corrected(NamedTuple):
+    """What the pass found.
+
+    Attributes:
+        values: float32 ``(n,)``, the corrected gradient.
+        mask: bool ``(n,)``, the elements of active segments; None when all are active.
+        flags: bool ``(s,)``, the active segments; None without segments.
+        nonfinite: int64 count of the elements that were not finite.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    flags: Tensor | None
+    nonfinite: Tensor
+
+
 def _active(fused: Fused) -> Tensor | None:
-    """Bool ``(n,)``: elements of active segments; None when all are active."""
+    """Bool ``(s,)``: the active segments; None without segments."""
     if fused.segments is None:
         return None
-    numel = fused.grad.numel()
     running = torch.cat((fused.segments.new_zeros(1), (fused.grad != 0).to(torch.int64).cumsum(0)))
-    ends = running[fused.segments]
-    lengths = fused.segments.diff()
-    return torch.repeat_interleave(ends.diff() > 0, lengths, output_size=numel)
+    return running[fused.segments].diff() > 0
 
 
-def _compensate(fused: Fused) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Updates residual (to the full corrected gradient) and velocity.
+def _each_element(fused: Fused, per_segment: Tensor) -> Tensor:
+    """``per_segment`` ``(s,)`` for every element of its segment, or ``(1,)`` without segments."""
+    if fused.segments is None:
+        return per_segment
+    return torch.repeat_interleave(per_segment, fused.segments.diff(), output_size=fused.grad.numel())
 
-    Returns:
-        The corrected gradient, the mask of active elements or None, and the int64 count of non-finite elements.
-    """
+
+def _compensate(fused: Fused) -> _Corrected:
+    """Writes the new residual (the full corrected gradient) and the new velocity."""
     factor = torch.tensor(fused.scale, dtype=torch.float32, device=fused.grad.device)
     if fused.scale_tensor is not None:
         factor = factor * fused.scale_tensor.reshape(())
     gradient = fused.grad.to(torch.float32) * factor
+    kept = fused.residual
+    if fused.rescale is not None:
+        kept = _each_element(fused, fused.rescale) * kept
     decayed = torch.zeros_like(gradient) if fused.velocity is None else fused.velocity * fused.momentum
     velocity = gradient if fused.velocity is None else decayed + gradient
-    corrected = fused.residual + velocity
+    corrected = kept + velocity
     bad = ~corrected.isfinite()
     velocity = torch.where(bad, decayed + 0.0, velocity)
-    corrected = torch.where(bad, fused.residual + velocity, corrected)
-    active = _active(fused)
-    if active is None:
-        fused.residual.copy_(corrected)
-        if fused.velocity is not None:
-            fused.velocity.copy_(velocity)
-        return corrected, None, bad.sum()
-    fused.residual.copy_(torch.where(active, corrected, fused.residual))
-    if fused.velocity is not None:
-        fused.velocity.copy_(torch.where(active, velocity, fused.velocity))
-    return corrected, active, (bad & active).sum()
+    corrected = torch.where(bad, kept + velocity, corrected)
+    flags = _active(fused)
+    mask = None if flags is None else _each_element(fused, flags)
+    fused.new_residual.copy_(corrected if mask is None else torch.where(mask, corrected, kept))
+    if fused.velocity is not None and fused.new_velocity is not None:
+        fused.new_velocity.copy_(velocity if mask is None else torch.where(mask, velocity, fused.velocity))
+    return _Corrected(corrected, mask, flags, (bad if mask is None else bad & mask).sum())
 
 
 def _delivered(selected: Selected, out: Selected | None) -> Selected:
@@ -67,37 +84,49 @@ def _delivered(selected: Selected, out: Selected | None) -> Selected:
     if out is None:
         return selected
     for target, source in zip(out, selected, strict=True):
-        target.copy_(source)
+        if target is not None and source is not None:
+            target.copy_(source)
     return out
 
 
-def _taken(fused: Fused, corrected: Tensor, order: Tensor, k: int, nonfinite: Tensor) -> Selected:
+def _report(count: Tensor, found: _Corrected) -> Tensor:
+    """The report of a selection that took ``count`` pairs and did not guess."""
+    zero = torch.zeros_like(count)
+    inactive = zero if found.mask is None else (~found.mask).sum()
+    return torch.stack((count, found.nonfinite, zero, inactive))
+
+
+def _taken(fused: Fused, found: _Corrected, order: Tensor, k: int) -> Selected:
     """Takes out the ``k`` elements of highest positive ``order`` (int64 ``(n,)``, 0: not eligible)."""
     best = torch.topk(order, k, sorted=False)
     positions = torch.where(best.values > 0, best.indices, PAD).sort().values
     used = positions != PAD
     where = positions.clamp(max=max(order.numel() - 1, 0))
-    values = torch.where(used, corrected[where], 0.0)
-    taken = torch.zeros(order.numel(), dtype=torch.bool, device=order.device)
-    # Padding points at the last element; accumulate keeps it from undoing a true entry there.
+    values = torch.where(used, found.values[where], 0.0)
+    _zero(fused.new_residual, where, used)
+    return Selected(values, positions.to(torch.int32), _report(used.sum(), found), found.flags)
+
+
+def _zero(residual: Tensor, where: Tensor, used: Tensor) -> None:
+    """Sets ``residual`` to 0 at ``where`` (int64 ``(k,)``) as far as ``used`` (bool ``(k,)``) says."""
+    taken = torch.zeros(residual.numel(), dtype=torch.bool, device=residual.device)
+    # Unused places point at elements that others may use: accumulating keeps them from undoing a True.
     taken.index_put_((where,), used, accumulate=True)
-    fused.residual.masked_fill_(taken, 0.0)
-    report = torch.stack((used.sum(), nonfinite, torch.zeros_like(nonfinite)))
-    return Selected(values, positions.to(torch.int32), report)
+    residual.masked_fill_(taken, 0.0)
 
 
 def select_topk(
     fused: Fused, k: int, seed: int = 0, threads: int | None = None, out: Selected | None = None
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`."""
-    corrected, active, nonfinite = _compensate(fused)
-    keys = _keys(corrected)
-    if active is not None:
-        keys = torch.where(active, keys, 0)
+    found = _compensate(fused)
+    keys = _keys(found.values)
+    if found.mask is not None:
+        keys = torch.where(found.mask, keys, 0)
     position = torch.arange(keys.numel(), dtype=torch.int64, device=keys.device)
     # One int64 holds magnitude and, below it, the reversed index: larger first, then the lower index.
     order = torch.where(keys > 0, (keys << 31) | (PAD - position), 0)
-    return _delivered(_taken(fused, corrected, order, k, nonfinite), out)
+    return _delivered(_taken(fused, found, order, k), out)
 
 
 def select_threshold(
@@ -109,16 +138,16 @@ def select_threshold(
     out: Selected | None = None,
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_threshold`."""
-    corrected, active, nonfinite = _compensate(fused)
+    found = _compensate(fused)
     limit = _keys(torch.tensor([threshold], dtype=torch.float32, device=_CPU)).item()
-    eligible = _keys(corrected) > limit
-    if active is not None:
-        eligible &= active
-    numel = corrected.numel()
-    position = torch.arange(numel, dtype=torch.int64, device=corrected.device)
+    eligible = _keys(found.values) > limit
+    if found.mask is not None:
+        eligible &= found.mask
+    numel = eligible.numel()
+    position = torch.arange(numel, dtype=torch.int64, device=eligible.device)
     turned = (position - start) % max(numel, 1)
     order = torch.where(eligible, numel - turned, 0)
-    return _delivered(_taken(fused, corrected, order, k, nonfinite), out)
+    return _delivered(_taken(fused, found, order, k), out)
 
 
 def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
@@ -138,7 +167,11 @@ def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
     corrected = fused.grad[where].to(torch.float32) * factor
     if fused.velocity is not None:
         corrected = fused.velocity[where] * fused.momentum + corrected
-    corrected = (fused.residual[where] + corrected).abs().nan_to_num(0.0, 0.0, 0.0)
+    kept = fused.residual[where]
+    if fused.rescale is not None:
+        each = fused.rescale if fused.segments is None else _each_element(fused, fused.rescale)[where]
+        kept = each * kept
+    corrected = (kept + corrected).abs().nan_to_num(0.0, 0.0, 0.0)
     rank = min(max(round(where.numel() * k / numel), 1), where.numel())
     return float(torch.kthvalue(corrected, where.numel() - rank + 1).values)
 
@@ -147,32 +180,26 @@ def select_indices(
     fused: Fused, indices: Tensor, threads: int | None = None, out: Selected | None = None
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_indices`."""
-    corrected, active, nonfinite = _compensate(fused)
+    found = _compensate(fused)
     count = (indices != PAD).sum()
-    if corrected.numel() == 0:
+    if found.values.numel() == 0:
         values = torch.zeros_like(indices, dtype=torch.float32)
-        return _delivered(Selected(values, indices.clone(), _report(count, nonfinite)), out)
-    used, where = _usable(indices, corrected.numel())
-    if active is not None:
-        used = used & active[where]
-    values = torch.where(used, corrected[where], 0.0)
-    taken = torch.zeros(corrected.numel(), dtype=torch.bool, device=corrected.device)
-    taken.index_put_((where,), used, accumulate=True)
-    fused.residual.masked_fill_(taken, 0.0)
-    return _delivered(Selected(values, indices.clone(), _report(count, nonfinite)), out)
+    else:
+        used, where = _usable(indices, found.values.numel())
+        if found.mask is not None:
+            used = used & found.mask[where]
+        values = torch.where(used, found.values[where], 0.0)
+        _zero(fused.new_residual, where, used)
+    return _delivered(Selected(values, indices.clone(), _report(count, found), found.flags), out)
 
 
 def _usable(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
     """Which indices are in ``[0, numel)``, and the indices as int64 with 0 where they are not.
 
-    Padding is not. On a device whose indices nobody has looked at, others are left out with it.
+    Padding is not. Nobody has looked at the indices on a GPU, so others may not be either.
     """
     used = (indices >= 0) & (indices < numel)
     return used, torch.where(used, indices, 0).to(torch.int64)
-
-
-def _report(count: Tensor, nonfinite: Tensor) -> Tensor:
-    return torch.stack((count, nonfinite, torch.zeros_like(count)))
 
 
 def _mix(x: int) -> int:
@@ -270,13 +297,14 @@ def contains(wanted: Tensor, among: Tensor) -> Tensor:
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:
-    """See :func:`commhooks.native.ops.scatter_add`."""
+    """See :func:`commhooks.native.ops.scatter_add`; ``values`` and ``indices`` have shape ``(m, k)``."""
     if dense.numel() == 0:
         return
-    used, where = _usable(indices, dense.numel())
-    scaled = values * torch.tensor(scale, dtype=torch.float32, device=_CPU)
-    # Adding -0 changes no bit, unlike +0 onto -0, so padding may point at element 0.
-    dense.index_add_(0, where, torch.where(used, scaled, -0.0))
+    factor = torch.tensor(scale, dtype=torch.float32, device=_CPU)
+    for row_values, row_indices in zip(values, indices, strict=True):
+        used, where = _usable(row_indices, dense.numel())
+        # Adding -0 changes no bit, unlike +0 onto -0, so unused places may point at element 0.
+        dense.index_add_(0, where, torch.where(used, row_values * factor, -0.0))
 
 
 def write_back(
@@ -285,11 +313,9 @@ def write_back(
     """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
     if out.dtype == torch.float32:
         out.zero_()
-        for row_values, row_indices in zip(values, indices, strict=True):
-            scatter_add(out, row_values, row_indices, scale)
+        scatter_add(out, values, indices, scale)
         return
     dense = torch.zeros(out.numel(), dtype=torch.float32, device=out.device)
-    for row_values, row_indices in zip(values, indices, strict=True):
-        scatter_add(dense, row_values, row_indices, scale)
+    scatter_add(dense, values, indices, scale)
     limit = torch.finfo(out.dtype).max
     out.copy_(dense.clamp_(-limit, limit))

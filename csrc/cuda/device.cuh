@@ -67,6 +67,30 @@ __device__ inline uint32_t load_now(uint32_t *counter) {
 #endif
 }
 
+// Orders this thread's accesses, and those of its block before the last barrier, with those of the other blocks.
+__device__ inline void fence_device() {
+#ifdef COMMHOOKS_EMULATE
+  __threadfence();
+#else
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");  // __threadfence() is the dearer fence.sc
+#endif
+}
+
+// First place of `sorted` whose index is not below `index`; in [0, size] whatever the order.
+__device__ inline int64_t lower_bound(const int32_t *sorted, int64_t size, int32_t index) {
+  int64_t low = 0;
+  int64_t high = size;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (sorted[middle] < index) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x & 31u); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
 

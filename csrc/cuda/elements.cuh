@@ -41,18 +41,24 @@ __device__ inline float decode<F16>(uint16_t raw) {
 // Order of |value| as an integer: NaN above infinity.
 __device__ inline uint32_t key_of(float value) { return __float_as_uint(value) & kMagnitudeBits; }
 
-// Everything the fused pass reads and updates; commhooks_fused plus the flags of the segments in scratch.
+// What the fused pass reads and writes: commhooks_fused, and the flags of the segments in scratch. In place the outputs
+// are the inputs.
 struct Operands {
   const void *grad;
-  float *residual;
-  float *velocity;               // or nullptr
+  const float *residual;
+  const float *velocity;         // or nullptr
+  float *residual_out;
+  float *velocity_out;           // or nullptr
   const float *scale_ptr;        // or nullptr
-  const int64_t *offsets;        // or nullptr: everything is active
+  const float *rescale;          // one per segment, or nullptr
+  const int64_t *offsets;        // or nullptr: there is one segment, and it is active
   const uint32_t *active;        // one flag per segment, valid once the flag phase is over; nullptr: all active
+  uint8_t *active_out;           // where the caller wants the flags, or nullptr
   int64_t numel;
   int32_t num_segments;
   float scale;
   float momentum;
+  bool looks_up;                 // whether elements look for their segment
 };
 
 __device__ inline float gradient_factor(const Operands &op) {
@@ -95,19 +101,27 @@ __device__ inline int32_t segment_of(const int64_t *offsets, int32_t num_segment
   return low;
 }
 
-// Answers "is this element in an active segment" for one thread, with few searches when indices are near each other.
-struct ActiveCursor {
+// The segment of the elements that one thread looks at. Few searches are made when indices are near each other.
+struct SegmentCursor {
   int64_t begin = 0;
   int64_t end = 0;
+  float rescale = 1.0f;  // factor of the residual at the last index
   bool flag = true;
 
+  // Whether an element is in an active segment.
   __device__ bool at(const Operands &op, int64_t index) {
-    if (op.active == nullptr) return true;
+    if (!op.looks_up) return true;
     if (index < begin || index >= end) {
-      const int32_t segment = segment_of(op.offsets, op.num_segments, index);
-      begin = op.offsets[segment];
-      end = op.offsets[segment + 1];
-      flag = __ldcg(op.active + segment) != 0;
+      begin = 0;
+      end = op.numel;
+      int32_t segment = 0;
+      if (op.offsets != nullptr) {
+        segment = segment_of(op.offsets, op.num_segments, index);
+        begin = op.offsets[segment];
+        end = op.offsets[segment + 1];
+      }
+      if (op.active != nullptr) flag = __ldcg(op.active + segment) != 0;
+      if (op.rescale != nullptr) rescale = op.rescale[segment];
     }
     return flag;
   }

@@ -68,62 +68,106 @@ __device__ inline Ranks ranks_of(const Finish &args, uint64_t total, const Resol
   return ranks;
 }
 
-__device__ inline void take(const Finish &args, int64_t index, uint32_t place) {
-  if (place == kNoKey) return;
-  args.values[place] = args.op.residual[index];
-  args.indices[place] = static_cast<int32_t>(index);
-  args.op.residual[index] = 0.0f;
+constexpr int kAtOnce = 4;  // candidates whose values a thread has in flight
+
+// Some of the 128 elements that a thread has of the bitmap, four words.
+struct Bits {
+  uint64_t low;
+  uint64_t high;
+
+  __device__ bool any() const { return (low | high) != 0; }
+  __device__ bool has(int place) const { return ((place < 64 ? low >> place : high >> (place - 64)) & 1u) != 0; }
+  __device__ void add(int place) {
+    if (place < 64) {
+      low |= uint64_t{1} << place;
+    } else {
+      high |= uint64_t{1} << (place - 64);
+    }
+  }
+  // The lowest place, which is removed.
+  __device__ int next() {
+    if (low != 0) {
+      const int place = __ffsll(static_cast<long long>(low)) - 1;
+      low &= low - 1;
+      return place;
+    }
+    const int place = __ffsll(static_cast<long long>(high)) - 1;
+    high &= high - 1;
+    return 64 + place;
+  }
+  __device__ uint32_t count() const {
+    return static_cast<uint32_t>(__popc(static_cast<uint32_t>(low)) + __popc(static_cast<uint32_t>(low >> 32)) +
+                                 __popc(static_cast<uint32_t>(high)) + __popc(static_cast<uint32_t>(high >> 32)));
+  }
+};
+
+// Calls f(place, value) for all of `bits`, in order. Several values are loaded before the first is used: a store after
+// each load would make every load wait for the one before.
+template <typename F>
+__device__ inline void for_values(const float *values, Bits bits, F &&f) {
+  while (bits.any()) {
+    int place[kAtOnce];
+    float value[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      place[i] = bits.any() ? bits.next() : -1;
+      if (place[i] >= 0) value[i] = values[place[i]];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (place[i] >= 0) f(place[i], value[i]);
+    }
+  }
 }
 
-// Splits the candidates of one word into certain winners and equal ones.
-__device__ inline void classify(const Finish &args, const Resolved &known, int64_t word, uint32_t bits, uint32_t *greater,
-                         uint32_t *equal) {
-  *greater = 0;
-  *equal = 0;
+// Splits candidates into certain winners and equal ones. `values` are those of the 128 elements.
+__device__ inline void classify(const float *values, const Resolved &known, const Bits &candidates, Bits *greater,
+                                Bits *equal) {
+  *greater = Bits{0, 0};
+  *equal = Bits{0, 0};
   if (known.remaining == 0) {
-    *greater = bits;
+    *greater = candidates;
     return;
   }
-  while (bits != 0) {
-    const int bit = __ffs(static_cast<int>(bits)) - 1;
-    bits &= bits - 1;
-    const uint32_t key = key_of(args.op.residual[32 * word + bit]);
-    if (key > known.prefix) *greater |= 1u << bit;
-    if (key == known.prefix) *equal |= 1u << bit;
-  }
+  for_values(values, candidates, [&](int place, float value) {
+    const uint32_t key = key_of(value);
+    if (key > known.prefix) greater->add(place);
+    if (key == known.prefix) equal->add(place);
+  });
 }
 
-__device__ inline void emit_chunk(const Finish &args, int32_t chunk, const Resolved &known, const Ranks &ranks, uint64_t before,
-                           uint64_t *shared) {
-  const int64_t words = bitmap_words(args.op.numel);
+__device__ inline void emit_chunk(const Finish &args, int32_t chunk, const Resolved &known, const Ranks &ranks,
+                                  uint64_t before, uint64_t *shared) {
+  const int64_t words = bitmap_words(args.op.numel);  // whole tiles, so a multiple of four
   const int64_t each = int64_t{1} << (args.scratch.chunk_shift - 5);
   for (int64_t begin = chunk * each; begin < (chunk + 1) * each && begin < words; begin += kWordsAtOnce) {
     const int64_t first = begin + 4 * static_cast<int64_t>(threadIdx.x);
-    uint32_t greater[4];
-    uint32_t equal[4];
-    uint64_t count = 0;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t bits = first + w < words ? __ldcg(args.scratch.bitmap + first + w) : 0;
-      classify(args, known, first + w, bits, &greater[w], &equal[w]);
-      count += pack(static_cast<uint64_t>(__popc(greater[w])), static_cast<uint64_t>(__popc(equal[w])));
+    float *const values = args.op.residual_out + 32 * first;
+    Bits candidates{0, 0};
+    if (first < words) {
+      const uint4 four = __ldcg(reinterpret_cast<const uint4 *>(args.scratch.bitmap + first));
+      candidates.low = four.x | static_cast<uint64_t>(four.y) << 32;
+      candidates.high = four.z | static_cast<uint64_t>(four.w) << 32;
     }
+    Bits greater;
+    Bits equal;
+    classify(values, known, candidates, &greater, &equal);
     uint64_t total;
+    const uint64_t count = pack(greater.count(), equal.count());
     const uint64_t rank = before + block_exclusive_sum(count, shared, &total);
     uint32_t g = greater_of(rank);
     uint32_t e = equal_of(rank);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      uint32_t bits = greater[w] | equal[w];
-      while (bits != 0) {
-        const uint32_t lowest = bits & (0u - bits);
-        const bool is_equal = (equal[w] & lowest) != 0;
-        bits ^= lowest;
-        take(args, 32 * (first + w) + __ffs(static_cast<int>(lowest)) - 1, ranks.place(g, e, is_equal));
-        g += is_equal ? 0u : 1u;
-        e += is_equal ? 1u : 0u;
-      }
-    }
+    const Bits either{greater.low | equal.low, greater.high | equal.high};
+    for_values(values, either, [&](int place, float value) {
+      const bool is_equal = equal.has(place);
+      const uint32_t to = ranks.place(g, e, is_equal);
+      g += is_equal ? 0u : 1u;
+      e += is_equal ? 1u : 0u;
+      if (to == kNoKey) return;
+      args.values[to] = value;
+      args.indices[to] = static_cast<int32_t>(32 * first + place);
+      values[place] = 0.0f;
+    });
     before += total;
   }
 }

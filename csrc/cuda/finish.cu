@@ -68,10 +68,10 @@ __device__ void histogram_residual(const Finish &args, uint32_t chunk, const Res
   const int64_t begin = static_cast<int64_t>(chunk) << args.scratch.chunk_shift;
   const int64_t size = int64_t{1} << args.scratch.chunk_shift;
   const int64_t end = begin + size < args.op.numel ? begin + size : args.op.numel;
-  ActiveCursor cursor;
+  SegmentCursor cursor;
 #pragma unroll 4
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const uint32_t key = key_of(args.op.residual[i]);
+    const uint32_t key = key_of(args.op.residual_out[i]);
     if (key == 0 || !has_prefix(key, known.prefix, known.digits) || !cursor.at(args.op, i)) continue;
     atomicAdd(histogram + digit_of(key, known.digits), 1u);
   }
@@ -97,12 +97,12 @@ __device__ void count_residual(const Finish &args, uint32_t chunk, const Resolve
   const int64_t begin = static_cast<int64_t>(chunk) << args.scratch.chunk_shift;
   const int64_t size = int64_t{1} << args.scratch.chunk_shift;
   const int64_t end = begin + size < args.op.numel ? begin + size : args.op.numel;
-  ActiveCursor cursor;
+  SegmentCursor cursor;
   uint32_t greater = 0;
   uint32_t equal = 0;
   for (int64_t word = begin + 32 * warp_id(); word < end; word += kThreads) {  // the same in every lane
     const int64_t i = word + lane_id();
-    const uint32_t key = i < end && cursor.at(args.op, i) ? key_of(args.op.residual[i]) : 0;
+    const uint32_t key = i < end && cursor.at(args.op, i) ? key_of(args.op.residual_out[i]) : 0;
     const uint32_t above = __ballot_sync(kFullWarp, key > known.prefix);
     const uint32_t same = __ballot_sync(kFullWarp, key != 0 && key == known.prefix);
     if (lane_id() == 0) args.scratch.bitmap[word / 32] = above | same;
@@ -156,14 +156,17 @@ __device__ void emit_item(const Finish &args, const Situation &now, const Plan &
     args.values[i] = 0.0f;
     args.indices[i] = COMMHOOKS_PAD;
   }
-  if (item == 0 && threadIdx.x == 0) {
-    args.report->count = ranks.winners;
-    args.report->nonfinite = static_cast<int64_t>(args.scratch.control->nonfinite);
-    args.report->misses = now.hit ? 0 : 1;
-  }
+  if (item != 0) return;
+  report_segments(args.op, args.scratch.control, args.scratch.active, args.report);
+  if (threadIdx.x != 0) return;
+  args.report->count = ranks.winners;
+  args.report->misses = now.hit ? 0 : 1;
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(Finish args) {
+// Resident blocks per multiprocessor: many, because the emit phase is a chain of dependent loads.
+constexpr int kFinishBlocks = 4;
+
+__global__ void __launch_bounds__(kThreads, kFinishBlocks) finish_kernel(Finish args) {
   __shared__ uint32_t histogram[kDigitBins];
   __shared__ uint32_t shared[kWarps + 4];
   __shared__ uint64_t shared_wide[kWarps];
@@ -197,40 +200,43 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Finish args) {
     } else {
       emit_item(args, now, plan, item.index, known, shared_wide);
     }
-    finish_item(&control->second, item, shared);
+    finish_item(&control->second, item);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(Operands op, const Control *control, const int32_t *indices,
+__global__ void __launch_bounds__(kThreads) gather_kernel(Operands op, Scratch scratch, const int32_t *indices,
                                                           int64_t k, float *values, commhooks_report *report) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  forget_if_all_active(&op, control);
-  ActiveCursor cursor;
+  forget_if_all_active(&op, scratch.control);
+  SegmentCursor cursor;
   for (int64_t i = first; i < k; i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int32_t index = indices[i];
     const bool used = index != COMMHOOKS_PAD;
-    const bool active = used && cursor.at(op, index);
-    values[i] = active ? op.residual[index] : 0.0f;
-    if (active) op.residual[index] = 0.0f;
+    // Nobody has looked at the indices: one that is out of range is left out.
+    const bool active = index >= 0 && index < op.numel && cursor.at(op, index);
+    values[i] = active ? op.residual_out[index] : 0.0f;
+    if (active) op.residual_out[index] = 0.0f;
     if (used && (i + 1 == k || indices[i + 1] == COMMHOOKS_PAD)) report->count = i + 1;
   }
+  if (blockIdx.x != 0) return;
+  report_segments(op, scratch.control, scratch.active, report);
   if (first != 0) return;
   if (k == 0 || indices[0] == COMMHOOKS_PAD) report->count = 0;
-  report->nonfinite = static_cast<int64_t>(control->nonfinite);
   report->misses = 0;
 }
 
 }  // namespace
 
 commhooks_status run_finish(const Finish &finish, void *stream) {
-  return launch("finish", finish_kernel, blocks_for(2 * static_cast<int64_t>(finish.scratch.num_chunks), resident_blocks(2)),
-                stream, finish);
+  const int most = resident_blocks(kFinishBlocks);
+  const int blocks = blocks_for(kFinishBlocks * static_cast<int64_t>(finish.scratch.num_chunks), most);
+  return launch("finish", finish_kernel, blocks, stream, finish);
 }
 
-commhooks_status run_gather(const Operands &op, const Control *control, const int32_t *indices, int64_t k,
+commhooks_status run_gather(const Operands &op, const Scratch &scratch, const int32_t *indices, int64_t k,
                             float *values, commhooks_report *report, void *stream) {
   const int blocks = blocks_for((k + kThreads - 1) / kThreads, resident_blocks(4));
-  return launch("gather", gather_kernel, blocks, stream, op, control, indices, k, values, report);
+  return launch("gather", gather_kernel, blocks, stream, op, scratch, indices, k, values, report);
 }
 
 }  // namespace commhooks

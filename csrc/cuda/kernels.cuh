@@ -21,12 +21,26 @@ constexpr int kPiece = 8;
 commhooks_status run_sample(const Operands &op, int32_t dtype, const Sample &sample, const Scratch &scratch,
                             void *stream);
 
-// Forgets the segments when every element lies in an active one. That is the usual case, and then no element has to
-// look for its segment. Only after the flag phase.
+// Forgets the flags when every element lies in an active segment. That is the usual case, and then no element has to
+// look for its segment, unless segments have factors. Only after the flag phase.
 __device__ inline void forget_if_all_active(Operands *op, const Control *control) {
   if (op->active != nullptr && __ldcg(&control->active_numel) == static_cast<unsigned long long>(op->numel)) {
     op->active = nullptr;
+    op->looks_up = op->rescale != nullptr;
   }
+}
+
+// Whether the caller's flags and the report are to be written: by one block, after the flag phase.
+__device__ inline void report_segments(const Operands &op, const Control *control, const uint32_t *flags,
+                                       commhooks_report *report) {
+  if (op.active_out != nullptr) {
+    for (int32_t s = static_cast<int32_t>(threadIdx.x); s < op.num_segments; s += kThreads) {
+      op.active_out[s] = __ldcg(flags + s) != 0 ? 1 : 0;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  report->nonfinite = static_cast<int64_t>(control->nonfinite);
+  report->inactive = op.offsets == nullptr ? 0 : op.numel - static_cast<int64_t>(__ldcg(&control->active_numel));
 }
 
 // What the pass finds and where it puts it.
@@ -39,6 +53,13 @@ struct Target {
 };
 
 commhooks_status run_pass(const Operands &op, int32_t dtype, const Target &target, void *stream);
+
+// Operands as they are after the pass, when the new residual holds the corrected gradient.
+inline Operands after_pass(Operands op) {
+  op.rescale = nullptr;
+  op.looks_up = op.active != nullptr;
+  return op;
+}
 
 struct Finish {
   Operands op;
@@ -53,8 +74,8 @@ struct Finish {
 
 commhooks_status run_finish(const Finish &finish, void *stream);
 
-// values[j] = residual[indices[j]], taken out; writes the report.
-commhooks_status run_gather(const Operands &op, const Control *control, const int32_t *indices, int64_t k,
+// values[j] = residual_out[indices[j]], taken out; writes the report.
+commhooks_status run_gather(const Operands &op, const Scratch &scratch, const int32_t *indices, int64_t k,
                             float *values, commhooks_report *report, void *stream);
 
 }  // namespace commhooks

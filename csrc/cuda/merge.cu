@@ -32,21 +32,6 @@ struct Merge {
   MergeScratch scratch;
 };
 
-// First place of `sorted` whose index is not below `index`.
-__device__ int64_t lower_bound(const int32_t *sorted, int64_t size, int32_t index) {
-  int64_t low = 0;
-  int64_t high = size;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (sorted[middle] < index) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 __device__ int32_t index_at(const Merge &args, int64_t position) {
   return position < args.size_a ? args.indices_a[position] : args.indices_b[position - args.size_a];
 }
@@ -227,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Merge args, Plan plan) 
       emit_chunk(args, begin, end, known);
       pad_output(args, known, item.index, plan.items[kEmit], shared_wide);
     }
-    finish_item(&control->schedule, item, shared);
+    finish_item(&control->schedule, item);
   }
 }
 

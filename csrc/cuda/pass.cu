@@ -56,7 +56,8 @@ __device__ void load_four<F16>(const void *from, int64_t index, int64_t numel, b
 
 __device__ void store_four(float *to, int64_t index, int64_t numel, bool aligned, const float *in) {
   if (aligned && index + 4 <= numel) {
-    *reinterpret_cast<float4 *>(to + index) = make_float4(in[0], in[1], in[2], in[3]);
+    // An ordinary store: from the plain assignment some compilers made four of 4 bytes.
+    __stwb(reinterpret_cast<float4 *>(to + index), make_float4(in[0], in[1], in[2], in[3]));
     return;
   }
 #pragma unroll
@@ -125,6 +126,53 @@ __device__ uint32_t append(const Target &target, Candidate *stage, uint32_t stag
   return direct ? staged : staged + total;
 }
 
+// What one lane finds in a tile: its 16 corrected elements, and of which of them the key reaches the floor.
+struct Found {
+  float corrected[kGroups][4];
+  uint32_t mask;       // bit 4 j + e: element 128 j + e behind the lane's first
+  uint32_t nonfinite;
+};
+
+// Compensates the 16 elements that a lane has of a tile, the first of which is `base`. kWhole: the tile is full, vectors
+// are aligned and no element looks for its segment.
+template <typename G, bool kVelocity, bool kWhole>
+__device__ __forceinline__ void compensate_tile(const Operands &op, int64_t base, bool aligned, float factor,
+                                                uint32_t floor, SegmentCursor *cursor, Found *found) {
+  const int64_t numel = kWhole ? base + kTile : op.numel;
+  const bool vectors = kWhole || aligned;
+  float g[kGroups][4];
+  float v[kGroups][4];
+  float (&r)[kGroups][4] = found->corrected;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    load_four<G>(op.grad, base + 128 * j, numel, vectors, g[j]);
+    load_four<F32>(op.residual, base + 128 * j, numel, vectors, r[j]);
+    if (kVelocity) load_four<F32>(op.velocity, base + 128 * j, numel, vectors, v[j]);
+  }
+  found->mask = 0;
+  found->nonfinite = 0;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!kWhole) {
+        const int64_t index = base + 128 * j + e;
+        if (index >= numel) continue;
+        const bool active = cursor->at(op, index);
+        if (op.rescale != nullptr) r[j][e] = __fmul_rn(cursor->rescale, r[j][e]);
+        if (!active) continue;
+      }
+      const Corrected x = compensate(g[j][e], r[j][e], kVelocity ? v[j][e] : 0.0f, factor, op.momentum, kVelocity);
+      r[j][e] = x.c;
+      if (kVelocity) v[j][e] = x.v;
+      found->nonfinite += x.bad ? 1u : 0u;
+      if (key_of(x.c) >= floor) found->mask |= 1u << (4 * j + e);
+    }
+    store_four(op.residual_out, base + 128 * j, numel, vectors, r[j]);
+    if (kVelocity) store_four(op.velocity_out, base + 128 * j, numel, vectors, v[j]);
+  }
+}
+
 // Resident blocks per multiprocessor: what the registers of one tile allow.
 constexpr int blocks_per_multiprocessor(bool velocity) { return velocity ? 3 : 4; }
 
@@ -138,44 +186,27 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kVelocity)
   const uint32_t floor = target.floor != 0 ? target.floor : target.control->floor;
   const int64_t tiles = (op.numel + kTile - 1) / kTile;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-  ActiveCursor cursor;
+  const bool simple = aligned && !op.looks_up;
+  SegmentCursor cursor;
   uint32_t staged = 0;
   uint32_t nonfinite = 0;
   for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(); tile < tiles; tile += stride) {
     const int64_t base = tile * kTile + 4 * lane_id();
-    float g[kGroups][4];
-    float r[kGroups][4];
-    float v[kGroups][4];
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      load_four<G>(op.grad, base + 128 * j, op.numel, aligned, g[j]);
-      load_four<F32>(op.residual, base + 128 * j, op.numel, aligned, r[j]);
-      if (kVelocity) load_four<F32>(op.velocity, base + 128 * j, op.numel, aligned, v[j]);
+    Found found;
+    if (simple && (tile + 1) * kTile <= op.numel) {
+      compensate_tile<G, kVelocity, true>(op, base, aligned, factor, floor, &cursor, &found);
+    } else {
+      compensate_tile<G, kVelocity, false>(op, base, aligned, factor, floor, &cursor, &found);
     }
-    uint32_t mask = 0;
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int64_t index = base + 128 * j + e;
-        if (index >= op.numel || !cursor.at(op, index)) continue;
-        const Corrected x = compensate(g[j][e], r[j][e], kVelocity ? v[j][e] : 0.0f, factor, op.momentum, kVelocity);
-        r[j][e] = x.c;
-        if (kVelocity) v[j][e] = x.v;
-        nonfinite += x.bad ? 1u : 0u;
-        if (key_of(x.c) >= floor) mask |= 1u << (4 * j + e);
-      }
-      store_four(op.residual, base + 128 * j, op.numel, aligned, r[j]);
-      if (kVelocity) store_four(op.velocity, base + 128 * j, op.numel, aligned, v[j]);
-    }
+    nonfinite += found.nonfinite;
     if (target.bitmap == nullptr) continue;
     uint32_t *const words = target.bitmap + tile * (kTile / 32);
-    if (__ballot_sync(kFullWarp, mask != 0) == 0) {
+    if (__ballot_sync(kFullWarp, found.mask != 0) == 0) {
       if (lane_id() < kTile / 32) words[lane_id()] = 0;
       continue;
     }
-    write_bits(mask, words);
-    if (target.list != nullptr) staged = append(target, stage, staged, mask, r, base);
+    write_bits(found.mask, words);
+    if (target.list != nullptr) staged = append(target, stage, staged, found.mask, found.corrected, base);
   }
   if (target.list != nullptr) flush_stage(target, stage, staged);
   nonfinite = warp_sum(nonfinite);
@@ -189,7 +220,8 @@ bool aligned_to(const void *pointer, uintptr_t bytes) { return reinterpret_cast<
 template <typename G>
 commhooks_status run_pass_of(const Operands &op, const Target &target, void *stream) {
   const bool aligned = aligned_to(op.grad, sizeof(typename G::four)) && aligned_to(op.residual, 16) &&
-                       (op.velocity == nullptr || aligned_to(op.velocity, 16));
+                       aligned_to(op.velocity, 16) && aligned_to(op.residual_out, 16) &&
+                       aligned_to(op.velocity_out, 16);
   const int64_t items = (op.numel + kTile * kWarps - 1) / (kTile * kWarps);
   const int blocks = blocks_for(items, resident_blocks(blocks_per_multiprocessor(op.velocity != nullptr)));
   const auto kernel = op.velocity != nullptr ? pass_kernel<G, true> : pass_kernel<G, false>;

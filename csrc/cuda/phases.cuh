@@ -35,24 +35,31 @@ __device__ inline Item next_item(Schedule *schedule, const Plan &plan, uint32_t 
     for (int phase = 0; phase < item.phase; ++phase) {
       while (load_now(&schedule->done[phase]) < plan.items[phase]) __nanosleep(100);
     }
-    __threadfence();
+    fence_device();
   }
   __syncthreads();
   return item;
 }
 
-// Reports an item as done. Every thread of the block must call it, after its last store for the item.
-// Returns, in every thread, how many items of the phase were done before.
-__device__ inline uint32_t finish_item(Schedule *schedule, const Item &item, uint32_t *shared) {
-  __threadfence();
+// Reports an item as done. Every thread of the block must call it, after its last store for the item. The barrier
+// brings those stores before the fence of thread 0, which orders them before the count.
+__device__ inline void finish_item(Schedule *schedule, const Item &item) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  fence_device();
+  atomicAdd(&schedule->done[item.phase], 1u);
+}
+
+// The same; returns, in every thread, whether all items of the phase are done. Then their results may be read.
+__device__ inline bool finish_item_as_last(Schedule *schedule, const Item &item, const Plan &plan, uint32_t *shared) {
   __syncthreads();
   uint32_t before = 0;
   if (threadIdx.x == 0) {
-    __threadfence();
+    fence_device();
     before = atomicAdd(&schedule->done[item.phase], 1u);
-    __threadfence();
+    fence_device();
   }
-  return block_broadcast(before, shared);
+  return block_broadcast(before, shared) + 1 == plan.items[item.phase];
 }
 
 }  // namespace commhooks

@@ -25,11 +25,14 @@ __device__ void list_chunk(const Scratch &scratch, int64_t words, int32_t chunk,
     const int64_t first = begin + 4 * static_cast<int64_t>(threadIdx.x);
     uint32_t bits[4];
     uint32_t count = 0;
+    // The bitmap has whole tiles, so a multiple of four words.
+    const uint4 four = first < words ? *reinterpret_cast<const uint4 *>(scratch.bitmap + first) : uint4{0, 0, 0, 0};
+    bits[0] = four.x;
+    bits[1] = four.y;
+    bits[2] = four.z;
+    bits[3] = four.w;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      bits[w] = first + w < words ? scratch.bitmap[first + w] : 0;
-      count += static_cast<uint32_t>(__popc(bits[w]));
-    }
+    for (int w = 0; w < 4; ++w) count += static_cast<uint32_t>(__popc(bits[w]));
     uint32_t total;
     uint32_t at = place + block_exclusive_sum(count, shared, &total);
 #pragma unroll

@@ -76,7 +76,7 @@ __device__ void flag_item(const Operands &op, Control *control, uint32_t *active
 template <typename G>
 __device__ void sample_item(const Operands &op, const Sample &sample, int64_t item, float factor,
                             uint32_t *histogram) {
-  ActiveCursor cursor;
+  SegmentCursor cursor;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     const int64_t element = item * kSampleItem + kThreads * j + threadIdx.x;
@@ -95,8 +95,9 @@ __device__ void sample_item(const Operands &op, const Sample &sample, int64_t it
     const float grad = decode<G>(static_cast<const typename G::storage *>(op.grad)[index]);
     const bool has_velocity = op.velocity != nullptr;
     const float velocity = has_velocity ? op.velocity[index] : 0.0f;
-    const uint32_t key =
-        key_of(compensate(grad, op.residual[index], velocity, factor, op.momentum, has_velocity).c);
+    float residual = op.residual[index];
+    if (op.rescale != nullptr) residual = __fmul_rn(cursor.rescale, residual);
+    const uint32_t key = key_of(compensate(grad, residual, velocity, factor, op.momentum, has_velocity).c);
     if (key == 0 || (sample.estimate != nullptr && key >= kInfinityKey)) continue;
     atomicAdd(histogram + (key >> kSampleShift), 1u);
   }
@@ -129,13 +130,13 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Operands op, Sample sa
     if (item.phase == plan.num_phases) return;
     if (item.phase == 0) {
       flag_item<G>(op, control, active, item.index, flag_item_size);
-      finish_item(&control->first, item, shared);
+      finish_item(&control->first, item);
       continue;
     }
     forget_if_all_active(&op, control);
     sample_item<G>(op, sample, item.index, factor, histogram);
     flush_histogram(histogram, control->sample, kSampleBins);
-    if (finish_item(&control->first, item, shared) + 1 == plan.items[1]) guess(sample, control, shared);
+    if (finish_item_as_last(&control->first, item, plan, shared)) guess(sample, control, shared);
   }
 }
 

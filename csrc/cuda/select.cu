@@ -30,6 +30,9 @@ commhooks_status check_fused(const commhooks_fused *fused) {
   if (fused->numel > 0 && (fused->grad == nullptr || fused->residual == nullptr)) {
     return fail(COMMHOOKS_INVALID, "grad and residual must not be NULL");
   }
+  if (fused->velocity_out != nullptr && fused->velocity == nullptr) {
+    return fail(COMMHOOKS_INVALID, "velocity_out needs velocity");
+  }
   return COMMHOOKS_OK;
 }
 
@@ -47,9 +50,14 @@ Operands operands_of(const commhooks_fused &fused, const Scratch &scratch) {
   op.grad = fused.grad;
   op.residual = fused.residual;
   op.velocity = fused.velocity;
+  op.residual_out = fused.residual_out != nullptr ? fused.residual_out : fused.residual;
+  op.velocity_out = fused.velocity_out != nullptr ? fused.velocity_out : fused.velocity;
   op.scale_ptr = fused.scale_ptr;
+  op.rescale = fused.rescale;
   op.offsets = fused.segment_offsets;
   op.active = segments ? scratch.active : nullptr;
+  op.active_out = segments ? fused.active : nullptr;
+  op.looks_up = op.active != nullptr || op.rescale != nullptr;
   op.numel = fused.numel;
   op.num_segments = segments ? fused.num_segments : 0;
   op.scale = fused.scale;
@@ -60,6 +68,21 @@ Operands operands_of(const commhooks_fused &fused, const Scratch &scratch) {
 commhooks_status clear(void *memory, int64_t bytes, void *stream) {
   if (bytes == 0) return COMMHOOKS_OK;
   return check("memset", cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+}
+
+commhooks_status check_outputs(const float *values, const int32_t *indices, int64_t k, const commhooks_report *report) {
+  if (report == nullptr || (k > 0 && (values == nullptr || indices == nullptr))) {
+    return fail(COMMHOOKS_INVALID, "values, indices and report must not be NULL");
+  }
+  return COMMHOOKS_OK;
+}
+
+// What a selection from nothing reports.
+commhooks_status report_nothing(const commhooks_fused &fused, commhooks_report *report, void *stream) {
+  if (fused.segment_offsets != nullptr && fused.active != nullptr) {
+    COMMHOOKS_TRY(clear(fused.active, fused.num_segments, stream));
+  }
+  return clear(report, sizeof(commhooks_report), stream);
 }
 
 // How much to sample for k of numel, and at which rank of the sample to guess.
@@ -93,10 +116,8 @@ extern "C" commhooks_status commhooks_cuda_select_topk(const commhooks_fused *fu
                                                        void *scratch, int64_t scratch_bytes, void *stream) {
   COMMHOOKS_TRY(check_fused(fused));
   if (k < 0 || k > fused->numel) return fail(COMMHOOKS_INVALID, "k must be in [0, numel]");
-  if (report == nullptr || (k > 0 && (values == nullptr || indices == nullptr))) {
-    return fail(COMMHOOKS_INVALID, "values, indices and report must not be NULL");
-  }
-  if (fused->numel == 0) return clear(report, sizeof(commhooks_report), stream);
+  COMMHOOKS_TRY(check_outputs(values, indices, k, report));
+  if (fused->numel == 0) return report_nothing(*fused, report, stream);
   const Scratch parts = lay_out(scratch, fused->numel, k, fused->num_segments, true);
   COMMHOOKS_TRY(check_scratch(scratch, scratch_bytes, parts.bytes));
   const Operands op = operands_of(*fused, parts);
@@ -106,7 +127,7 @@ extern "C" commhooks_status commhooks_cuda_select_topk(const commhooks_fused *fu
                            stream));
   const Target target{parts.control, parts.bitmap, parts.list, parts.capacity, floor};
   COMMHOOKS_TRY(run_pass(op, fused->grad_dtype, target, stream));
-  return run_finish(Finish{op, parts, values, indices, report, k, -1, floor}, stream);
+  return run_finish(Finish{after_pass(op), parts, values, indices, report, k, -1, floor}, stream);
 }
 
 extern "C" commhooks_status commhooks_cuda_select_threshold(const commhooks_fused *fused, float threshold, int64_t k,
@@ -119,10 +140,8 @@ extern "C" commhooks_status commhooks_cuda_select_threshold(const commhooks_fuse
   if (start < 0 || start > (fused->numel > 0 ? fused->numel - 1 : 0)) {
     return fail(COMMHOOKS_INVALID, "start must be in [0, numel)");
   }
-  if (report == nullptr || (k > 0 && (values == nullptr || indices == nullptr))) {
-    return fail(COMMHOOKS_INVALID, "values, indices and report must not be NULL");
-  }
-  if (fused->numel == 0) return clear(report, sizeof(commhooks_report), stream);
+  COMMHOOKS_TRY(check_outputs(values, indices, k, report));
+  if (fused->numel == 0) return report_nothing(*fused, report, stream);
   const Scratch parts = lay_out(scratch, fused->numel, k, fused->num_segments, true);
   COMMHOOKS_TRY(check_scratch(scratch, scratch_bytes, parts.bytes));
   const Operands op = operands_of(*fused, parts);
@@ -135,7 +154,7 @@ extern "C" commhooks_status commhooks_cuda_select_threshold(const commhooks_fuse
   COMMHOOKS_TRY(run_sample(op, fused->grad_dtype, Sample{}, parts, stream));
   const Target target{parts.control, parts.bitmap, nullptr, 0, floor};
   COMMHOOKS_TRY(run_pass(op, fused->grad_dtype, target, stream));
-  return run_finish(Finish{op, parts, values, indices, report, k, start, floor}, stream);
+  return run_finish(Finish{after_pass(op), parts, values, indices, report, k, start, floor}, stream);
 }
 
 extern "C" commhooks_status commhooks_cuda_select_indices(const commhooks_fused *fused, const int32_t *indices,
@@ -143,9 +162,7 @@ extern "C" commhooks_status commhooks_cuda_select_indices(const commhooks_fused 
                                                           void *scratch, int64_t scratch_bytes, void *stream) {
   COMMHOOKS_TRY(check_fused(fused));
   if (k < 0 || k > kMaxNumel) return fail(COMMHOOKS_INVALID, "k must be in [0, 2^31 - 1)");
-  if (report == nullptr || (k > 0 && (values == nullptr || indices == nullptr))) {
-    return fail(COMMHOOKS_INVALID, "values, indices and report must not be NULL");
-  }
+  COMMHOOKS_TRY(check_outputs(values, indices, k, report));
   const int64_t numel = fused->numel > 0 ? fused->numel : 1;
   const Scratch parts = lay_out(scratch, numel, 0, fused->num_segments, false);
   COMMHOOKS_TRY(check_scratch(scratch, scratch_bytes, parts.bytes));
@@ -156,7 +173,7 @@ extern "C" commhooks_status commhooks_cuda_select_indices(const commhooks_fused 
     const Target target{parts.control, nullptr, nullptr, 0, kNoKey};
     COMMHOOKS_TRY(run_pass(op, fused->grad_dtype, target, stream));
   }
-  return run_gather(op, parts.control, indices, k, values, report, stream);
+  return run_gather(after_pass(op), parts, indices, k, values, report, stream);
 }
 
 extern "C" commhooks_status commhooks_cuda_sample_threshold(const commhooks_fused *fused, int64_t k, uint64_t seed,
@@ -169,7 +186,8 @@ extern "C" commhooks_status commhooks_cuda_sample_threshold(const commhooks_fuse
   const Scratch parts = lay_out(scratch, fused->numel, 0, 0, false);
   COMMHOOKS_TRY(check_scratch(scratch, scratch_bytes, parts.bytes));
   Operands op = operands_of(*fused, parts);
-  op.active = nullptr;
+  op.active = nullptr;  // inactive segments count like active ones
+  op.looks_up = op.rescale != nullptr;
   COMMHOOKS_TRY(clear(scratch, parts.zeroed_bytes, stream));
   Sample sample = sample_of(fused->numel, k, seed, kMinEstimateSample, 0.0);
   sample.interpolate = true;

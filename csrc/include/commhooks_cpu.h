@@ -1,9 +1,9 @@
 /* commhooks: the CPU functions of the C ABI. Semantics: commhooks.h.
  *
- * All pointers are to host memory and need only the alignment of their element type; outputs must not overlap inputs
+ * All pointers are to host memory and need only the alignment of their element type. Outputs must not overlap inputs
  * or each other. `threads` >= 1 is an upper bound and never changes a result. Every function may be called from any
- * thread, several at a time, and after a fork. Index arrays are ascending and unique with COMMHOOKS_PAD at the end;
- * this is checked, and COMMHOOKS_INVALID returned, before anything is written.
+ * thread, by several at a time, and after a fork. Index arrays are ascending and unique with COMMHOOKS_PAD at the end.
+ * Each function checks this, and returns COMMHOOKS_INVALID, before it writes anything.
  */
 #ifndef COMMHOOKS_CPU_H
 #define COMMHOOKS_CPU_H
@@ -54,15 +54,13 @@ COMMHOOKS_API int32_t commhooks_cpu_merge_topk(const float *values_a, const int3
 COMMHOOKS_API int32_t commhooks_cpu_contains(const int32_t *wanted, int64_t size, const int32_t *among,
                                              int64_t among_size, uint8_t *found);
 
-/* dense[indices[j]] += scale * values[j]; the product is rounded first. */
-COMMHOOKS_API int32_t commhooks_cpu_scatter_add(float *dense, int64_t numel, const float *values,
-                                                const int32_t *indices, int64_t k, float scale);
+/* dense[indices[j]] += scale * values[j], row by row; the product is rounded first. */
+COMMHOOKS_API int32_t commhooks_cpu_scatter_add(float *dense, int64_t numel, const commhooks_rows *rows, float scale);
 
-/* out = 0, then out[indices[r][j]] += scale * values[r][j] row by row. Half types: one row, rounded to nearest even and
- * clamped to the finite range. */
-COMMHOOKS_API int32_t commhooks_cpu_write_back(void *out, int32_t dtype, int64_t numel, const float *values,
-                                               const int32_t *indices, int64_t rows, int64_t k, float scale,
-                                               int32_t threads);
+/* out = 0, then out[indices[j]] += scale * values[j], row by row. Half types take one row at most; its products are
+ * rounded to nearest even and clamped to the finite range. */
+COMMHOOKS_API int32_t commhooks_cpu_write_back(void *out, int32_t dtype, int64_t numel, const commhooks_rows *rows,
+                                               float scale, int32_t threads);
 
 /* Position of the first index that is out of order, negative or >= numel (padding aside); -1 when there is none. */
 COMMHOOKS_API int64_t commhooks_cpu_check_indices(const int32_t *indices, int64_t k, int64_t numel);

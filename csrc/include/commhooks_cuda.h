@@ -1,10 +1,13 @@
-/* commhooks: the CUDA side of the plain C ABI. Semantics of each element stand in commhooks.h.
+/* commhooks: the CUDA functions of the C ABI. Semantics: commhooks.h.
  *
- * All pointers (but `fused` itself, a host struct) are to memory of the current device. Every function enqueues on
- * `stream` (a cudaStream_t; NULL is the legacy default stream), never allocates, never waits for the device and may be
- * captured into a CUDA graph. `scratch` is the caller's: at least commhooks_cuda_scratch_bytes() long, 16-byte
+ * All pointers are to memory of the current device, except the structs themselves, which are the host's. Every function
+ * enqueues on `stream` (a cudaStream_t; NULL is the legacy default stream), never allocates, never waits for the device
+ * and may be captured into a CUDA graph. `scratch` is the caller's: at least commhooks_cuda_scratch_bytes() long, 16-byte
  * aligned, with any contents, and not used by anything else until the work has run. An argument that can be judged on
- * the host and is wrong gives COMMHOOKS_INVALID before anything is enqueued; indices on the device are trusted.
+ * the host and is wrong gives COMMHOOKS_INVALID before anything is enqueued.
+ *
+ * Index arrays are ascending and unique with COMMHOOKS_PAD at the end. Nobody checks that on the device. Indices that
+ * break the rule give wrong results, but no function reads or writes outside its buffers because of them.
  */
 #ifndef COMMHOOKS_CUDA_H
 #define COMMHOOKS_CUDA_H
@@ -64,14 +67,14 @@ COMMHOOKS_API commhooks_status commhooks_cuda_merge_topk(const float *values_a, 
                                                          uint8_t *survives_a, uint8_t *survives_b, void *scratch,
                                                          int64_t scratch_bytes, void *stream);
 
-/* dense[indices[j]] += scale * values[j]; unique indices, padding is skipped. */
-COMMHOOKS_API commhooks_status commhooks_cuda_scatter_add(float *dense, int64_t numel, const float *values,
-                                                          const int32_t *indices, int64_t k, float scale, void *stream);
+/* dense[indices[j]] += scale * values[j], row by row, in one launch; the product is rounded first. */
+COMMHOOKS_API commhooks_status commhooks_cuda_scatter_add(float *dense, int64_t numel, const commhooks_rows *rows,
+                                                          float scale, void *stream);
 
-/* out = 0, then rows of (values, indices) added one after the other; half precision takes one row, clamped. */
-COMMHOOKS_API commhooks_status commhooks_cuda_write_back(void *out, int32_t dtype, int64_t numel, const float *values,
-                                                         const int32_t *indices, int64_t rows, int64_t k, float scale,
-                                                         void *stream);
+/* out = 0, then out[indices[j]] += scale * values[j], row by row, in one launch. Half types take one row at most; its
+ * products are rounded to nearest even and clamped to the finite range. */
+COMMHOOKS_API commhooks_status commhooks_cuda_write_back(void *out, int32_t dtype, int64_t numel,
+                                                         const commhooks_rows *rows, float scale, void *stream);
 
 #ifdef __cplusplus
 }

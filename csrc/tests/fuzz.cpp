@@ -47,7 +47,7 @@ void fuzz_topk(Random &random) {
   }
   for (int64_t i = 0; i < n; ++i) {
     const bool taken = std::binary_search(order.begin(), order.end(), i);
-    CHECK(same(operands.residual[i], taken ? 0.0f : c[static_cast<size_t>(i)]));
+    CHECK(same(operands.new_residual()[i], taken ? 0.0f : c[static_cast<size_t>(i)]));
   }
 }
 
@@ -63,7 +63,7 @@ void fuzz_other_selections(Random &random) {
                                        &report) == COMMHOOKS_OK);
   CHECK(commhooks_cpu_check_indices(indices.get(), k, n) == -1);
   for (int64_t j = 0; j < report.count; ++j) {
-    CHECK(key_of(values[j]) > key_of(0.5f) && first.residual[indices[j]] == 0.0f);
+    CHECK(key_of(values[j]) > key_of(0.5f) && first.new_residual()[indices[j]] == 0.0f);
   }
 
   CHECK(commhooks_cpu_random_indices(random(), 1, 2, n, k, indices.get()) == COMMHOOKS_OK);
@@ -89,6 +89,7 @@ void fuzz_other_selections(Random &random) {
 struct Sparse {
   Buffer<float> values;
   Buffer<int32_t> indices;
+  commhooks_rows row() { return {values.get(), indices.get(), 1, values.size(), 0, 0}; }
   // Values are small integers, whose halves and sums are exact in any type, or `any`.
   Sparse(int64_t n, int64_t used, int64_t size, Random &random, bool any = false)
       : values(size, random), indices(size, random) {
@@ -120,8 +121,8 @@ void fuzz_merge_and_scatter(Random &random) {
   CHECK(commhooks_cpu_check_indices(indices.get(), k, n) == -1);
   Buffer<float> dense(n, random);
   for (Sparse *x : {&a, &b}) {
-    CHECK(commhooks_cpu_scatter_add(dense.get(), n, x->values.get(), x->indices.get(), x->indices.size(), 1.0f) ==
-          COMMHOOKS_OK);
+    const commhooks_rows row = x->row();
+    CHECK(commhooks_cpu_scatter_add(dense.get(), n, &row, 1.0f) == COMMHOOKS_OK);
   }
   uint32_t smallest = 0x7fffffffu;
   int64_t taken = 0;
@@ -163,14 +164,15 @@ void fuzz_write_back(Random &random) {
     if (indices[j] != COMMHOOKS_PAD) expected[indices[j]] += 0.5f * values[j];
   }
   std::fill_n(out.get(), n, 7.0f);
-  CHECK(commhooks_cpu_write_back(out.get(), COMMHOOKS_F32, n, values.get(), indices.get(), rows, size, 0.5f,
+  const commhooks_rows sparse{values.get(), indices.get(), rows, size, size, size};
+  CHECK(commhooks_cpu_write_back(out.get(), COMMHOOKS_F32, n, &sparse, 0.5f,
                                  1 + static_cast<int32_t>(below(random, 4))) == COMMHOOKS_OK);
   for (int64_t i = 0; i < n; ++i) CHECK(same(out[i], expected[i]));
   if (rows != 1) return;
   for (const int32_t dtype : {COMMHOOKS_BF16, COMMHOOKS_F16}) {
     Buffer<uint16_t> half(n, random);
     std::fill_n(half.get(), n, uint16_t{7});
-    CHECK(commhooks_cpu_write_back(half.get(), dtype, n, values.get(), indices.get(), 1, size, 0.5f, 2) == COMMHOOKS_OK);
+    CHECK(commhooks_cpu_write_back(half.get(), dtype, n, &sparse, 0.5f, 2) == COMMHOOKS_OK);
     // Halves of small integers are exact; what is infinite becomes the largest finite number.
     for (int64_t i = 0; i < n; ++i) {
       if (!std::isinf(expected[i])) CHECK(same(from_half(half[i], dtype), expected[i]));
@@ -183,9 +185,40 @@ void stream_once(Random &random) {
   const int64_t n = (4 << 20) + 77;
   Sparse a(n, 5000, 5000, random);
   Buffer<float> out(n, random);
-  CHECK(commhooks_cpu_write_back(out.get(), COMMHOOKS_F32, n, a.values.get(), a.indices.get(), 1, 5000, 1.0f, 3) ==
-        COMMHOOKS_OK);
+  const commhooks_rows row = a.row();
+  CHECK(commhooks_cpu_write_back(out.get(), COMMHOOKS_F32, n, &row, 1.0f, 3) == COMMHOOKS_OK);
   for (int64_t j = 0; j < 5000; ++j) CHECK(out[a.indices[j]] == a.values[j]);
+}
+
+// Indices as a hostile peer may send them: any bits. Every function refuses them, or they happen to be in order; nothing
+// outside the buffers is touched, which the sanitizers see.
+void fuzz_hostile_indices(Random &random) {
+  const int64_t n = 1 + below(random, 300);
+  const int64_t size = 1 + below(random, 40);
+  Sparse a(n, std::min(n, size), size, random);
+  Sparse b(n, std::min(n, size), size, random);
+  static const int32_t nasty[] = {-1, INT32_MIN, COMMHOOKS_PAD, COMMHOOKS_PAD - 1, 0};
+  for (int64_t turns = 1 + below(random, 3); turns > 0; --turns) {
+    const int32_t any = static_cast<int32_t>(random());
+    a.indices[below(random, size)] = random() % 2 != 0 ? nasty[below(random, 5)] : any;
+  }
+  const bool in_order = commhooks_cpu_check_indices(a.indices.get(), size, COMMHOOKS_PAD) == -1;
+  const bool in_range = commhooks_cpu_check_indices(a.indices.get(), size, n) == -1;
+  const int32_t wanted = in_range ? COMMHOOKS_OK : COMMHOOKS_INVALID;
+  Buffer<float> dense(n, random), values(size, random);
+  const commhooks_rows row = a.row();
+  CHECK(commhooks_cpu_scatter_add(dense.get(), n, &row, 1.0f) == wanted);
+  for (int64_t i = 0; !in_range && i < n; ++i) CHECK(dense[i] == 0.0f);
+  CHECK(commhooks_cpu_write_back(dense.get(), COMMHOOKS_F32, n, &row, 1.0f, 2) == wanted);
+  Operands operands(n, random);
+  commhooks_report report{};
+  CHECK(commhooks_cpu_select_indices(&operands.fused, a.indices.get(), size, 2, values.get(), &report) == wanted);
+  Buffer<int32_t> indices(size, random);
+  Buffer<uint8_t> kept_a(size, random), kept_b(size, random);
+  const int32_t ordered = in_order ? COMMHOOKS_OK : COMMHOOKS_INVALID;
+  CHECK(commhooks_cpu_merge_topk(b.values.get(), b.indices.get(), size, a.values.get(), a.indices.get(), size, size, 1,
+                                 values.get(), indices.get(), kept_b.get(), kept_a.get()) == ordered);
+  CHECK(commhooks_cpu_contains(b.indices.get(), size, a.indices.get(), size, kept_b.get()) == ordered);
 }
 
 void fuzz(uint64_t seed, int rounds) {
@@ -195,6 +228,7 @@ void fuzz(uint64_t seed, int rounds) {
     fuzz_other_selections(random);
     fuzz_merge_and_scatter(random);
     fuzz_write_back(random);
+    for (int i = 0; i < 20; ++i) fuzz_hostile_indices(random);
   }
 }
 
@@ -211,8 +245,9 @@ void refuse_bad_arguments() {
   CHECK(commhooks_cpu_select_topk(nullptr, 1, 0, 1, &x, &index, &report) == COMMHOOKS_INVALID);
   fused.grad_dtype = 7;
   CHECK(commhooks_cpu_select_topk(&fused, 1, 0, 1, &x, &index, &report) == COMMHOOKS_INVALID);
-  CHECK(commhooks_cpu_scatter_add(&x, 1, &x, &index, 1, 1.0f) == COMMHOOKS_INVALID);
-  CHECK(commhooks_cpu_write_back(&x, 0, 1, &x, &index, 1, 1, 1.0f, 1) == COMMHOOKS_INVALID);
+  const commhooks_rows row{&x, &index, 1, 1, 1, 1};
+  CHECK(commhooks_cpu_scatter_add(&x, 1, &row, 1.0f) == COMMHOOKS_INVALID);
+  CHECK(commhooks_cpu_write_back(&x, 0, 1, &row, 1.0f, 1) == COMMHOOKS_INVALID);
   CHECK(commhooks_cpu_check_indices(&index, 1, 5) == 0 && commhooks_cpu_check_indices(&index, 1, 6) == -1);
 }
 

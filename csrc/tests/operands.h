@@ -89,11 +89,15 @@ struct Operands {
   Buffer<float> grad;  // what the library should read, whatever the gradient's type
   Buffer<uint16_t> half;
   Buffer<float> residual, velocity;
+  Buffer<float> residual_out, velocity_out;  // used when the outputs are apart
   float more_scale = 1.0f;
   std::vector<int64_t> offsets;
+  std::vector<float> factors;
+  std::vector<uint8_t> flags;
   commhooks_fused fused{};
 
-  Operands(int64_t n, Random &random) : grad(n, random), half(n, random), residual(n, random), velocity(n, random) {
+  Operands(int64_t n, Random &random) : grad(n, random), half(n, random), residual(n, random), velocity(n, random),
+        residual_out(n, random), velocity_out(n, random) {
     fill(grad, random, random() % 2 != 0);
     fill(residual, random, random() % 8 == 0);
     fused.grad = grad.get();
@@ -125,7 +129,26 @@ struct Operands {
       }
       fused.segment_offsets = offsets.data();
       fused.num_segments = 3;
+      flags.assign(3, 7);
+      fused.active = flags.data();
     }
+    if (random() % 3 == 0) {
+      factors = offsets.empty() ? std::vector<float>{0.75f} : std::vector<float>{0.5f, 1.0f, 3.0f};
+      fused.rescale = factors.data();
+    }
+    if (random() % 2 != 0) {
+      fused.residual_out = residual_out.get();
+      if (fused.velocity != nullptr && random() % 2 != 0) fused.velocity_out = velocity_out.get();
+    }
+  }
+
+  // Where the pass leaves the residual.
+  Buffer<float> &new_residual() { return fused.residual_out != nullptr ? residual_out : residual; }
+
+  float kept(int64_t i) {
+    size_t s = 0;
+    while (!offsets.empty() && i >= offsets[s + 1]) ++s;
+    return factors.empty() ? residual[i] : factors[s] * residual[i];
   }
 
   bool active(int64_t i) {
@@ -148,12 +171,12 @@ struct Operands {
       if (!offsets.empty() && (i == 0 || std::find(offsets.begin(), offsets.end(), i) != offsets.end())) state = active(i);
       const size_t at = static_cast<size_t>(i);
       (*live)[at] = state;
-      c[at] = residual[i];
+      c[at] = kept(i);
       if (!state) continue;
-      c[at] = residual[i] + moved(i, grad[i] * (fused.scale * more_scale));
+      c[at] = kept(i) + moved(i, grad[i] * (fused.scale * more_scale));
       if (!std::isfinite(c[at])) {
         ++*nonfinite;
-        c[at] = residual[i] + moved(i, 0.0f);
+        c[at] = kept(i) + moved(i, 0.0f);
       }
     }
     return c;

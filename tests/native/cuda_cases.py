@@ -76,7 +76,8 @@ def make_segments(numel: int, grad: Tensor, generator: torch.Generator) -> Tenso
 
 
 def make_fused(kind: str, numel: int, dtype: torch.dtype, seed: int, *, options: int = 0) -> Fused:
-    """A case on the CPU; bits of ``options``: velocity, segments, a scale on the device, unaligned memory."""
+    """A case on the CPU; bits of ``options``: velocity, segments, a scale on the device, unaligned memory, outputs
+    apart from inputs, factors of the residual."""
     generator = torch.Generator().manual_seed(seed)
     grad, residual = make_data(kind, numel, generator)
     velocity = torch.randn(numel, generator=generator) if options & 1 else None
@@ -95,7 +96,17 @@ def make_fused(kind: str, numel: int, dtype: torch.dtype, seed: int, *, options:
         scale=1.25 if options & 4 else 1.0,
         scale_tensor=scale,
         segments=segments,
+        residual_out=torch.full_like(residual, torch.nan) if options & 16 else None,
+        velocity_out=None if velocity is None or not options & 16 else torch.full_like(velocity, torch.nan),
+        rescale=_factors(segments, generator) if options & 32 else None,
     )
+
+
+def _factors(segments: Tensor | None, generator: torch.Generator) -> Tensor:
+    """A factor of the residual for each segment, some of them 1."""
+    factors = torch.rand(1 if segments is None else segments.numel() - 1, generator=generator) + 0.5
+    factors[1::3] = 1.0
+    return factors
 
 
 def _moved(tensor: Tensor | None, device: str, offset: int = 0) -> Tensor | None:
@@ -120,6 +131,9 @@ def on_device(fused: Fused, device: str, unaligned: bool = False) -> Fused:
         scale=fused.scale,
         scale_tensor=_moved(fused.scale_tensor, device),
         segments=_moved(fused.segments, device),
+        residual_out=_moved(fused.residual_out, device, 1 if unaligned else 0),
+        velocity_out=_moved(fused.velocity_out, device),
+        rescale=_moved(fused.rescale, device),
     )
 
 
@@ -143,12 +157,17 @@ def same_bits(ours: Tensor, theirs: Tensor, what: str) -> None:
 
 def same_selection(ours: Selected, theirs: Selected, mine: Fused, reference_side: Fused, what: str) -> None:
     """Compares results, report (without misses) and what was left behind."""
-    same_bits(ours.report[:2], theirs.report[:2], f"{what}: report")
+    where = torch.tensor([0, 1, 3])
+    same_bits(ours.report.cpu()[where], theirs.report.cpu()[where], f"{what}: report")
+    assert (ours.active is None) == (theirs.active is None), what
+    if ours.active is not None and theirs.active is not None:
+        same_bits(ours.active, theirs.active, f"{what}: active")
     same_bits(ours.indices, theirs.indices, f"{what}: indices")
     same_bits(ours.values, theirs.values, f"{what}: values")
-    same_bits(mine.residual, reference_side.residual, f"{what}: residual")
-    if mine.velocity is not None and reference_side.velocity is not None:
-        same_bits(mine.velocity, reference_side.velocity, f"{what}: velocity")
+    for name in ("residual", "velocity", "residual_out", "velocity_out"):
+        mine_now, theirs_now = getattr(mine, name), getattr(reference_side, name)
+        if mine_now is not None:
+            same_bits(mine_now, theirs_now, f"{what}: {name}")
 
 
 def check_select_topk(
@@ -168,7 +187,7 @@ def check_select_with_nan(
     """NaN in the memory itself: a GPU gives them another payload, and so may take others of them; see kernel_cases."""
     fused = kernel_cases.fused(kind, numel, numel + k, velocity=velocity, segments=segments)
     mine, theirs = on_device(fused, device), on_device(fused, "cpu")
-    ours = Selected(*(part.cpu() for part in cuda.select_topk(mine, k, 1)))
+    ours = Selected(*(None if part is None else part.cpu() for part in cuda.select_topk(mine, k, 1)))
     kernel_cases.same_but_for_nan(ours, on_device(mine, "cpu"), reference.select_topk(theirs, k), theirs)
 
 
@@ -259,8 +278,8 @@ def check_scatter_add(device: str, numel: int, k: int, pads: int, scale: float) 
     dense = torch.randn(numel, generator=torch.Generator().manual_seed(1))
     dense[::2] = -0.0
     ours = dense.to(device, copy=True)
-    cuda.scatter_add(ours, values.to(device), indices.to(device), scale)
-    reference.scatter_add(dense, values, indices, scale)
+    cuda.scatter_add(ours, values.to(device)[None], indices.to(device)[None], scale)
+    reference.scatter_add(dense, values[None], indices[None], scale)
     same_bits(ours, dense, f"scatter_add {numel} {k} {pads}")
 
 

@@ -42,7 +42,7 @@ def select_topk(device: str, sizes: tuple[int, ...], *, every: int = 1) -> int:
                     turn += 1
                     if turn % every:
                         continue
-                    options = turn * 7 % 16
+                    options = turn * 7 % 64
                     fused = cases.make_fused(kind, numel, dtype, turn, options=options)
                     what = f"{kind} numel {numel} k {k} {dtype} options {options} turn {turn}"
                     unaligned = bool(options & 8)
@@ -61,7 +61,7 @@ def select_others(device: str, sizes: tuple[int, ...], *, every: int = 1) -> Non
                     if turn % every:
                         continue
                     k = ks(numel)[turn % len(ks(numel))]
-                    fused = cases.make_fused(kind, numel, cases.DTYPES[turn % 3], turn, options=turn * 7 % 16)
+                    fused = cases.make_fused(kind, numel, cases.DTYPES[turn % 3], turn, options=turn * 7 % 64)
                     what = f"{kind} numel {numel} k {k} threshold {threshold} start {start} turn {turn}"
                     cases.check_select_threshold(device, fused, threshold, k, start, what)
                     used = torch.randperm(numel)[:k].sort().values.to(torch.int32)

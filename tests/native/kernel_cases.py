@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -84,10 +86,13 @@ def fused(
     scaled: bool = False,
     segments: int = 0,
     misaligned: bool = False,
+    apart: bool = False,
+    rescaled: bool = False,
 ) -> Fused:
     """Operands of the given kind; with ``segments`` some of them have an all-zero gradient.
 
-    A poisoned kind has NaN and infinities in gradient, residual and velocity.
+    A poisoned kind has NaN and infinities in gradient, residual and velocity. With ``apart`` the outputs are other
+    tensors, full of NaN; with ``rescaled`` each segment has a factor of the residual.
     """
     generator = torch.Generator().manual_seed(seed)
     grad = values(kind, numel, generator).to(dtype)
@@ -106,6 +111,8 @@ def fused(
     if misaligned:
         grad, residual = unaligned(grad), unaligned(residual)
         speed = None if speed is None else unaligned(speed)
+    factors = torch.rand(max(segments, 1), generator=generator) + 0.5
+    factors[::4] = 1.0
     return Fused(
         grad,
         residual,
@@ -114,20 +121,17 @@ def fused(
         scale=0.125 / 3 if scaled else 1.0,
         scale_tensor=torch.tensor(1.7) if scaled else None,
         segments=offsets,
+        residual_out=torch.full_like(residual, torch.nan) if apart else None,
+        velocity_out=torch.full_like(speed, torch.nan) if apart and speed is not None else None,
+        rescale=factors if rescaled else None,
     )
 
 
 def copy(fused: Fused) -> Fused:
-    """The same operands in memory of their own."""
-    return Fused(
-        fused.grad,
-        fused.residual.clone(),
-        None if fused.velocity is None else fused.velocity.clone(),
-        fused.momentum,
-        fused.scale,
-        fused.scale_tensor,
-        fused.segments,
-    )
+    """The same operands, with all that is or may be written in memory of its own."""
+    names = ("residual", "velocity", "residual_out", "velocity_out")
+    mine = {name: getattr(fused, name) for name in names if getattr(fused, name) is not None}
+    return replace(fused, **{name: tensor.clone() for name, tensor in mine.items()})
 
 
 def same_bits(name: str, got: Tensor, want: Tensor) -> None:
@@ -148,10 +152,15 @@ def same_selection(got: Selected, got_fused: Fused, want: Selected, want_fused: 
     """Asserts that a kernel did what the reference did."""
     same_bits("indices", got.indices, want.indices)
     same_bits("values", got.values, want.values)
-    same_bits("report", got.report[:2], want.report[:2])
-    same_bits("residual", got_fused.residual, want_fused.residual)
-    if got_fused.velocity is not None and want_fused.velocity is not None:
-        same_bits("velocity", got_fused.velocity, want_fused.velocity)
+    same_bits("report", got.report[[0, 1, 3]], want.report[[0, 1, 3]])
+    assert (got.active is None) == (want.active is None)
+    if got.active is not None and want.active is not None:
+        same_bits("active", got.active, want.active)
+    # With outputs of their own the inputs are compared too: both sides must have left them alone.
+    for name in ("residual", "velocity", "residual_out", "velocity_out"):
+        ours, theirs = getattr(got_fused, name), getattr(want_fused, name)
+        if ours is not None:
+            same_bits(name, ours, theirs)
 
 
 def same_but_for_nan(got: Selected, got_fused: Fused, want: Selected, want_fused: Fused) -> None:

@@ -50,7 +50,7 @@ def results() -> list[Tensor]:
         assert operands.velocity is not None
         found.append(operands.velocity)
     empty = Fused(fused.grad[:0], fused.residual[:0])
-    found += ops.select_indices(empty, a[1][:0])
+    found += ops.select_indices(empty, a[1][:0])[:3]
     found += ops.merge_topk(*a, *b, 700)
     found += ops.merge_topk(a[0][:0], a[1][:0], b[0][:0], b[1][:0], 2)
     found += [ops.contains(a[1], b[1]), ops.random_indices(1, 2, 3, 70_001, 5)]

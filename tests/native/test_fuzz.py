@@ -25,6 +25,8 @@ operands = st.fixed_dictionaries(
         "scaled": st.booleans(),
         "segments": st.integers(0, 12),
         "misaligned": st.booleans(),
+        "apart": st.booleans(),
+        "rescaled": st.booleans(),
     }
 )
 

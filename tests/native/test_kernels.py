@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from typing import Iterator
 
 import kernel_cases as cases
@@ -66,8 +67,10 @@ def test_select_topk_with_everything(dtype: torch.dtype) -> None:
             scaled=i % 2 == 0,
             segments=segments,
             misaligned=misaligned,
+            apart=i % 5 in (1, 2),
+            rescaled=i % 5 in (2, 3),
         )
-        for k in (1, numel // 100, numel // 3):
+        for k in (0, 1, numel // 100, numel // 3):
             check_topk(fused, k, threads=1 + i % 3)
 
 
@@ -102,17 +105,20 @@ def test_missed_guesses_are_exact() -> None:
         few = torch.zeros(numel)
         # The nonzero elements fill whole pieces, in runs that a sample of 1/128 rarely meets.
         few[seed * 1000 : seed * 1000 + 4000] = torch.randn(4000)
-        misses += check_topk(Fused(few, torch.zeros(numel)), 1000, threads=2, seed=seed)
+        apart = {"residual_out": torch.empty(numel), "rescale": torch.full((1,), 3.0)} if seed else {}
+        misses += check_topk(Fused(few, torch.zeros(numel), **apart), 1000, threads=2, seed=seed)
         tied = torch.full((numel,), 0.25)
         tied[::1000] = 1.0
-        misses += check_topk(Fused(tied, torch.zeros(numel)), 1000, threads=2, seed=seed)
+        memory = torch.full((numel,), 0.125 * (seed > 1))
+        misses += check_topk(Fused(tied, memory, **apart), 1000, threads=2, seed=seed)
     assert misses > 0
 
 
 def test_select_threshold() -> None:
     for kind, numel in itertools.product(cases.KINDS, (0, 1, 257, 4097, 70001)):
         for i, threshold in enumerate((0.0, 1e-3, 1.0, 1e30, float("inf"))):
-            fused = cases.fused(kind, numel, i, segments=4 if i % 2 else 0, velocity=i % 3 == 0)
+            options = {"velocity": i % 3 == 0, "apart": i in (0, 3), "rescaled": i in (2, 3)}
+            fused = cases.fused(kind, numel, i, segments=4 if i % 2 else 0, **options)
             for k, start in ((0, 0), (numel // 50, numel // 3), (numel, max(numel - 1, 0))):
                 got_fused, want_fused = cases.copy(fused), cases.copy(fused)
                 got = ops.select_threshold(got_fused, threshold, k, start=start, threads=2)
@@ -123,7 +129,8 @@ def test_select_threshold() -> None:
 def test_select_indices() -> None:
     for kind, numel in itertools.product(("gaussian", "bad"), (0, 1, 257, 4097, 70001)):
         for i, k in enumerate(ks(numel)):
-            fused = cases.fused(kind, numel, i, segments=5 if i % 2 else 0, velocity=i % 3 == 0)
+            options = {"velocity": i % 3 == 0, "apart": i in (1, 2), "rescaled": i in (0, 1)}
+            fused = cases.fused(kind, numel, i, segments=5 if i % 2 else 0, **options)
             generator = torch.Generator().manual_seed(i)
             _, indices = cases.sparse(numel, k, k - k // 4, generator, whole=False)
             got_fused, want_fused = cases.copy(fused), cases.copy(fused)
@@ -134,6 +141,13 @@ def test_select_indices() -> None:
 def test_sample_threshold_is_near() -> None:
     fused = cases.fused("gaussian", 500_000, 1, velocity=True, scaled=True)
     before = cases.copy(fused)
+    rescaled = cases.fused("gaussian", 500_000, 1, segments=9, rescaled=True, apart=True)
+    for k in (500, 5000, 50_000):
+        estimate = ops.sample_threshold(rescaled, k)
+        # Inactive segments count like active ones.
+        each = torch.repeat_interleave(rescaled.rescale, rescaled.segments.diff())
+        above = int(((each * rescaled.residual + rescaled.grad).abs() > estimate).sum())
+        assert 0.4 * k < above + 1 < 2.5 * k, (k, above)
     for k in (500, 5000, 50_000, 500_000):
         estimate = ops.sample_threshold(fused, k)
         count = reference.select_threshold(cases.copy(fused), estimate, 500_000).report[0].item()
@@ -258,7 +272,7 @@ def test_scatter_add_and_write_back() -> None:
         values, indices = (torch.stack(part) for part in zip(*rows, strict=True))
         got, want = torch.randn(2, numel, generator=generator).mul_(0).add_(0.5)
         ops.scatter_add(got, values[0], indices[0], 0.3)
-        reference.scatter_add(want, values[0], indices[0], 0.3)
+        reference.scatter_add(want, values[:1], indices[:1], 0.3)
         cases.same_bits("scatter_add", got, want)
         for offset, m, threads in ((0, 1, 1), (0, 3, 2), (1, 3, 2)):
             got, want = torch.full((2, numel + offset), 9.0)[:, offset:]
@@ -297,3 +311,89 @@ def test_works_after_a_fork() -> None:
 
 def test_padding_constant() -> None:
     assert PAD == 2**31 - 1
+
+
+def test_large_outputs_apart_from_their_inputs() -> None:
+    """From 4 MB on new residuals and velocities are written with streaming stores."""
+    numel = (1 << 20) + 77
+    for i, (misaligned, segments) in enumerate(itertools.product((False, True), (0, 9))):
+        options = {"velocity": i % 2 == 0, "segments": segments, "misaligned": misaligned}
+        fused = cases.fused("bad", numel, i, apart=True, rescaled=i == 1, **options)
+        before = cases.copy(fused)
+        for k in (1000, numel // 3):
+            check_topk(fused, k, threads=2)
+        calls = (
+            lambda ops, f: ops.select_threshold(f, 2.0, 20_000, start=numel // 2),
+            lambda ops, f: ops.select_indices(f, torch.arange(0, numel, 97, dtype=torch.int32)),
+        )
+        for call in calls:
+            got_fused, want_fused = cases.copy(fused), cases.copy(fused)
+            got = call(ops, got_fused)
+            cases.same_selection(got, got_fused, call(reference, want_fused), want_fused)
+        cases.same_bits("residual", fused.residual, before.residual)
+
+
+def test_going_back_is_a_swap() -> None:
+    """The memory from before stays bit for bit, and the result is that of the pass in place."""
+    fused = cases.fused("gaussian", 70_001, 1, velocity=True, segments=5)
+    apart = cases.fused("gaussian", 70_001, 1, velocity=True, segments=5, apart=True)
+    kept = cases.copy(apart)
+    got, want = ops.select_topk(apart, 700), ops.select_topk(fused, 700)
+    for ours, theirs in zip(got, want, strict=True):
+        cases.same_bits("output", ours, theirs)
+    cases.same_bits("residual", apart.new_residual, fused.residual)
+    cases.same_bits("velocity", apart.new_velocity, fused.velocity)
+    cases.same_bits("residual from before", apart.residual, kept.residual)
+    cases.same_bits("velocity from before", apart.velocity, kept.velocity)
+
+
+def test_a_rescaled_residual_is_the_one_scaled_before() -> None:
+    """Inactive segments are scaled too."""
+    rescaled = cases.fused("gaussian", 70_001, 1, velocity=True, segments=6, rescaled=True)
+    before = cases.fused("gaussian", 70_001, 1, velocity=True, segments=6)
+    for factor, begin, end in zip(rescaled.rescale.tolist(), before.segments, before.segments[1:]):
+        before.residual[begin:end] *= factor
+    got, want = ops.select_topk(rescaled, 700), ops.select_topk(before, 700)
+    cases.same_selection(got, replace(rescaled, rescale=None), want, before)
+
+
+def test_flags_of_inactive_segments() -> None:
+    """One flag per segment and the number of elements in the inactive ones, with the pass."""
+    offsets = torch.tensor([0, 0, 10, 20, 20, 30])
+    grad = torch.zeros(30)
+    grad[:10], grad[12], grad[25] = -0.0, torch.nan, 1e-45
+    for call in (
+        lambda f: ops.select_topk(f, 3),
+        lambda f: ops.select_threshold(f, 0.5, 3),
+        lambda f: ops.select_indices(f, torch.empty(0, dtype=torch.int32)),
+    ):
+        got = call(Fused(grad, torch.ones(30), segments=offsets))
+        assert got.active.dtype == torch.bool and got.active.tolist() == [False, False, True, False, True]
+        assert got.report[3] == 10
+        without = call(Fused(grad, torch.ones(30)))
+        assert without.active is None and without.report[3] == 0
+
+
+def test_rows_of_a_message() -> None:
+    """Rows with other words between them, and indices that all rows share."""
+    generator = torch.Generator().manual_seed(0)
+    numel, k = 70_001, 700
+    message = torch.randint(-9, 9, (3, 4 + 2 * k), dtype=torch.int32, generator=generator)
+    for row in message:
+        values, indices = cases.sparse(numel, k, k - 9, generator, whole=False)
+        row[4 : 4 + k], row[4 + k :] = values.view(torch.int32), indices
+    values, indices = message[:, 4 : 4 + k].view(torch.float32), message[:, 4 + k :]
+    for which in (indices, indices[:1].expand(3, k)):
+        got, want = torch.randn(numel, generator=generator), torch.empty(0)
+        want = got.clone()
+        ops.scatter_add(got, values, which, 0.3)
+        reference.scatter_add(want, values.contiguous(), which.contiguous(), 0.3)
+        cases.same_bits("scatter_add", got, want)
+        ops.write_back(got, values, which, 0.3, threads=2)
+        reference.write_back(want, values.contiguous(), which.contiguous(), 0.3)
+        cases.same_bits("write_back", got, want)
+    for call in (ops.scatter_add, ops.write_back):
+        with pytest.raises(ValueError, match="rows of values and indices must be contiguous"):
+            call(torch.zeros(numel), values[:, ::2], indices[:, ::2])
+        with pytest.raises(ValueError, match="values and .* must not share memory"):
+            call(message.view(torch.float32)[-1], values, indices)

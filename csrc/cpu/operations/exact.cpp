@@ -10,7 +10,7 @@ namespace commhooks {
 namespace {
 
 // Counts the digits (key >> shift) & mask of keys that begin with `prefix` above them, beside what `bins` holds.
-void histogram(const std::vector<Range> &share, const float *corrected, int shift, int width, uint32_t prefix,
+void histogram(const Ranges &share, const float *corrected, int shift, int width, uint32_t prefix,
                uint32_t *bins) {
   const uint32_t mask = (1u << width) - 1u;
   for (const Range &range : share) {
@@ -31,7 +31,7 @@ Threshold find_threshold(const Plan &plan, const float *corrected, int64_t k, ui
   const int widths[3] = {11, 11, 9};
   for (int level = 0; level < 3; ++level) {
     std::fill(bins, bins + plan.threads * kBins, 0u);
-    plan.for_shares([&](const std::vector<Range> &share, size_t, size_t thread) {
+    plan.for_shares([&](const Ranges &share, size_t, size_t thread) {
       histogram(share, corrected, shifts[level], widths[level], prefix, bins + static_cast<int64_t>(thread) * kBins);
     });
     uint32_t digit = (1u << widths[level]) - 1u;
@@ -47,7 +47,7 @@ Threshold find_threshold(const Plan &plan, const float *corrected, int64_t k, ui
   found.key = prefix;
   found.above.resize(plan.shares.size());
   found.equal.resize(plan.shares.size());
-  plan.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
+  plan.for_shares([&](const Ranges &share, size_t at, size_t) {
     for (const Range &range : share) {
       int64_t above = 0;
       int64_t equal = 0;
@@ -74,7 +74,7 @@ void take_out(const Plan &plan, const Threshold &threshold, float *residual, flo
   for (size_t t = 1; t < offsets.size(); ++t) {
     offsets[t] = offsets[t - 1] + threshold.above[t - 1] + threshold.equal[t - 1];
   }
-  plan.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
+  plan.for_shares([&](const Ranges &share, size_t at, size_t) {
     int64_t place = offsets[at];
     int64_t ties = threshold.equal[at];
     for (const Range &range : share) {

@@ -33,7 +33,7 @@ class Pieces {
     const int64_t begin = range.begin + (at - before_);
     // At the end of a range the piece begins earlier, or is shorter.
     const int64_t shifted = std::max(range.begin, std::min(begin & ~(kPiece - 1), range.end - kPiece));
-    return {shifted, std::min(range.end, shifted + kPiece)};
+    return {shifted, std::min(range.end, shifted + kPiece), range.rescale};
   }
 
  private:
@@ -57,8 +57,19 @@ void prefetch(const FuseArgs &args, int64_t i) {
   if (args.velocity != nullptr) __builtin_prefetch(args.velocity + i);
 }
 
-int64_t draw(const Plan &plan, const FuseArgs &args, int64_t pieces, int64_t first, int64_t last, uint64_t seed,
-             float *out) {
+// The operands whose sum is the new residual, which holds the corrected gradient once the pass is over.
+FuseArgs passed_args(const Plan &plan) {
+  FuseArgs args = plan.args;
+  args.grad = args.residual_out;
+  args.residual = args.residual_out;
+  args.dtype = COMMHOOKS_F32;
+  args.velocity = nullptr;
+  args.factor = 0.0f;
+  return args;
+}
+
+int64_t draw(const Plan &plan, bool passed, int64_t pieces, int64_t first, int64_t last, uint64_t seed, float *out) {
+  FuseArgs args = passed ? passed_args(plan) : plan.args;
   const Kernels &kernel = kernels();
   Pieces places(plan, pieces, seed);
   Range ahead[kAhead];
@@ -66,6 +77,7 @@ int64_t draw(const Plan &plan, const FuseArgs &args, int64_t pieces, int64_t fir
   for (int64_t j = first; j < last + kAhead; ++j) {
     Range &slot = ahead[(j - first) % kAhead];
     if (j >= first + kAhead) {
+      args.rescale = passed ? 1.0f : slot.rescale;
       kernel.sample(args, slot.begin, slot.end - slot.begin, out + drawn);
       drawn += slot.end - slot.begin;
     }
@@ -95,7 +107,7 @@ Guess plan_guess(int64_t numel, int64_t k, int64_t effort) {
 
 int64_t samples_per_task(int64_t samples, int64_t tasks) { return (samples / kPiece / tasks + 1) * kPiece; }
 
-uint32_t guess_key(const Plan &plan, const FuseArgs &args, const Guess &guess, uint64_t seed,
+uint32_t guess_key(const Plan &plan, bool passed, const Guess &guess, uint64_t seed,
                    const std::vector<float *> &rooms, uint32_t *bins) {
   const int64_t tasks = static_cast<int64_t>(rooms.size());
   const int64_t pieces = guess.samples / kPiece;
@@ -104,7 +116,7 @@ uint32_t guess_key(const Plan &plan, const FuseArgs &args, const Guess &guess, u
     const size_t at = static_cast<size_t>(t);
     float *spare = rooms[at] + samples_per_task(guess.samples, tasks) + kAppendSlack;
     lists[at] = {rooms[at], nullptr, 0, spare};
-    lists[at].size = draw(plan, args, pieces, pieces * t / tasks, pieces * (t + 1) / tasks, seed, rooms[at]);
+    lists[at].size = draw(plan, passed, pieces, pieces * t / tasks, pieces * (t + 1) / tasks, seed, rooms[at]);
   });
   int64_t drawn = 0;
   for (const List &list : lists) drawn += list.size;
@@ -121,9 +133,9 @@ extern "C" int32_t commhooks_cpu_sample_threshold(const commhooks_fused *fused, 
   *threshold = 0.0f;
   if (k == 0) return COMMHOOKS_OK;
   try {
-    commhooks_fused whole = *fused;
-    whole.segment_offsets = nullptr;
-    const Plan plan(whole, 1);
+    commhooks_fused unmarked = *fused;
+    unmarked.active = nullptr;
+    const Plan plan(unmarked, 1, true);
     Guess guess = plan_guess(plan.numel, k, 1);
     guess.rank = std::max<int64_t>(1, std::llround(static_cast<double>(guess.samples) * static_cast<double>(k) /
                                                    static_cast<double>(plan.numel)));
@@ -134,7 +146,7 @@ extern "C" int32_t commhooks_cpu_sample_threshold(const commhooks_fused *fused, 
     }
     float *samples = scratch.take<float>(room);
     uint32_t *bins = scratch.take<uint32_t>(kBins);
-    *threshold = float_of(guess_key(plan, plan.args, guess, seed, {samples}, bins));
+    *threshold = float_of(guess_key(plan, false, guess, seed, {samples}, bins));
   } catch (...) {
     return COMMHOOKS_NO_MEMORY;
   }

@@ -19,8 +19,8 @@ void select_range(const FuseArgs &args, const Range &range, const int32_t *indic
     const int64_t end = std::min(range.end, begin + kBlock);
     kernels().fuse(args, begin, end, false, out);
     for (; j < used && indices[j] < end; ++j) {
-      values[j] = args.residual[indices[j]];
-      args.residual[indices[j]] = 0.0f;
+      values[j] = args.residual_out[indices[j]];
+      args.residual_out[indices[j]] = 0.0f;
     }
   }
 }
@@ -39,12 +39,14 @@ extern "C" int32_t commhooks_cpu_select_indices(const commhooks_fused *fused, co
     std::vector<Appender> counts(plan.shares.size());
     *report = commhooks_report{};
     std::fill(values, values + k, 0.0f);
-    plan.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
+    plan.carry_inactive();
+    plan.for_shares([&](const Ranges &share, size_t at, size_t) {
       Appender out{};
-      for (const Range &range : share) select_range(plan.args, range, indices, used, values, out);
+      for (const Range &range : share) select_range(plan.args_of(range), range, indices, used, values, out);
       counts[at] = out;
     });
     report->count = used;
+    report->inactive = plan.inactive();
     for (const Appender &out : counts) report->nonfinite += out.nonfinite;
   } catch (...) {
     return COMMHOOKS_NO_MEMORY;

@@ -41,11 +41,13 @@ class AboveThreshold {
   }
 
   void run(float *values, int32_t *indices, commhooks_report *report) {
-    plan_.for_shares([&](const std::vector<Range> &share, size_t at, size_t) {
+    plan_.carry_inactive();
+    plan_.for_shares([&](const Ranges &share, size_t at, size_t) {
       for (const Range &range : share) {
         for (size_t part = 0; part < 2; ++part) {
           const Range piece = cut(range, part);
-          if (piece.begin < piece.end) kernels().fuse(plan_.args, piece.begin, piece.end, true, found_[2 * at + part]);
+          if (piece.begin >= piece.end) continue;
+          kernels().fuse(plan_.args_of(range), piece.begin, piece.end, true, found_[2 * at + part]);
         }
       }
     });
@@ -65,11 +67,12 @@ class AboveThreshold {
         std::copy_n(out.values, taken[p], values + written);
         std::copy_n(out.indices, taken[p], indices + written);
         written += taken[p];
-        for (int64_t j = taken[p]; j < out.count; ++j) plan_.args.residual[out.indices[j]] = out.values[j];
+        for (int64_t j = taken[p]; j < out.count; ++j) plan_.args.residual_out[out.indices[j]] = out.values[j];
       }
     }
     pad(values, indices, written, k_);
     report->count = written;
+    report->inactive = plan_.inactive();
     for (const Appender &out : found_) report->nonfinite += out.nonfinite;
   }
 

@@ -59,23 +59,25 @@ class TopK {
   void run(float *values, int32_t *indices, int64_t places, commhooks_report *report) {
     int64_t written = 0;
     int64_t misses = 0;
+    plan_.carry_inactive();
     if (k_ == 0 || guess_.capacity == 0) {
       fuse(false, kMagnitudeBits);
       if (k_ > 0) written = exact(values, indices);
     } else {
-      const uint32_t key = guess_.samples > 0 ? guess_key(plan_, plan_.args, guess_, seed_, samples_, bins_) : 1;
+      const uint32_t key = guess_.samples > 0 ? guess_key(plan_, false, guess_, seed_, samples_, bins_) : 1;
       fuse(true, std::max(key, 1u) - 1);
       if (!verified() && ++misses != 0) collect_again();
       if (!verified() && ++misses != 0) {
         put_back();
         written = exact(values, indices);
       } else {
-        written = emit_largest(candidates(), lists_, k_, bins_, values, indices, plan_.args.residual);
+        written = emit_largest(candidates(), lists_, k_, bins_, values, indices, plan_.args.residual_out);
       }
     }
     pad(values, indices, written, places);
     report->count = written;
     report->misses = misses;
+    report->inactive = plan_.inactive();
     for (const Appender &out : candidates_) report->nonfinite += out.nonfinite;
   }
 
@@ -84,7 +86,7 @@ class TopK {
   template <class Pass>
   void take(uint32_t floor, Pass pass) {
     floor_ = floor;
-    plan_.for_shares([&](const std::vector<Range> &share, size_t number, size_t thread) {
+    plan_.for_shares([&](const Ranges &share, size_t number, size_t thread) {
       Appender out = candidates_[thread];
       out.floor = floor;
       out.dense = plan_.dense(k_);
@@ -97,7 +99,7 @@ class TopK {
 
   void fuse(bool append, uint32_t floor) {
     take(floor, [&](const Range &range, Appender &out) {
-      kernels().fuse(plan_.args, range.begin, range.end, append, out);
+      kernels().fuse(plan_.args_of(range), range.begin, range.end, append, out);
     });
   }
 
@@ -114,29 +116,24 @@ class TopK {
   void put_back() {
     parallel(plan_.threads, plan_.threads, [&](int t) {
       Appender &out = candidates_[static_cast<size_t>(t)];
-      for (int64_t j = 0; j < out.count; ++j) plan_.args.residual[out.indices[j]] = out.values[j];
+      for (int64_t j = 0; j < out.count; ++j) plan_.args.residual_out[out.indices[j]] = out.values[j];
       out.count = 0;
       out.overflow = 0;
     });
   }
 
-  // The second guess, from a larger sample of the residual, which holds the corrected gradient by now.
+  // The second guess, from a larger sample of the new residual, which holds the corrected gradient by now.
   void collect_again() {
     put_back();
-    FuseArgs corrected = plan_.args;
-    corrected.grad = corrected.residual;
-    corrected.dtype = COMMHOOKS_F32;
-    corrected.velocity = nullptr;
-    corrected.factor = 0.0f;
-    const uint32_t key = guess_key(plan_, corrected, second_, ~seed_, samples_, bins_);
+    const uint32_t key = guess_key(plan_, true, second_, ~seed_, samples_, bins_);
     take(std::max(key, 1u) - 1, [&](const Range &range, Appender &out) {
-      kernels().collect(plan_.args.residual, range.begin, range.end, out);
+      kernels().collect(plan_.args.residual_out, range.begin, range.end, out);
     });
   }
 
   int64_t exact(float *values, int32_t *indices) {
-    const Threshold threshold = find_threshold(plan_, plan_.args.residual, k_, bins_);
-    take_out(plan_, threshold, plan_.args.residual, values, indices);
+    const Threshold threshold = find_threshold(plan_, plan_.args.residual_out, k_, bins_);
+    take_out(plan_, threshold, plan_.args.residual_out, values, indices);
     return threshold.total;
   }
 

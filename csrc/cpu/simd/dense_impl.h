@@ -40,43 +40,78 @@ inline uint32_t append_lanes(typename V::Float x, int64_t index, uint32_t lanes,
   return lanes;
 }
 
-template <class V, class Load, bool kVelocity>
+// Whether an output may be another array than its input, and whether the residual is rescaled.
+enum class Form { kInPlace, kGeneral };
+
+template <class V, class Load, bool kVelocity, Form kForm>
 struct Fuse {
   using Float = typename V::Float;
+  static constexpr bool kGeneral = kForm == Form::kGeneral;
   const typename Load::Element *grad;
-  float *residual;
-  float *velocity;
+  const float *residual;
+  const float *velocity;
+  float *residual_out;
+  float *velocity_out;
   Float factor;
   Float momentum;
+  Float rescale;
+  bool stream_residual = false;
+  bool stream_velocity = false;
 
   explicit Fuse(const FuseArgs &args)
       : grad(static_cast<const typename Load::Element *>(args.grad)),
         residual(args.residual),
         velocity(args.velocity),
+        residual_out(args.residual_out),
+        velocity_out(args.velocity_out),
         factor(V::broadcast(args.factor)),
-        momentum(V::broadcast(args.momentum)) {}
+        momentum(V::broadcast(args.momentum)),
+        rescale(V::broadcast(args.rescale)) {}
+
+  // In place there is one pointer to an array, not two.
+  const float *old_residual() const { return kGeneral ? residual : residual_out; }
+  const float *old_velocity() const { return kGeneral ? velocity : velocity_out; }
 
   Float gradient(int64_t i) const { return V::mul(Load::template load<V>(grad + i), factor); }
-  Float decayed(int64_t i) const { return V::mul(momentum, V::load(velocity + i)); }
+  Float kept(int64_t i) const {
+    const Float r = V::load(old_residual() + i);
+    return kGeneral ? V::mul(rescale, r) : r;
+  }
+  Float decayed(int64_t i) const { return V::mul(momentum, V::load(old_velocity() + i)); }
   Float new_velocity(Float g, int64_t i) const { return kVelocity ? V::add(decayed(i), g) : g; }
 
   // One vector with everything that happens rarely: non-finite elements and candidates.
   void careful(int64_t i, bool append, Appender &out) const {
     Float g = gradient(i);
-    const Float r = V::load(residual + i);
+    const Float u = kept(i);
     Float v = new_velocity(g, i);
-    Float c = V::add(r, v);
+    Float c = V::add(u, v);
     const uint32_t bad = V::above(c, kLargestFiniteKey);
     if (__builtin_expect(bad != 0, 0)) {
       g = V::clear(g, bad);
       v = new_velocity(g, i);
-      c = V::add(r, v);
+      c = V::add(u, v);
       out.nonfinite += popcount(bad);
     }
     const uint32_t chosen = append ? V::above(c, out.floor) : 0;
     if (chosen != 0) c = V::clear(c, append_lanes<V>(c, i, chosen, out));
-    V::store(residual + i, c);
-    if (kVelocity) V::store(velocity + i, v);
+    V::store(residual_out + i, c);
+    if (kVelocity) V::store(velocity_out + i, v);
+  }
+
+  // The results of a vector inside a group.
+  void put(int64_t i, Float c, Float v) const {
+    if (kGeneral && stream_residual) {
+      V::stream(residual_out + i, c);
+    } else {
+      V::store(residual_out + i, c);
+    }
+    if (!kVelocity) return;
+    if (kGeneral && stream_velocity) {
+      V::stream(velocity_out + i, v);
+    } else {
+      V::store(velocity_out + i, v);
+    }
   }
 
   // Groups of four vectors. kDense: candidates are so frequent that whether a group has one cannot be predicted, so
@@ -91,7 +126,7 @@ struct Fuse {
       uint32_t lanes[4];
       for (int u = 0; u < 4; ++u) {
         v[u] = new_velocity(gradient(i + u * w), i + u * w);
-        c[u] = V::add(V::load(residual + i + u * w), v[u]);
+        c[u] = V::add(kept(i + u * w), v[u]);
         lanes[u] = V::above(c[u], floor);
       }
       // Non-finite keys are above every floor used here, so one comparison finds both kinds.
@@ -110,22 +145,25 @@ struct Fuse {
           c[u] = V::clear(c[u], lanes[u]);
         }
       }
-      for (int u = 0; u < 4; ++u) {
-        V::store(residual + i + u * w, c[u]);
-        if (kVelocity) V::store(velocity + i + u * w, v[u]);
-      }
+      for (int u = 0; u < 4; ++u) put(i + u * w, c[u], v[u]);
     }
     return i;
   }
 };
 
-template <class V, class Load, bool kVelocity>
+inline bool on_a_line(const void *p) { return (reinterpret_cast<uintptr_t>(p) & 63u) == 0; }
+
+template <class V, class Load, bool kVelocity, Form kForm>
 void fuse_range(const FuseArgs &args, int64_t begin, int64_t end, bool append, Appender &out) {
-  const Fuse<V, Load, kVelocity> wide(args);
-  const Fuse<ScalarVector, Load, kVelocity> single(args);
+  Fuse<V, Load, kVelocity, kForm> wide(args);
+  const Fuse<ScalarVector, Load, kVelocity, kForm> single(args);
   int64_t i = begin;
-  // Up to a cache line of the residual, which is both read and written.
-  while (i < end && (reinterpret_cast<uintptr_t>(args.residual + i) & 63u) != 0) single.careful(i++, append, out);
+  // Up to a cache line of the new residual.
+  while (i < end && !on_a_line(args.residual_out + i)) single.careful(i++, append, out);
+  if (kForm == Form::kGeneral && args.stream != 0) {
+    wide.stream_residual = args.residual_out != args.residual;
+    wide.stream_velocity = kVelocity && args.velocity_out != args.velocity && on_a_line(args.velocity_out + i);
+  }
   if (!append) {
     i = wide.template groups<false, false>(i, end, out);
   } else if (out.dense != 0) {
@@ -137,18 +175,35 @@ void fuse_range(const FuseArgs &args, int64_t begin, int64_t end, bool append, A
   for (; i < end; ++i) single.careful(i, append, out);
 }
 
+template <class V, class Load>
+void fuse_as(const FuseArgs &args, int64_t begin, int64_t end, bool append, Appender &out) {
+  const bool velocity = args.velocity != nullptr;
+  const bool in_place = args.residual_out == args.residual && args.velocity_out == args.velocity;
+  if (in_place && args.rescale == 1.0f) {
+    velocity ? fuse_range<V, Load, true, Form::kInPlace>(args, begin, end, append, out)
+             : fuse_range<V, Load, false, Form::kInPlace>(args, begin, end, append, out);
+  } else {
+    velocity ? fuse_range<V, Load, true, Form::kGeneral>(args, begin, end, append, out)
+             : fuse_range<V, Load, false, Form::kGeneral>(args, begin, end, append, out);
+  }
+}
+
 template <class V>
 void fuse(const FuseArgs &args, int64_t begin, int64_t end, bool append, Appender &out) {
-  const bool velocity = args.velocity != nullptr;
-  if (args.dtype == COMMHOOKS_BF16) {
-    velocity ? fuse_range<V, LoadBF16, true>(args, begin, end, append, out)
-             : fuse_range<V, LoadBF16, false>(args, begin, end, append, out);
-  } else if (args.dtype == COMMHOOKS_F16) {
-    velocity ? fuse_range<V, LoadF16, true>(args, begin, end, append, out)
-             : fuse_range<V, LoadF16, false>(args, begin, end, append, out);
-  } else {
-    velocity ? fuse_range<V, LoadF32, true>(args, begin, end, append, out)
-             : fuse_range<V, LoadF32, false>(args, begin, end, append, out);
+  if (args.dtype == COMMHOOKS_BF16) return fuse_as<V, LoadBF16>(args, begin, end, append, out);
+  if (args.dtype == COMMHOOKS_F16) return fuse_as<V, LoadF16>(args, begin, end, append, out);
+  fuse_as<V, LoadF32>(args, begin, end, append, out);
+}
+
+// What an inactive segment leaves: the residual times its factor, and the velocity as it is.
+inline void carry(const FuseArgs &args, int64_t begin, int64_t end) {
+  if (args.rescale != 1.0f) {
+    for (int64_t i = begin; i < end; ++i) args.residual_out[i] = args.rescale * args.residual[i];
+  } else if (args.residual_out != args.residual) {
+    memcpy(args.residual_out + begin, args.residual + begin, static_cast<size_t>(end - begin) * sizeof(float));
+  }
+  if (args.velocity_out != args.velocity) {
+    memcpy(args.velocity_out + begin, args.velocity + begin, static_cast<size_t>(end - begin) * sizeof(float));
   }
 }
 
@@ -190,13 +245,13 @@ inline bool all_zero(const void *grad, int32_t dtype, int64_t begin, int64_t end
 
 template <class Load>
 void sample_range(const FuseArgs &args, int64_t begin, int64_t count, float *out) {
-  const Fuse<ScalarVector, Load, true> with(args);
-  const Fuse<ScalarVector, Load, false> without(args);
+  const Fuse<ScalarVector, Load, true, Form::kGeneral> with(args);
+  const Fuse<ScalarVector, Load, false, Form::kGeneral> without(args);
   for (int64_t j = 0; j < count; ++j) {
     const int64_t i = begin + j;
     const float g = with.gradient(i);
     const float v = args.velocity != nullptr ? with.new_velocity(g, i) : without.new_velocity(g, i);
-    const float c = args.residual[i] + v;
+    const float c = with.kept(i) + v;
     out[j] = ScalarVector::above(c, kLargestFiniteKey) != 0 ? 0.0f : c;
   }
 }

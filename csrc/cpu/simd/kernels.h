@@ -14,13 +14,18 @@ constexpr uint32_t kLargestFiniteKey = 0x7f7fffffu;
 // Buffers that kernels append to have this many places beyond their capacity: a whole vector is stored at a time.
 constexpr int64_t kAppendSlack = 64;
 
+// Operands of the fused pass. In place the outputs are the inputs.
 struct FuseArgs {
   const void *grad;
-  float *residual;
-  float *velocity;  // or nullptr
-  float factor;
+  const float *residual;
+  const float *velocity;  // or nullptr
+  float *residual_out;
+  float *velocity_out;  // or nullptr
+  float factor;         // of the gradient
   float momentum;
-  int32_t dtype;
+  float rescale;   // of the residual
+  int32_t dtype;   // commhooks_dtype
+  int32_t stream;  // whether outputs that are not the inputs get streaming stores
 };
 
 // Where a pass puts the candidates it takes out: those whose key (|c| as an integer) is above `floor`.
@@ -74,6 +79,8 @@ struct Kernels {
   const char *name;
   // The fused pass over [begin, end); `append` chooses whether candidates are taken out.
   void (*fuse)(const FuseArgs &args, int64_t begin, int64_t end, bool append, Appender &out);
+  // Carries [begin, end), part of an inactive segment, over to the outputs.
+  void (*carry)(const FuseArgs &args, int64_t begin, int64_t end);
   // Takes candidates out of values that are already corrected.
   void (*collect)(float *residual, int64_t begin, int64_t end, Appender &out);
   bool (*all_zero)(const void *grad, int32_t dtype, int64_t begin, int64_t end);

@@ -13,8 +13,8 @@ namespace {
 template <class V>
 constexpr Kernels make_kernels(const char *name, void (*stream)(void *, const void *, int64_t),
                                void (*unite_all)(const MergeInput &, Stretch *, int) = unite<V>) {
-  return Kernels{name,    fuse<V>,   collect<V>,     all_zero,       sample, key_range, between<V>, count,
-                 emit<V>, unite_all, emit_merged<V>, mark_common<V>, stream, ascending, feistel};
+  return Kernels{name,  fuse<V>, carry,     collect<V>,     all_zero,       sample, key_range, between<V>,
+                 count, emit<V>, unite_all, emit_merged<V>, mark_common<V>, stream, ascending, feistel};
 }
 
 }  // namespace

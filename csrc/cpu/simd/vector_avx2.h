@@ -50,6 +50,7 @@ struct Avx2Vector {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
   }
   static void store(float *p, Float x) { _mm256_storeu_ps(p, x); }
+  static void stream(float *p, Float x) { _mm256_stream_ps(p, x); }
   static Float broadcast(float x) { return _mm256_set1_ps(x); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }

@@ -21,6 +21,7 @@ struct Avx512Vector {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
   }
   static void store(float *p, Float x) { _mm512_storeu_ps(p, x); }
+  static void stream(float *p, Float x) { _mm512_stream_ps(p, x); }
   static Float broadcast(float x) { return _mm512_set1_ps(x); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }

@@ -36,6 +36,7 @@ struct NeonVector {
   }
   static Float load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static void store(float *p, Float x) { vst1q_f32(p, x); }
+  static void stream(float *p, Float x) { vst1q_f32(p, x); }
   static Float broadcast(float x) { return vdupq_n_f32(x); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }

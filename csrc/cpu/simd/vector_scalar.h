@@ -17,6 +17,8 @@ struct ScalarVector {
   static Float load_bf16(const uint16_t *p) { return bf16_to_float(*p); }
   static Float load_f16(const uint16_t *p) { return f16_to_float(*p); }
   static void store(float *p, Float x) { *p = x; }
+  // A streaming store where the instruction set has one; `p` is aligned to a vector.
+  static void stream(float *p, Float x) { *p = x; }
   static Float broadcast(float x) { return x; }
   static Float add(Float a, Float b) { return a + b; }
   static Float mul(Float a, Float b) { return a * b; }

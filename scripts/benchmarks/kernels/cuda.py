@@ -230,7 +230,9 @@ class Bench:
         )
         self.pass_time("write_back", labels, ms, {**dense, "torch": torch_ms})
         ms = self.timer(
-            lambda turn: cuda.scatter_add(room[turn % count], values, indices), nothing, self.repeats
+            lambda turn: cuda.scatter_add(room[turn % count], values[None], indices[None]),
+            nothing,
+            self.repeats,
         )
         torch_ms = self.timer(
             lambda turn: room[turn % count].index_add_(0, long, values), nothing, self.repeats

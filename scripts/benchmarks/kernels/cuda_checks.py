@@ -101,7 +101,7 @@ def writes(out: Tensor, values: Tensor, indices: Tensor) -> None:
     """scatter_add and write_back beside index_add; ``out`` is overwritten."""
     start = torch.ones_like(out)
     want = start.index_add(0, indices.long(), values * 0.25)
-    cuda.scatter_add(start, values, indices, 0.25)
+    cuda.scatter_add(start, values[None], indices[None], 0.25)
     require(torch.equal(start, want), f"scatter_add differs from index_add at {out.numel()} elements")
     want = torch.zeros_like(out).index_add_(0, indices.long(), values * 0.25)
     cuda.write_back(out, values[None], indices[None], 0.25)

@@ -51,6 +51,9 @@ inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaSt
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -149,9 +152,14 @@ template <typename T>
 T __ldcs(const T *address) {
   return *simt::aligned(address);
 }
+template <typename T>
+void __stwb(T *address, T value) {
+  *const_cast<T *>(simt::aligned(address)) = value;
+}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __ffsll(long long value) { return __builtin_ffsll(value); }
 inline uint32_t __float_as_uint(float value) { return static_cast<uint32_t>(to_bits(value)); }
 inline float __uint_as_float(uint32_t bits) { return from_bits<float>(bits); }
 inline float __fadd_rn(float a, float b) { return a + b; }
