@@ -220,7 +220,8 @@ def rows(values: Tensor, indices: Tensor, name: str, out: Tensor) -> tuple[Tenso
         values, indices = values[None], indices[None]
     if values.shape[1] > 1 and not values.stride(1) == indices.stride(1) == 1:
         raise ValueError(
-            f"rows of values and indices must be contiguous, got strides {values.stride()}, {indices.stride()}"
+            "rows of values and indices must be contiguous, "
+            f"got strides {values.stride()}, {indices.stride()}"
         )
     if max(values.shape) >= PAD:
         raise ValueError(f"values must have fewer than 2**31 - 1 rows and columns, got {tuple(values.shape)}")
