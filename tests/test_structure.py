@@ -378,6 +378,7 @@ LONG_LINES = {
     "averaging/flat.py",
     "averaging/local_hook.py",
     "averaging/stagewise.py",
+    "ddp/state.py",
     "ddp/step_watch.py",
     "exchange/agreement.py",
     "exchange/gtopk.py",

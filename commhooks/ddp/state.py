@@ -58,6 +58,8 @@ class SparseState:
         ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by
             this state's thread. Nothing is counted then. Only with ``Dense("distributed")``, no memory and
             ``"propagate"``.
+        undoable: remember the memory from before each step, so that :meth:`discard` can go back to it. It
+            takes as much memory again as the residuals and velocities, and a copy of them a step.
 
     Attributes:
         error: what made the state fail, or None. A failed state raises it again at every later step.
@@ -86,6 +88,7 @@ class SparseState:
         timeout_s: float | None = None,
         process_group: Any = None,
         ddp_allreduce: bool = False,
+        undoable: bool = False,
     ) -> None:
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
             raise TypeError(f"grad_scaler must be a GradScaler, got {type(grad_scaler).__name__}")
@@ -97,6 +100,7 @@ class SparseState:
             dense_crossover=dense_crossover,
             delta_every=delta_every,
             timeout_s=timeout_s,
+            undoable=undoable,
         )
         if self.reducer.connection.requested == "mpi":
             from ..transports.mpi import load_mpi
@@ -324,6 +328,21 @@ class SparseState:
             yield
         finally:
             self._passthrough, self.watch.enabled = False, True
+
+    def discard(self) -> None:
+        """The last backward pass did not count: memory, step and schedules are again as before it, bit for bit.
+
+        For a step that is skipped because its gradient norm spiked, SAM's first pass, a learning-rate finder.
+        Then call ``zero_grad()``. It waits for no other rank, but all ranks must discard the same pass: a rank
+        that does so alone is a ``SettingsMismatchError`` at the next one.
+
+        Raises:
+            RuntimeError: the state is not ``undoable``, or there is nothing to discard.
+        """
+        self._thread.wait()
+        self.raise_error()
+        self.reducer.discard()
+        self.watch.forgive()
 
     def reset(self) -> None:
         """Forgets all that is withheld: memory and step begin anew. Call it on all ranks between steps."""

@@ -47,6 +47,7 @@ class StepWatch:
     def __init__(self) -> None:
         self._watched: set[int] = set()
         self._reached: set[int] = set()  # since their bucket was last taken
+        self._ever_reached: set[int] = set()
         self._written: set[int] = set()  # and not reached by a backward pass since
         self._stepped: set[int] = set()  # since they were written
         self._names: dict[int, str] = {}
@@ -61,7 +62,7 @@ class StepWatch:
         """Called with a bucket's parameters when the bucket is full; watches those that are new.
 
         Returns:
-            Positions of the parameters that no backward pass reached since the last call.
+            Positions of the parameters that no backward pass reached since the last call, though one did before.
         """
         stale = []
         for position, parameter in enumerate(parameters):
@@ -70,7 +71,7 @@ class StepWatch:
                 self.add(parameter)
             elif key in self._reached:
                 self._reached.remove(key)
-            else:
+            elif key in self._ever_reached:
                 stale.append(position)
             if self.enabled:
                 self._written.add(key)
@@ -82,7 +83,8 @@ class StepWatch:
         key = id(parameter)
         if name is not None:
             self._names[key] = name
-        if key not in self._watched:
+        is_trained = isinstance(parameter, Tensor) and parameter.requires_grad and parameter.is_leaf
+        if is_trained and key not in self._watched:
             self._watched.add(key)
             parameter.register_hook(  # type: ignore[no-untyped-call]
                 partial(_reached, weakref.ref(self), key, weakref.ref(parameter))
@@ -96,14 +98,10 @@ class StepWatch:
         """The last averages are not to be used: they may be zeroed, and the memory has forgotten them."""
         self._stepped |= self._written
 
-    @property
-    def awaits_step(self) -> bool:
-        """Whether gradients were written that no optimizer has used, in a run where one has stepped before."""
-        return self._optimizer_seen and not self._thrown_away and bool(self._written - self._stepped)
-
     def reached(self, key: int, parameter: Tensor) -> None:
         """A gradient of the parameter is about to be added to its ``.grad``."""
         self._reached.add(key)
+        self._ever_reached.add(key)
         if key not in self._written or not self.enabled:
             return
         # Gradients that are set to None cost nothing here; those that are zeroed in place are read once a step.

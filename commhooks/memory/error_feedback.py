@@ -82,6 +82,8 @@ class ErrorFeedback(Memory):
             held.velocity[contributed.indices[contributed.used].long()] = 0.0
 
     def undo(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
+        if held.recall():
+            return
         gradient = _scaled(grad, self._factor(grad, scale))
         gradient[~gradient.isfinite()] = 0.0
         active = held.active(grad)

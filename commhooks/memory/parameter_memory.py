@@ -33,6 +33,26 @@ class BucketMemory:
         self.segments = torch.tensor(self.offsets, dtype=torch.int64, device=device)
         self.residual = torch.zeros(bucket.numel, dtype=torch.float32, device=device)
         self.velocity = torch.zeros_like(self.residual) if with_velocity else None
+        self._before: list[Tensor] = []
+        self._can_recall = False
+
+    def remember(self) -> None:
+        """Copies residual and velocity as they are, for :meth:`recall`."""
+        now = [self.residual, *([] if self.velocity is None else [self.velocity])]
+        self._before = self._before or [torch.empty_like(flat) for flat in now]
+        for copy, flat in zip(self._before, now, strict=True):
+            copy.copy_(flat)
+        self._can_recall = True
+
+    def recall(self) -> bool:
+        """Goes back to what was last remembered, bit for bit, once. Returns whether there was anything."""
+        if not self._can_recall:
+            return False
+        self.residual.copy_(self._before[0])
+        if self.velocity is not None:
+            self.velocity.copy_(self._before[1])
+        self._can_recall = False
+        return True
 
     def residual_views(self) -> Iterator[Tensor]:
         """Views of the residual, one per parameter."""
@@ -61,12 +81,15 @@ class ParameterMemory:
     Attributes:
         names: of the parameters, for state dicts and messages.
         last_lr: the learning rate whose units a parameter's residual has, where it follows the rate.
+        undoable: whether each step's beginning is remembered, for :meth:`discard`. It takes as much memory again.
     """
 
     def __init__(self, with_velocity: bool, with_residual: bool = True) -> None:
         self.with_velocity, self.with_residual = with_velocity, with_residual
         self.names: dict[Hashable, str] = {}
         self.last_lr: dict[Hashable, float] = {}
+        self.undoable = False
+        self._lr_before: dict[Hashable, float] = {}
         self._of_bucket: dict[int, BucketMemory] = {}
         self._place: dict[Hashable, tuple[BucketMemory, int]] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
@@ -75,8 +98,16 @@ class ParameterMemory:
     def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
         """The bucket's memory, and whether its layout is new. A new one takes its parameters' memory over."""
         held = self._of_bucket.get(bucket.index)
-        if held is not None and _same_keys(held.keys, bucket.keys) and self._owns(held, all):
-            return held, False
+        is_new = held is None or not _same_keys(held.keys, bucket.keys) or not self._owns(held, all)
+        if held is None or is_new:
+            held = self._laid_anew(bucket)
+        if self.undoable:
+            held.remember()
+            self._lr_before.update({key: self.last_lr[key] for key in held.keys if key in self.last_lr})
+        return held, is_new
+
+    def _laid_anew(self, bucket: Bucket) -> BucketMemory:
+        """New memory of a bucket, into which its parameters' memory has moved."""
         self._check_loaded_names()
         held = BucketMemory(bucket, self.with_velocity)
         for position, key in enumerate(held.keys):
@@ -84,7 +115,13 @@ class ParameterMemory:
         self._of_bucket[bucket.index] = held
         # The new layout may have fewer buckets. Memory that no parameter lies in any more is dropped.
         self._of_bucket = {i: s for i, s in self._of_bucket.items() if self._owns(s, any)}
-        return held, True
+        return held
+
+    def discard(self) -> None:
+        """Every bucket goes back to the beginning of the last step, bit for bit."""
+        for held in self._of_bucket.values():
+            held.recall()
+        self.last_lr = {**self._lr_before}
 
     def _owns(self, held: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
         """Whether ``all`` or ``any`` of its parameters still lie in ``held``."""

@@ -23,7 +23,7 @@ from .step import Step
 
 _AGREEMENT_TAG = 30
 _SETTINGS = (
-    "selector", "aggregator", "memory", "average", "nonfinite", "dense_crossover", "delta_every", "timeout_s",
+    "selector", "aggregator", "memory", "average", "nonfinite", "dense_crossover", "delta_every", "timeout_s", "undoable",
 )  # fmt: skip
 
 
@@ -45,7 +45,10 @@ class Reducer:
         dense_crossover: True: a bucket is sent densely when that takes fewer bytes (early warm-up), and takes its
             residual along. False: never. Or a rule ``(numel, k, world_size) -> bool``, the same on all ranks.
         delta_every: measure Assumption 1's delta every so many steps (one dense all-reduce each); 0: never.
-        timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s without a group.
+        timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s
+            without a group.
+        undoable: remember the memory from before each step, so that :meth:`discard` can go back. It takes as
+            much memory again as the residuals and velocities, and one copy of them a step.
 
     Raises:
         ValueError: an unknown policy, or a selector that does not fit the aggregator.
@@ -63,6 +66,7 @@ class Reducer:
         dense_crossover: Crossover = True,
         delta_every: int = 0,
         timeout_s: float | None = None,
+        undoable: bool = False,
     ) -> None:
         check_scheme(selector, aggregator)
         if not isinstance(delta_every, int) or delta_every < 0:
@@ -72,12 +76,13 @@ class Reducer:
         self.selector, self.aggregator = selector, aggregator
         self.connection = Connection(aggregator.requested)
         self.memory = chosen_memory(memory, selector)
+        self.undoable = self.memory.table.undoable = bool(undoable)
         self.average, self.timeout_s = average, timeout_s
         self.dense_crossover, self.delta_every = dense_crossover, delta_every
         self.step = 0
         self.last_delta: float | None = None
         self._step = Step(nonfinite)
-        self._sends_everything = False
+        self._sends_everything = self._can_discard = False
         self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, which no memory knows
 
     def open(self, process_group: Any = None, device_type: str = "cpu") -> Transport:
@@ -131,8 +136,31 @@ class Reducer:
         if self._measures_delta:
             self.last_delta = self._step.figures.delta.value()
         self._step.finish()
-        self._sends_everything = False
+        self._sends_everything, self._can_discard = False, True
         self.step += 1
+
+    def discard(self) -> None:
+        """The last step did not count: memory, step and schedules are again as before it, bit for bit.
+
+        It waits for no other rank, but all ranks must discard the same step. A rank that does so alone is a
+        ``SettingsMismatchError`` at the next one.
+
+        Raises:
+            RuntimeError: the Reducer is not ``undoable``, a step is under way, or there is no step to discard.
+        """
+        if not self.undoable:
+            raise RuntimeError(
+                "discard() needs the memory from before the step: pass undoable=True when making the state"
+            )
+        if self._step.is_under_way:
+            raise RuntimeError(
+                "discard() inside a backward pass: call it between backward() and the next forward pass"
+            )
+        if not self._can_discard:
+            raise RuntimeError("discard(): there is no step to discard, or it was discarded already")
+        self._can_discard = False
+        self.memory.table.discard()
+        self.step -= 1
 
     def send_everything(self) -> None:
         """Sends the rest of the step under way densely, or all of the next one, so that the residuals go along."""
@@ -192,13 +220,13 @@ class Reducer:
         """Goes back to this rank's own ``state_dict()`` and forgets a step that has begun; not collective."""
         self._forget_step()  # what that step sent goes back nowhere: the memory is replaced
         self._agreed.clear()
-        self.step = int(saved["step"])
+        self.step, self._can_discard = int(saved["step"]), False
         self.memory.table.load(saved)
 
     def reset(self) -> None:
         """Forgets what is withheld and starts at step 0. All ranks must do so between the same steps."""
         self._forget_step()
-        self.step = 0
+        self.step, self._can_discard = 0, False
         self.memory.table.forget()
 
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:

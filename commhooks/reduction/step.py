@@ -78,6 +78,11 @@ class Step:
         """Whether no exchange waits for its result."""
         return all(kept.commit is not None for kept in self._kept)
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a bucket of an unfinished step has been through."""
+        return bool(self._kept or self.figures.nonfinite_buckets)
+
     def throw_away(self, result: Tensor, index: int, text: str, rank: int) -> None:
         """Applies the policy to a bucket that some rank found non-finite and whose memory has been undone.
 

@@ -296,3 +296,145 @@ def test_messages_name_the_remedies(what):
         "discarded": ("discard()", "passthrough"),
     }[what]:
         assert remedy in text
+
+
+def _discarded(rank, size, momentum, scheme):
+    """A discarded pass leaves no trace: the run goes on bit for bit like one without it."""
+    runs = []
+    for discards in (True, False):
+        torch.manual_seed(rank)
+        memory = ErrorFeedback(momentum=momentum, factor_masking=momentum > 0)
+        ddp = DistributedDataParallel(W())
+        make = {"topk": SparseState.topk, "gtopk": SparseState.gtopk, "randomk": SparseState.randomk}[scheme]
+        options = {"memory": memory, "dense_crossover": False, "timeout_s": 20.0, "undoable": True}
+        state = register(ddp, make(0.25, **options))
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
+        for step in range(5):
+            g = torch.randn(4)
+            optimizer.zero_grad()
+            ddp(g).backward()
+            optimizer.step()
+            if discards and step in (0, 2, 3):
+                optimizer.zero_grad()
+                ddp(torch.full((4,), 8.0)).backward()
+                state.discard()
+        saved = state.state_dict()
+        velocity = saved["velocity"].get("w", torch.zeros(4))
+        runs.append((ddp.module.w.detach().clone(), saved["residual"]["w"], velocity, saved["step"]))
+    (w, r, v, n), (w2, r2, v2, n2) = runs
+    return torch.equal(w, w2) and torch.equal(r, r2) and torch.equal(v, v2) and n == n2 == 5
+
+
+def test_a_discarded_pass_leaves_no_trace():
+    cases = [(m, scheme) for m in (0.0, 0.9) for scheme in ("topk", "gtopk", "randomk")]
+    for case, ranks in each(_discarded, cases):
+        assert ranks == (True, True), case
+
+
+def _issue_example(rank, size):
+    ddp, state = made(state_options={"undoable": True})
+    ddp(torch.tensor([8.0, 4.0, 2.0, 1.0])).backward()
+    state.discard()
+    ddp.zero_grad()
+    ddp(torch.tensor([0.0, 0.0, 0.0, 0.5])).backward()
+    return law(ddp, state)
+
+
+def test_what_was_discarded_is_in_no_residual():
+    assert spawn_gloo(_issue_example, 2) == [[0.0, 0.0, 0.0, 0.5]] * 2
+
+
+def _alone(rank, size):
+    ddp, state = made(state_options={"undoable": True})
+    ddp(torch.ones(4)).backward()
+    ddp.zero_grad()
+    if rank == 0:
+        state.discard()
+    try:
+        for _ in range(2):
+            ddp(torch.ones(4)).backward()
+            ddp.zero_grad()
+    except RuntimeError:
+        return type(state.error).__name__
+    return "nothing"
+
+
+def test_a_rank_that_discards_alone_is_a_typed_error():
+    names = set(spawn_gloo(_alone, 2))
+    assert "SettingsMismatchError" in names and names <= {
+        "SettingsMismatchError",
+        "PeerLostError",
+        "PeerTimeoutError",
+    }
+
+
+def _refusals(rank, size):
+    texts = []
+    for undoable in (False, True):
+        ddp, state = made(state_options={"undoable": undoable})
+        for _ in range(2):
+            try:
+                state.discard()
+            except RuntimeError as error:
+                texts.append(str(error))
+            ddp.zero_grad()
+            ddp(torch.ones(4)).backward()
+        if undoable:
+            state.discard()
+            try:
+                state.discard()
+            except RuntimeError as error:
+                texts.append(str(error))
+    return texts
+
+
+def test_discard_says_what_it_needs():
+    for texts in spawn_gloo(_refusals, 2):
+        assert [("undoable=True" in t, "no step to discard" in t) for t in texts] == [
+            (True, False),
+            (True, False),
+            (False, True),
+            (False, True),
+        ]
+
+
+def _voted_out(rank, size):
+    """With ``undoable`` a bucket that the ranks voted out goes back bit for bit, not to rounding."""
+    ddp, state = made(momentum=0.9, state_options={"undoable": True})
+    torch.manual_seed(rank)
+    ddp(torch.randn(4) * 1e-3).backward()
+    ddp.zero_grad()
+    before = state.state_dict()
+    bad = torch.randn(4) * 1e6
+    bad[rank] = float("inf")
+    ddp(bad).backward()
+    after = state.state_dict()
+    return all(torch.equal(before[kind]["w"], after[kind]["w"]) for kind in ("residual", "velocity"))
+
+
+def test_a_voted_out_step_goes_back_bit_for_bit():
+    assert spawn_gloo(_voted_out, 2) == [True, True]
+
+
+def _follows_the_rate(rank, size):
+    model = W()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ddp = DistributedDataParallel(model)
+    memory = ErrorFeedback(rescale_with_lr=optimizer)
+    state = register(
+        ddp, SparseState.topk(0.25, memory=memory, dense_crossover=False, timeout_s=20.0, undoable=True)
+    )
+    ddp(torch.tensor([4.0, 3.0, 2.0, 1.0])).backward()
+    optimizer.zero_grad()
+    before = state.state_dict()
+    optimizer.param_groups[0]["lr"] = 0.5
+    ddp(torch.ones(4)).backward()
+    state.discard()
+    after = state.state_dict()
+    return (
+        torch.equal(before["residual"]["w"], after["residual"]["w"]) and before["last_lr"] == after["last_lr"]
+    )
+
+
+def test_the_rate_of_the_residual_goes_back_too():
+    assert spawn_gloo(_follows_the_rate, 2) == [True, True]
