@@ -52,31 +52,10 @@ class SparseGrad:
 
     def masked(self, keep: Tensor) -> SparseGrad:
         """The pairs where the boolean ``keep`` of shape ``(k,)`` holds, without padding."""
-        places = (
-            (keep & self.used).nonzero().squeeze(1)
-        )  # looked for once, not by each of two boolean indexings
+        places = (keep & self.used).nonzero().squeeze(1)  # once for both: boolean indexing would look twice
         return SparseGrad(
             self.values.index_select(0, places), self.indices.index_select(0, places), self.numel
         )
-
-    def to(self, device: torch.device) -> SparseGrad:
-        """The same pairs on ``device``."""
-        if self.values.device == device:
-            return self
-        return SparseGrad(self.values.to(device), self.indices.to(device), self.numel)
-
-    def merge(self, other: SparseGrad, k: int) -> SparseGrad:
-        """The ``k`` largest magnitudes of the sum of both (gTop-k's operator, eq. 6 of the gTop-k paper).
-
-        Ties go to the lower index, so every rank gets the same bits.
-
-        Raises:
-            ValueError: the dense lengths differ.
-        """
-        if other.numel != self.numel:
-            raise ValueError(f"numel differs: {self.numel} and {other.numel}")
-        merged = ops.merge_topk(self.values, self.indices, other.values, other.indices, k)
-        return SparseGrad(merged.values, merged.indices, self.numel)
 
     def to_dense(self) -> Tensor:
         """A new dense float32 tensor of shape ``(numel,)``, zero where nothing is held."""

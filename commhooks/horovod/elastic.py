@@ -23,7 +23,7 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
     """
 
     def __init__(self, optimizer: Any) -> None:
-        _check_all_ranks(optimizer._sync and optimizer._sync.process_set)
+        _check_all_ranks(optimizer.gradient_sync and optimizer.gradient_sync.process_set)
         super().__init__(optimizer)
 
     def restore(self) -> None:
@@ -31,11 +31,11 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
         saved = dict(self._saved_optimizer_state)
         residuals = saved.pop("commhooks")
         self.value.load_state_dict(saved)
-        self.value._sync.rewind(residuals)
+        self.value.gradient_sync.rewind(residuals)
 
     def sync(self) -> None:
         super().sync()
-        sync = self.value._sync
+        sync = self.value.gradient_sync
         sync.reset()
         sync.open()
         reducer = sync.state.reducer

@@ -31,6 +31,11 @@ class SparseOptimizer:
         """The ``SparseState`` (for ``stats()``), or None on a rank outside the process set."""
         return self._sync.state if self._sync is not None else None
 
+    @property
+    def gradient_sync(self) -> GradientSync | None:
+        """What exchanges the gradients, or None on a rank outside the process set."""
+        return self._sync
+
     def synchronize(self) -> None:
         """Waits until all gradients are averaged; then they may be clipped, and stepped in `skip_synchronize`.
 

@@ -79,10 +79,10 @@ class Transport(ABC):
             outgoing = [(peer, copies.outgoing(buffer)) for peer, buffer in sends]
             incoming = [(peer, copies.incoming(buffer)) for peer, buffer in receives]
             copies.wait()
-            self._exchange(outgoing, incoming, tag, what)
+            self.move(outgoing, incoming, tag, what)
             copies.give_back()
         else:
-            self._exchange(sends, receives, tag, what)
+            self.move(sends, receives, tag, what)
         self.counters.add(sum(nbytes(b) for _, b in sends), sum(nbytes(b) for _, b in receives), len(sends))
 
     def all_gather(self, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
@@ -159,9 +159,8 @@ class Transport(ABC):
         return device_copy.is_foreign(buffer, self.device_type)
 
     @abstractmethod
-    def _exchange(
-        self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str
-    ) -> None: ...
+    def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+        """:meth:`exchange` without checks, copies and counting: one round of a collective made of messages."""
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None: ...

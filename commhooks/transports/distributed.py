@@ -69,7 +69,7 @@ class DistributedTransport(Transport):
         store = _store_of(self._own.group) if backend == "gloo" else None
         self._stragglers = Stragglers(store, self.rank, self.world_size)
 
-    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+    def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
         self._check_alive(what)
         pending: list[tuple[Any, str]] = []
         if self.backend == "nccl":

@@ -39,7 +39,7 @@ class InProcessTransport(Transport):
         super().__init__(rank, world_size, timeout_s)
         self._mailboxes = mailboxes
 
-    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+    def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
         for peer, buffer in sends:
             self._mailboxes.box(self.rank, peer, tag).put(buffer.detach().clone())
         for peer, buffer in receives:
@@ -70,7 +70,7 @@ class InProcessTransport(Transport):
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
         peers = [r for r in range(self.world_size) if r != self.rank]
         receive[self.rank] = send
-        self._exchange([(p, send) for p in peers], [(p, receive[p]) for p in peers], tag, what)
+        self.move([(p, send) for p in peers], [(p, receive[p]) for p in peers], tag, what)
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
         gathered = buffer.new_empty((self.world_size, *buffer.shape))

@@ -95,7 +95,7 @@ class MpiTransport(Transport):
             raise PeerLostError(f"rank {self.rank}, opening the transport: {error}") from error
         self._wait([request], "opening the transport", "any rank")
 
-    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+    def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
         self._finish_kernels()
         with self._lock:
             posted = [self._comm.Irecv(_bytes(b), source=p, tag=tag) for p, b in receives]

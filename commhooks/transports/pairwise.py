@@ -46,7 +46,7 @@ def _turns(
     for turn in range(1, transport.world_size):
         to = (transport.rank + turn) % transport.world_size
         source = (transport.rank - turn) % transport.world_size
-        transport._exchange(
+        transport.move(
             [(to, sends[to])] if sends[to].numel() else [],
             [(source, receives[source])] if receives[source].numel() else [],
             tag,

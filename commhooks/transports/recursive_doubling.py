@@ -49,4 +49,4 @@ def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> 
 
 def _swap(transport: Transport, distance: int, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
     peer = transport.rank ^ distance
-    transport._exchange([(peer, send)], [(peer, receive)], tag, f"{what}, distance {distance}")
+    transport.move([(peer, send)], [(peer, receive)], tag, f"{what}, distance {distance}")

@@ -22,7 +22,7 @@ from commhooks.transports import in_process
 
 def break_at(transport, bucket, action):
     """Does ``action`` on rank 1 just before its first message of this bucket in the second step."""
-    exchange, seen = transport._exchange, []
+    exchange, seen = transport.move, []
 
     def wrapped(sends, receives, tag, what):
         if what.startswith(f"bucket {bucket}, step 1") and not seen:
@@ -31,7 +31,7 @@ def break_at(transport, bucket, action):
         exchange(sends, receives, tag, what)
 
     if transport.rank == 1:
-        transport._exchange = wrapped
+        transport.move = wrapped
 
 
 def two_steps(transport, scheme):

@@ -23,14 +23,14 @@ def traffic(scheme, world_size, n, k, steps=3):
 
     def work(transport):
         sent, received = [], []
-        exchange = transport._exchange
+        exchange = transport.move
 
         def counted(sends, receives, tag, what):
             sent.extend(b.numel() * b.element_size() for _, b in sends)
             received.extend(b.numel() * b.element_size() for _, b in receives)
             exchange(sends, receives, tag, what)
 
-        transport._exchange = counted
+        transport.move = counted
         red = reducer(scheme, transport, k / n)
         generator = torch.Generator().manual_seed(transport.rank)
         for _ in range(steps):

@@ -25,7 +25,7 @@ class ToItself(Transport):
         """What ``x`` (int32) becomes by an all-gather, an exchange with itself, and an all-reduce in float32."""
         rows, received, total = x.new_zeros(1, x.numel()), torch.zeros_like(x), x.float()
         self._all_gather(x, rows, 0, "gather")
-        self._exchange([(0, x)], [(0, received)], 0, "self")
+        self.move([(0, x)], [(0, received)], 0, "self")
         self._all_reduce(total, 0, "reduce")
         return rows[0], received, total
 
