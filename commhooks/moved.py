@@ -1,6 +1,7 @@
-"""Module paths of version 0.1, importable for one release: what was pickled under them loads, old imports warn.
+"""Module paths of version 0.1, importable for one release. What was pickled under them loads; imports warn.
 
-A module that has moved is made when it is first imported. It holds nothing: every name is looked up in the new place.
+A module that has moved is made when it is first imported. It holds nothing: every name is looked up in the
+new place.
 """
 
 from __future__ import annotations

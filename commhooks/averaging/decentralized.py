@@ -21,8 +21,8 @@ class DecentralizedMomentum(MomentumAverager):
     x~_j``.
 
     Point-to-point messages to the neighbours only: ``degree`` messages of parameters + momentum buffers (+
-    floating buffers of ``module``) a step, with a message of settings in front of each. Written as ``x_p + sum_j
-    W[j, p] (x_j - x_p)``, so that rounded weights cannot move workers that agree.
+    floating buffers of ``module``) a step, with a message of settings in front of each. Written as ``x_p +
+    sum_j W[j, p] (x_j - x_p)``, so that rounded weights cannot move workers that agree.
 
     The workers' models differ during training; :meth:`average_now` averages them, for evaluation at the end,
     say. All should start equal (``broadcast_parameters``), though mixing brings any start together.

@@ -80,7 +80,9 @@ def digest_of(tensors: Iterable[Tensor]) -> int:
 
 
 def shown_layout(tensors: Sequence[Tensor]) -> str:
-    """What two ranks must share before their messages can be added up, in short, with a checksum of shapes and dtypes."""
+    """What two ranks must share before their messages can be added up, in short, with a checksum of shapes
+    and dtypes.
+    """
     layout = ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
     checksum = hashlib.blake2b(layout.encode(), digest_size=6).hexdigest()
     return f"{numel_of(tensors)} elements in {len(tensors)} tensors (checksum {checksum})"

@@ -1,7 +1,8 @@
 """Do all ranks mean the same exchange? Asked before any data is sent, by messages of one fixed size.
 
-``encode`` makes a rank's message, ``compare`` reads the messages of all ranks. Whoever may wait calls ``agree``, which
-gathers and compares at once. Horovod starts its own all-gather in backward and compares later.
+``encode`` makes a rank's message, ``compare`` reads the messages of all ranks. Whoever may wait calls
+``agree``, which gathers and compares at once. Horovod starts its own all-gather in backward and compares
+later.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ Settings = Mapping[str, object]
 
 
 def encode(settings: Settings) -> Tensor:
-    """The message of a rank, shape ``(MESSAGE_BYTES,)`` uint8: a checksum of all settings, then as many as fit."""
+    """The message of a rank, shape ``(MESSAGE_BYTES,)`` uint8: a checksum of all settings, then as many as
+    fit.
+    """
     text = _BETWEEN_PAIRS.join(f"{name}{_WITHIN_PAIR}{value}" for name, value in settings.items()).encode()
     checksum = hashlib.blake2b(text, digest_size=_CHECKSUM_BYTES).digest()
     message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
@@ -83,8 +86,8 @@ def agree(
 ) -> list[float]:
     """Compares ``settings`` over all ranks of ``transport``; a collective call that waits for all of them.
 
-    The ranks gather 16 bytes, a checksum and ``note``. Where checksums differ they gather :func:`encode`'s messages
-    too, so that the error can name values.
+    The ranks gather 16 bytes, a checksum and ``note``. Where checksums differ they gather :func:`encode`'s
+    messages too, so that the error can name values.
 
     Args:
         transport: connects the ranks.

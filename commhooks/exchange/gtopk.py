@@ -153,7 +153,9 @@ class _Merged:
                 tracked.keep_only(merged.indices)
 
     def replace(self, result: SparseGrad, vote: bool, survives: Tensor) -> None:
-        """Takes the final result; ``survives`` (k,) bool says what is part of it of the sum that was handed over."""
+        """Takes the final result; ``survives`` (k,) bool says what is part of it of the sum that was handed
+        over.
+        """
         survived = self.pairs.indices[survives]
         self.pairs, self.nonfinite = result, vote
         for tracked in (self.own, *self.children.values()):
@@ -202,7 +204,9 @@ class _Messages:
         self._move([(child, message)], [], _RESULT_ROUND)
 
     def receive_result(self, parent: int) -> tuple[SparseGrad, bool, Tensor]:
-        """The final result, its vote, and which of the pairs handed to ``parent`` are part of it: bool ``(k,)``."""
+        """The final result, its vote, and which of the pairs handed to ``parent`` are part of it: bool
+        ``(k,)``.
+        """
         body_bytes = HEADER_BYTES + 8 * self._k
         message = torch.empty(body_bytes + (self._k + 7) // 8, dtype=torch.uint8, device=self._device)
         self._move([], [(parent, message)], _RESULT_ROUND)
@@ -212,8 +216,8 @@ class _Messages:
     def _meet(self, peer: int, number: int) -> None:
         """Waits until ``peer`` is at this round too.
 
-        Ranks that fold nobody in are ahead of those that do. What they send too early would take the link on which the
-        late ranks still wait for the round before.
+        Ranks that fold nobody in are ahead of those that do. What they send too early would take the link on
+        which the late ranks still wait for the round before.
         """
         nothing = torch.empty(0, dtype=torch.int32, device=self.transport.device_type)
         self.transport.exchange(

@@ -17,8 +17,8 @@ def summed(transport: Transport, values: Tensor, nonfinite: bool, context: Conte
     """The sum over ranks of ``values`` (n,) float32, in new memory, and whether any rank voted non-finite.
 
     Raises:
-        SettingsMismatchError: the ranks summed different buckets or steps. Of more than two ranks that differ some may
-            not see it; they get an error when the others are gone.
+        SettingsMismatchError: the ranks summed different buckets or steps. Of more than two ranks that differ
+            some may not see it; they get an error when the others are gone.
     """
     buffer = values.new_empty(values.numel() + 1)
     buffer[:-1] = values

@@ -1,1 +1,1 @@
-"""What travels through the pipeline: buckets, sparse gradients, the write-back; the stream that they are worked on."""
+"""What travels through the pipeline: buckets and sparse gradients; the stream that they are worked on."""

@@ -69,7 +69,8 @@ class Bucket:
     def put_back(self, held: dict[int, Tensor]) -> None:
         """Writes what :meth:`take_out` gave to segments that are still zero: no rank had a gradient there.
 
-        With ``gradient_as_bucket_view`` these are parameters' ``.grad``, which such a step leaves as they are.
+        With ``gradient_as_bucket_view`` these are parameters' ``.grad``, which such a step leaves as they
+        are.
         """
         for position, values in held.items():
             if not bool(self._segment(position).any()):

@@ -16,11 +16,12 @@ _of_thread = threading.local()
 
 @contextmanager
 def stream_after(ready: Any, buffer: Tensor) -> Iterator[None]:
-    """On a GPU: this thread's own stream on the buffer's device, behind the event ``ready``. On the CPU: nothing.
+    """On a GPU: this thread's stream on the buffer's device, behind the event ``ready``. On the CPU: nothing.
 
-    A thread has one stream a device for all buckets, since the end of a step works on the memory of all of them. A
-    future that is completed inside the block belongs to this stream. Its priority is high: the kernels of a selection are
-    short and wait for one another, so behind each wave of backward's kernels they would wait again.
+    A thread has one stream a device for all buckets, since the end of a step works on the memory of all of
+    them. A future that is completed inside the block belongs to this stream. Its priority is high: the
+    kernels of a selection are short and wait for one another, so behind each wave of backward's kernels they
+    would wait again.
 
     Args:
         ready: what :func:`ready_event` gave; None on the CPU.
@@ -52,8 +53,8 @@ def ready_event(buffer: Tensor) -> Any:
         return None
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a backward pass with commhooks' hook cannot be captured into a CUDA graph: the exchange reads results on the "
-            "host. Capture the forward and backward of single modules, inside DDP, instead of the whole step"
+            "a backward pass with commhooks' hook cannot be captured into a CUDA graph: the exchange reads results "
+            "on the host. Capture the forward and backward of single modules, inside DDP, instead of the whole step"
         )
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(buffer.device))
@@ -63,7 +64,8 @@ def ready_event(buffer: Tensor) -> Any:
 def drain(device: torch.device, limit_s: float) -> bool:
     """Waits until the current stream of ``device`` is done, ``limit_s`` at most; returns whether it is.
 
-    After an error nothing else orders the user's stream behind the work that this one has queued on the gradient.
+    After an error nothing else orders the user's stream behind the work that this one has queued on the
+    gradient.
     """
     if device.type != "cuda":
         return True

@@ -1,6 +1,7 @@
 """Horovod: compression classes for its own optimizer, and a ``DistributedOptimizer`` on fused buckets.
 
-Selectors, memory, aggregators, reducer and worker are the ones of the DDP hook; here is only what Horovod differs in.
+Selectors, memory, aggregators, reducer and worker are the ones of the DDP hook; here is only what Horovod
+differs in.
 """
 
 from .api import is_supported

@@ -52,8 +52,8 @@ def partition(parameters: Sequence[Tensor], bucket_cap_mb: float, groups: Any) -
     Args:
         parameters: all that require gradients, in the same order on all ranks.
         bucket_cap_mb: largest size in MiB; the first bucket gets 1 MiB. A larger parameter has its own.
-        groups: None; or a number of buckets; or a list of lists of parameters, each a bucket, exchanged in this
-            order. What no list names follows in buckets by size.
+        groups: None; or a number of buckets; or a list of lists of parameters, each a bucket, exchanged in
+            this order. What no list names follows in buckets by size.
 
     Raises:
         ValueError: a group holds what is no parameter here, one twice, or several dtypes or devices.

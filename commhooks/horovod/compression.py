@@ -26,8 +26,8 @@ _VOTE = 4096.0  # added to the marker by a rank that found NaN or Inf
 class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[misc]
     """A compression object for ``hvd.DistributedOptimizer``: error feedback per parameter, a sparse exchange.
 
-    Horovod calls ``compress(p.grad)`` when a gradient is ready and ``decompress`` in ``synchronize()``, where the
-    result replaces the gradient. One object serves one optimizer. Made by :class:`Compression`.
+    Horovod calls ``compress(p.grad)`` when a gradient is ready and ``decompress`` in ``synchronize()``, where
+    the result replaces the gradient. One object serves one optimizer. Made by :class:`Compression`.
     """
 
     def __init__(self, core: CompressorCore) -> None:
@@ -39,7 +39,8 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         """What Horovod is to all-reduce, and what :meth:`decompress` needs.
 
         Raises:
-            ValueError: ``tensor`` is the gradient of no parameter; the message names the option that causes it.
+            ValueError: ``tensor`` is the gradient of no parameter; the message names the option that causes
+                it.
         """
 
     @abstractmethod
@@ -101,7 +102,8 @@ class RandomKCompressor(SparseCompressor):
         core = self.core
         core.check_agreement()
         voted, complete = self._read_marker(float(tensor[-1]))
-        # After hvd.join() some ranks send zeros and draw no mask: the count stands still, so that masks stay shared.
+        # After hvd.join() some ranks send zeros and draw no mask: the count stands still, so that masks stay
+        # shared.
         ctx.entry.step += complete
         share = 1.0 if self._averages else float(core.process_set.size())
         indices = ctx.route.pairs.indices[None]
@@ -160,8 +162,8 @@ class Compression:
     ) -> SparseCompressor:
         """Random-k with a mask all ranks share; Horovod all-reduces ``k + 1`` floats per parameter.
 
-        Works with tensor groups, ``backward_passes_per_step``, process sets, ``gradient_predivide_factor``, op
-        Average and Sum, and ``hvd.join()``. Not with Adasum and ``sparse_as_dense``: ``ValueError``.
+        Works with tensor groups, ``backward_passes_per_step``, process sets, ``gradient_predivide_factor``,
+        op Average and Sum, and ``hvd.join()``. Not with Adasum and ``sparse_as_dense``: ``ValueError``.
 
         Args:
             density: k/n in (0, 1], or a schedule; k is at least 1 for each parameter.
@@ -170,8 +172,8 @@ class Compression:
             memory: default ``ErrorFeedback()``. One object per compression.
             nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as for :class:`commhooks.SparseState`.
             process_set: the one given to the optimizer.
-            timeout_s: seconds until a missing rank is an error, where the wait is ours. Horovod's own waits end by
-                ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and that under MPI alone: see docs/horovod.md.
+            timeout_s: seconds until a missing rank is an error, where the wait is ours. Horovod's own waits
+                end by ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and that under MPI alone: see docs/horovod.md.
         """
         selector = RandomK(density, seed)
         core = CompressorCore(selector, named_parameters, memory, nonfinite, process_set, timeout_s)

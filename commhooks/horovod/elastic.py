@@ -16,7 +16,8 @@ _elastic = importlib.import_module("horovod.torch.elastic.state")
 class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[misc,name-defined]
     """Commit and restore take each rank's residuals along; sync leaves them where they are.
 
-    A new worker starts with an empty residual and takes the step count from rank 0 (warm-up and masks depend on it).
+    A new worker starts with an empty residual and takes the step count from rank 0 (warm-up and masks depend
+    on it).
 
     Raises:
         ValueError: the optimizer serves a process set that lacks some ranks.
@@ -65,7 +66,9 @@ class CompressorHandler(_elastic.StateHandler):  # type: ignore[misc,name-define
 
 
 def _check_all_ranks(process_set: Any) -> None:
-    """Handlers talk to all ranks, and Horovod forgets process sets when it resets: each rank refuses by itself."""
+    """Handlers talk to all ranks, and Horovod forgets process sets when it resets: each rank refuses by
+    itself.
+    """
     size = horovod().size()
     if process_set is None or len(process_set.ranks) < size:
         found = "one without this rank" if process_set is None else list(process_set.ranks)

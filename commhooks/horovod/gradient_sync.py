@@ -172,7 +172,9 @@ class GradientSync:
                 parameter.grad.copy_(view)
 
     def _raise(self, error: BaseException) -> NoReturn:
-        """Under an elastic launcher a lost peer is Horovod's own error, which it answers by restoring a commit."""
+        """Under an elastic launcher a lost peer is Horovod's own error, which it answers by restoring a
+        commit.
+        """
         if is_elastic() and isinstance(error, (PeerLostError, PeerTimeoutError)):
             raise horovod().HorovodInternalError(str(error)) from error
         raise error
@@ -219,7 +221,8 @@ def _close_at_exit(sync: GradientSync) -> None:
             return
         connection = alive.state.reducer.connection
         if hasattr(sys, "last_value") and connection.is_open and connection.transport.name == "mpi":
-            # An exception ends this process, and Horovod would finalize MPI on ranks that still exchange: they hang or crash.
+            # An exception ends this process, and Horovod would finalize MPI on ranks that still exchange:
+            # they hang or crash.
             sys.stdout.flush()
             load_mpi().COMM_WORLD.Abort(1)
         alive.leave()

@@ -122,9 +122,9 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     """Wraps an optimizer: gradients are averaged sparsely over Horovod's ranks before ``step()``.
 
     Gradients gather in fused buckets of a fixed order; each full bucket goes to the state's own thread while
-    backward goes on. The exchange runs beside Horovod: over MPI when MPI started the job, else over a gloo group
-    that is opened here. Making one is a collective call of the process set (under an elastic launcher the first
-    exchange is).
+    backward goes on. The exchange runs beside Horovod: over MPI when MPI started the job, else over a gloo
+    group that is opened here. Making one is a collective call of the process set (under an elastic launcher
+    the first exchange is).
 
     Example:
         >>> state = SparseState.gtopk(0.001)
@@ -186,8 +186,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 def _wrap(optimizer: torch.optim.Optimizer) -> Any:
     """An instance of a subclass of the optimizer's own class that shares all its attributes.
 
-    ``hvd.broadcast_optimizer_state`` recognises Horovod's optimizers by their ``__module__`` and then initialises
-    the state by the parent class's ``step``, without communication: so ours says the same.
+    ``hvd.broadcast_optimizer_state`` recognises Horovod's optimizers by their ``__module__`` and then
+    initialises the state by the parent class's ``step``, without communication: so ours says the same.
     """
     base = type(optimizer)
 

@@ -32,9 +32,9 @@ class Entry:
 class ParameterTable:
     """Finds the entry whose parameter's ``grad`` is a given tensor object.
 
-    Horovod calls ``compress(p.grad)`` in the order in which gradients become ready, which differs between ranks;
-    shapes repeat and addresses are reused. What holds is ``p.grad is tensor``. Call order only says where the
-    search begins.
+    Horovod calls ``compress(p.grad)`` in the order in which gradients become ready, which differs between
+    ranks; shapes repeat and addresses are reused. What holds is ``p.grad is tensor``. Call order only says
+    where the search begins.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:

@@ -28,9 +28,10 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
     """Opens a transport between the ranks of ``process_set``. A collective call of those ranks.
 
     Args:
-        requested: a name, or a ready transport that is taken as it is. Between ``"mpi"`` and ``"distributed"``
-            the launcher decides: over MPI under ``mpirun`` and ``horovodrun --mpi`` (where Horovod itself has
-            started MPI), over a gloo group of our own otherwise. Asking for ``"mpi"`` without MPI is an error.
+        requested: a name, or a ready transport that is taken as it is. Between ``"mpi"`` and
+            ``"distributed"`` the launcher decides: over MPI under ``mpirun`` and ``horovodrun --mpi`` (where
+            Horovod itself has started MPI), over a gloo group of our own otherwise. Asking for ``"mpi"``
+            without MPI is an error.
         process_set: a registered process set that includes this rank.
         timeout_s: seconds until a missing peer is an error.
 
@@ -38,8 +39,8 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
         The transport, and the torch process group it uses (None for MPI).
 
     Raises:
-        ValueError: ``"mpi"`` in a job that MPI did not start, or an overlap of process sets that gloo cannot do
-            (on all ranks of the set).
+        ValueError: ``"mpi"`` in a job that MPI did not start, or an overlap of process sets that gloo cannot
+            do (on all ranks of the set).
         PeerTimeoutError: over gloo, a rank of the set has not come after ``timeout_s`` seconds.
         PeerLostError: gloo's connections could not be made.
     """
@@ -134,7 +135,9 @@ def _default_group_ranks() -> list[int] | None:
 
 
 def _votes(vote: int, process_set: Any, timeout_s: float) -> list[int]:
-    """Every rank's vote, so that all ranks of the set raise alike; the wait for a rank that never comes ends here."""
+    """Every rank's vote, so that all ranks of the set raise alike; the wait for a rank that never comes ends
+    here.
+    """
     message = torch.tensor([vote], dtype=torch.int32)
     handle = horovod().allgather_async(message, name="commhooks.open", process_set=process_set)
     votes: list[int] = wait_for(handle, timeout_s, "opening a gloo group").tolist()

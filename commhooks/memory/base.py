@@ -1,8 +1,8 @@
 """``Memory``: what a rank withholds from the average, per parameter, until it is sent.
 
 A memory obeys the conservation law. The fused pass adds the gradient to the residual and takes pairs out;
-:meth:`Memory.restore` puts back what does not reach the model; :meth:`Memory.undo` takes the gradient of a thrown-away
-step out again. Nothing else changes a residual.
+:meth:`Memory.restore` puts back what does not reach the model; :meth:`Memory.undo` takes the gradient of a
+thrown-away step out again. Nothing else changes a residual.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Memory(ABC):
 
     @abstractmethod
     def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
-        """What the fused pass works on: it corrects ``grad`` into ``held.residual`` and takes pairs out of it.
+        """What the fused pass works on, which corrects ``grad`` into ``held.residual`` and takes pairs out.
 
         Args:
             held: the bucket's memory; the pass overwrites it.
@@ -63,7 +63,9 @@ class Memory(ABC):
         """
 
     def accumulate(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> int:
-        """Corrects ``grad`` into ``held.residual`` and takes nothing out; returns how many elements were not finite."""
+        """Corrects ``grad`` into ``held.residual`` and takes nothing out; returns how many elements were not
+        finite.
+        """
         nothing = torch.empty(0, dtype=torch.int32, device=grad.device)
         return int(ops.select_indices(self.operands(held, grad, scale=scale), nothing).report[1])
 
@@ -76,4 +78,6 @@ class Memory(ABC):
 
     @abstractmethod
     def undo(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
-        """Takes ``grad`` out of the memory again, to rounding. Pairs that were taken out must be restored before."""
+        """Takes ``grad`` out of the memory again, to rounding. Pairs that were taken out must be restored
+        before.
+        """

@@ -76,7 +76,8 @@ class BucketMemory:
 class ParameterMemory:
     """Every parameter's residual and velocity.
 
-    They lie in the memory of the parameter's bucket. What was loaded waits by name until its parameter is first seen.
+    They lie in the memory of the parameter's bucket. What was loaded waits by name until its parameter is
+    first seen.
 
     Attributes:
         names: of the parameters, for state dicts and messages.
@@ -142,16 +143,17 @@ class ParameterMemory:
         lost = [name for name in self._loaded["residual"] if known and name not in known]
         if lost:
             raise ValueError(
-                f"the loaded memory has {len(lost)} parameters that this model has not, such as {lost[0]!r} (the "
-                f"model's are like {next(iter(self.names.values()))!r}): rename the state's keys, or drop them"
+                f"the loaded memory has {len(lost)} parameters that this model has not, such as {lost[0]!r} "
+                f"(the model's are like {next(iter(self.names.values()))!r}): rename the state's keys, "
+                "or drop them"
             )
 
     def _claim(self, held: BucketMemory, position: int, key: Hashable) -> None:
         name = self.names.get(key, key if isinstance(key, str) else None)
         if name is None and any(self._loaded.values()):
             raise ValueError(
-                f"memory was loaded by parameter name and {self.name_of(key)} has none: attach the state with "
-                "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
+                f"memory was loaded by parameter name and {self.name_of(key)} has none: attach the state "
+                "with commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
             )
         old = self._place.get(key)
         for kind, target in (("residual", held.residual), ("velocity", held.velocity)):
@@ -192,7 +194,9 @@ class ParameterMemory:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name: float}}``."""
+        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name:
+        float}}``.
+        """
         state: dict[str, Any] = {kind: dict(loaded) for kind, loaded in self._loaded.items()}
         state["last_lr"] = dict(self._loaded_lr)
         for key, (held, position) in self._place.items():
@@ -244,8 +248,9 @@ def _take_over(view: Tensor, source: Tensor) -> None:
     """Copies ``source`` into ``view`` (n,); ``source`` may be freed right afterwards."""
     view.copy_(source.reshape(-1))
     if source.is_cuda:
-        # ``source`` was made on another stream: loaded tensors on the main one, a bucket's memory on an earlier thread's.
-        # The allocator must not hand its memory out on that stream before the copy on this stream is done.
+        # ``source`` was made on another stream: loaded tensors on the main one, a bucket's memory on an
+        # earlier thread's. The allocator must not hand its memory out on that stream before the copy on this
+        # stream is done.
         source.record_stream(torch.cuda.current_stream(source.device))
 
 

@@ -8,7 +8,9 @@ from ..exchange import Aggregator
 from ..exchange.dense import dense_wire_bytes
 
 Crossover = bool | Callable[[int, int, int], bool]
-"""True: where the dense exchange takes fewer bytes; False: never; or a rule ``(numel, k, world_size) -> bool``."""
+"""True: where the dense exchange takes fewer bytes; False: never; or a rule ``(numel, k, world_size) ->
+bool``.
+"""
 
 
 def everything(numel: int, k: int, world_size: int) -> bool:

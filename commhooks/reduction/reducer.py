@@ -36,14 +36,16 @@ class Reducer:
     Args:
         selector: what to send; ``None`` only with the ``Dense`` aggregator.
         aggregator: how selections become a sum, and over which transport.
-        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds nothing.
+        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds
+        nothing.
         average: divide the sum by the world size.
         nonfinite: what NaN or Inf on any rank does, alike on all ranks. It never enters a memory.
             ``"propagate"``: the bucket becomes NaN everywhere, as under plain DDP, so that a GradScaler
             skips; the step's other buckets put back what they sent. ``"skip"``: the bucket's update is 0.
             ``"error"``: ``NonFiniteGradientError`` on all ranks.
-        dense_crossover: True: a bucket is sent densely when that takes fewer bytes (early warm-up), and takes its
-            residual along. False: never. Or a rule ``(numel, k, world_size) -> bool``, the same on all ranks.
+        dense_crossover: True: a bucket is sent densely when that takes fewer bytes (early warm-up), and takes
+            its residual along. False: never. Or a rule ``(numel, k, world_size) -> bool``, the same on all
+            ranks.
         delta_every: measure Assumption 1's delta every so many steps (one dense all-reduce each); 0: never.
         timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s
             without a group.
@@ -121,7 +123,8 @@ class Reducer:
             thrown_away = route.exchange(transport)
         if thrown_away:
             route.take_back()
-            text = f"step {self.step}, bucket {bucket.index}: {route.bad} non-finite gradient elements {route.where}"
+            found = f"{route.bad} non-finite gradient elements {route.where}"
+            text = f"step {self.step}, bucket {bucket.index}: {found}"
             step.throw_away(bucket.buffer, bucket.index, text, transport.rank)
         else:
             factor = scale / transport.world_size if self.average else scale
@@ -163,7 +166,9 @@ class Reducer:
         self.step -= 1
 
     def send_everything(self) -> None:
-        """Sends the rest of the step under way densely, or all of the next one, so that the residuals go along."""
+        """Sends the rest of the step under way densely, or all of the next one, so that the residuals go
+        along.
+        """
         self._sends_everything = True
 
     @property

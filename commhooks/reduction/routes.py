@@ -1,7 +1,8 @@
-"""The three routes of a bucket: plain, dense and sparse. Each is one exchange as a small value with the same verbs.
+"""The three routes of a bucket: plain, dense and sparse. Each is one exchange, with the same verbs.
 
 ``correct``
-    brings gradient and memory together and takes out what is sent; sets ``bad`` to this rank's non-finite elements.
+    brings gradient and memory together and takes out what is sent; sets ``bad`` to this rank's non-finite
+    elements.
 ``exchange``
     sums over ranks; returns whether any rank found NaN or Inf.
 ``write``
@@ -111,7 +112,9 @@ class DenseRoute:
         self._values = None
 
     def commit(self) -> None:
-        """Leaves what was not sent in the residual, and what rounding kept. Until here it holds all that was sent."""
+        """Leaves what was not sent in the residual, and what rounding kept. Until here it holds all that was
+        sent.
+        """
         residual = self.held.residual
         kept = residual.new_zeros(()) if self._active is None else residual * ~self._active
         residual.copy_(kept if self._rounding is None else kept + self._rounding)

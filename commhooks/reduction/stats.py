@@ -22,9 +22,9 @@ class DeltaMeter:
     """Assumption 1 of the gTop-k paper, measured: does the selection beat a random one?
 
     ``delta = ||mean_p c_p - s / P||^2 / ((1 - k/n) ||mean_p c_p||^2)``, the denominator by eq. 15. The first
-    difference is the mean residual after the exchange, so one dense all-reduce of residuals per bucket suffices.
-    The theory holds while delta <= 1; it may fail, which is worth seeing. Norms are added over the step's
-    buckets.
+    difference is the mean residual after the exchange, so one dense all-reduce of residuals per bucket
+    suffices. The theory holds while delta <= 1; it may fail, which is worth seeing. Norms are added over the
+    step's buckets.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,9 @@ class StepFigures:
     delta: DeltaMeter = field(default_factory=DeltaMeter)
 
     def phase(self, name: str, counters: Counters | None = None) -> Phase:
-        """A ``with`` block whose time is added to ``seconds[name]``, and its traffic where ``counters`` are given."""
+        """A ``with`` block whose time is added to ``seconds[name]``, and its traffic where ``counters`` are
+        given.
+        """
         return Phase(self, name, counters)
 
     def report(self) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Kept:
 
     Attributes:
         rollback: puts back what the exchange sent, when the step is thrown away.
-        commit: what has to wait until the step is known to count. None: the result was never used, so the end of the
-            step rolls the exchange back.
+        commit: what has to wait until the step is known to count. None: the result was never used, so the end
+            of the step rolls the exchange back.
     """
 
     rollback: Callable[[], None]
@@ -49,8 +49,8 @@ def _nothing() -> None:
 class Step:
     """Collects a step's exchanges and their figures, and applies the policy on non-finite gradients.
 
-    NaN and Inf are noticed bucket by bucket, but a GradScaler skips whole steps. So effects that cannot be taken back
-    (masking the velocity, returning what rounding kept) wait until the end of the step.
+    NaN and Inf are noticed bucket by bucket, but a GradScaler skips whole steps. So effects that cannot be
+    taken back (masking the velocity, returning what rounding kept) wait until the end of the step.
 
     Args:
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.

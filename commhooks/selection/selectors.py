@@ -38,8 +38,8 @@ class Selector(ABC):
             operands: gradient and memory of one bucket; ``residual`` and ``velocity`` are overwritten.
             k: pairs wanted.
             step: exchanges so far, the same on all ranks.
-            mask_key: the bucket's number or the hash of a name, which differs between the buckets of a step and is
-                the same on all ranks.
+            mask_key: the bucket's number or the hash of a name, which differs between the buckets of a step
+                and is the same on all ranks.
 
         Returns:
             values ``(k,)`` float32, indices ``(k,)`` int32 ascending, and the report (count, non-finite,
@@ -68,9 +68,9 @@ class TopK(Selector):
 class ThresholdTopK(Selector):
     """About the k largest magnitudes: all that reach a threshold estimated from a sample, at most k of them.
 
-    When more than k magnitudes reach the threshold, because many are equal, say, the first k from a starting place on
-    are taken. The place changes with the step, so that no element is passed over for ever. The rest stays in the
-    residual.
+    When more than k magnitudes reach the threshold, because many are equal, say, the first k from a starting
+    place on are taken. The place changes with the step, so that no element is passed over for ever. The rest
+    stays in the residual.
     """
 
     def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
@@ -84,8 +84,8 @@ class ThresholdTopK(Selector):
 class RandomK(Selector):
     """k places at random, the same on every rank, without replacement.
 
-    The mask comes from a counter-based generator of our own, keyed by (seed, step, mask_key). Torch's generators
-    are not touched. M-DSGD's convergence theory covers it as it covers top-k.
+    The mask comes from a counter-based generator of our own, keyed by (seed, step, mask_key). Torch's
+    generators are not touched. M-DSGD's convergence theory covers it as it covers top-k.
 
     Args:
         density: k/n in (0, 1], or a schedule.

@@ -24,8 +24,8 @@ class Counters:
     """Traffic of one rank since its transport was made.
 
     Point-to-point messages are counted as they are. Collectives, whose inner messages no transport shows, are
-    counted as their ring forms: all-gather ``(P - 1) * n``, all-reduce ``2 * (P - 1) / P * n``, each way; small
-    all-reduces by doubling as the ``log2 P * n`` that they send.
+    counted as their ring forms: all-gather ``(P - 1) * n``, all-reduce ``2 * (P - 1) / P * n``, each way;
+    small all-reduces by doubling as the ``log2 P * n`` that they send.
     """
 
     bytes_sent: int = 0
@@ -42,10 +42,11 @@ class Counters:
 class Transport(ABC):
     """Moves the bytes of contiguous tensors between ``world_size`` ranks.
 
-    Tensors may be on any device. The network sends from ``device_type``; tensors of another device are copied there
-    and back (:mod:`.device_copy`). Every call blocks its thread until it is complete, or raises within ``timeout_s``.
-    What arrives on a GPU is complete for what the current stream does next. ``tag`` (0 to 32767) tells apart messages
-    that are under way at the same time; ``what`` names them in errors ("bucket 3, round 1").
+    Tensors may be on any device. The network sends from ``device_type``; tensors of another device are copied
+    there and back (:mod:`.device_copy`). Every call blocks its thread until it is complete, or raises within
+    ``timeout_s``. What arrives on a GPU is complete for what the current stream does next. ``tag`` (0 to
+    32767) tells apart messages that are under way at the same time; ``what`` names them in errors ("bucket 3,
+    round 1").
 
     Raises (all calls):
         ValueError: a tensor is not contiguous, or a peer or shape is wrong.

@@ -11,7 +11,9 @@ VARIABLE = "COMMHOOKS_MPI_CUDA_AWARE"
 
 
 def is_cuda_aware(mpi: Any) -> bool:
-    """What ``COMMHOOKS_MPI_CUDA_AWARE`` says, else ``MPIX_Query_cuda_support`` (Open MPI, MPICH, MVAPICH), else no.
+    """Whether the MPI library can send from GPU memory.
+
+    ``COMMHOOKS_MPI_CUDA_AWARE`` decides, else ``MPIX_Query_cuda_support`` (Open MPI, MPICH, MVAPICH), else no.
 
     Args:
         mpi: the module ``mpi4py.MPI``, initialised.

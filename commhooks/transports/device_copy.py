@@ -1,8 +1,8 @@
 """Copies between the device of a caller's tensors and the device a transport sends from.
 
-Between a GPU and the host they go through page-locked memory. Both directions are queued on the current stream and run
-on the GPU's copy engine. Torch's caching host allocator owns the page-locked memory: it keeps blocks by size between
-steps, and hands a block out again only after the copies queued on it are done.
+Between a GPU and the host they go through page-locked memory. Both directions are queued on the current
+stream and run on the GPU's copy engine. Torch's caching host allocator owns the page-locked memory: it keeps
+blocks by size between steps, and hands a block out again only after the copies queued on it are done.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Copies:
             _wait_for_stream(device)
 
     def give_back(self) -> None:
-        """Copies what was received into the caller's buffers; on a GPU complete for what its stream does next."""
+        """Copies what was received into the caller's buffers; on a GPU complete for what its stream does
+        next.
+        """
         for buffer, copy in self._returns:
             if self._device_type == "cpu":
                 _queue_copy(buffer, copy)

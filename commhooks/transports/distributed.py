@@ -26,7 +26,9 @@ _HOT_POLL_S = 5e-5
 """A poll does not sleep so long: a sleep takes longer than most exchanges of NCCL."""
 _ROTATION_RANKS = 3  # with so few gloo's own all-gather takes 1.5 (2 ranks) and 1.2 times as long
 _LONG_WAIT_S = 1.0
-"""A rank that waits this long in a collective (or a quarter of the timeout, if that is less) tells the others."""
+"""A rank that waits this long in a collective (or a quarter of the timeout, if that is less) tells the
+others.
+"""
 
 
 class DistributedTransport(Transport):
@@ -209,7 +211,8 @@ def _store_of(group: Any) -> Any:
 def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> str:
     """``"nccl"`` for CUDA tensors when ``process_group`` sends them by NCCL, else ``"gloo"``.
 
-    ``init_process_group()`` without a backend gives each device its own: the name of the group itself does not tell.
+    ``init_process_group()`` without a backend gives each device its own: the name of the group itself does
+    not tell.
     """
     if device_type != "cuda" or not dist.is_initialized():
         return "gloo"
@@ -218,7 +221,9 @@ def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> st
 
 
 def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
-    """Seconds after which ``process_group`` (None: the default one) gives up; None without a group. torch has no public way."""
+    """Seconds after which ``process_group`` (None: the default one) gives up; None without a group. torch has
+    no public way.
+    """
     if not dist.is_available() or not dist.is_initialized():
         return None
     group: Any = dist.group.WORLD if process_group is None else process_group
@@ -234,20 +239,22 @@ def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
 
 
 def _group_timeout_s(backend: str, timeout_s: float) -> float:
-    """The process group's own timeout. NCCL's watchdog ends the process at its: our error must come long before."""
+    """The process group's own timeout. NCCL's watchdog ends the process there: our error must come long before."""
     return 2 * timeout_s + 60 if backend == "nccl" else timeout_s
 
 
 def _warn_of_launch_order() -> None:
-    """NCCL deadlocks when two communicators launch in another order on another rank, where launches are serialised.
+    """Warns of variables that serialise NCCL's launches.
 
+    Two communicators then deadlock when they launch in another order on another rank.
     DDP launches on its own communicator from backward's thread, and the hook on ours from the state's.
     """
     risky = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_LAUNCH_ORDER_IMPLICIT": "1"}
     for name, value in risky.items():
         if os.environ.get(name) == value:
             warnings.warn(
-                f"{name}={value}: DDP's NCCL operations and commhooks' may deadlock (find_unused_parameters, SyncBatchNorm, "
+                f"{name}={value}: DDP's NCCL operations and commhooks' may deadlock "
+                "(find_unused_parameters, SyncBatchNorm, "
                 f"static_graph): unset {name}",
                 stacklevel=3,
             )

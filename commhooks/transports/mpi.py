@@ -63,9 +63,9 @@ class MpiTransport(Transport):
     Args:
         comm: an mpi4py communicator whose ranks take part.
         timeout_s: seconds until a missing peer is an error.
-        device_type: ``"cuda"``: tensors on GPUs are sent from where they are, if the MPI library is CUDA-aware
-            (:mod:`~commhooks.transports.cuda_aware`); else the transport stays one of CPU tensors, and pairs are
-            copied through page-locked memory.
+        device_type: ``"cuda"``: tensors on GPUs are sent from where they are, if the MPI library is
+            CUDA-aware (:mod:`~commhooks.transports.cuda_aware`); else the transport stays one of CPU tensors,
+            and pairs are copied through page-locked memory.
     """
 
     name = "mpi"

@@ -1,7 +1,9 @@
-"""All-gather and all-reduce in turns: in turn i every rank sends to the i-th rank after it and receives from the i-th before.
+"""All-gather and all-reduce in turns.
 
-As many messages and bytes as a ring, and no link ever carries two of them; any number of ranks. Used where measurement says
-that a library's own collective is slower (docs/performance.md).
+In turn i every rank sends to the i-th rank after it and receives from the i-th rank before it.
+
+As many messages and bytes as a ring, and no link ever carries two of them; any number of ranks. Used where
+measurement says that a library's own collective is slower (docs/performance.md).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """All-gather and all-reduce by recursive doubling, for numbers of ranks that are a power of two.
 
-In round i every rank swaps all it has with the rank at distance 2^i: ``log2 P`` rounds, where a ring takes ``P - 1`` or
-``2 (P - 1)``. Used for small buffers where measurement says that a library's own collective waits longer
-(docs/performance.md).
+In round i every rank swaps all it has with the rank at distance 2^i: ``log2 P`` rounds, where a ring takes
+``P - 1`` or ``2 (P - 1)``. Used for small buffers where measurement says that a library's own collective
+waits longer (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int,
 
 
 def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> None:
-    """``buffer`` becomes the sum over ranks: each round two ranks form the same sum of the same two, so the bits are the
-    same on every rank. Sends ``log2 P`` times the buffer, a ring up to twice.
+    """``buffer`` becomes the sum over ranks, the same bits on every rank.
+
+    In each round two ranks form the same sum of the same two. A rank sends the buffer ``log2 P`` times, where a ring
+    sends it up to twice.
     """
     other, distance = buffer.new_empty(buffer.shape), 1
     while distance < transport.world_size:

@@ -38,7 +38,9 @@ class Stragglers:
         return self._bounded(write, False)
 
     def missing(self, number: int) -> list[int]:
-        """The ranks that have told of no wait in the ``number``-th collective or a later one; [] without a store."""
+        """The ranks that have told of no wait in the ``number``-th collective or a later one; [] without a
+        store.
+        """
 
         def read(store: Any) -> list[int]:
             others = [r for r in range(self._world_size) if r != self._rank]

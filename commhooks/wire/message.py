@@ -94,7 +94,8 @@ def _read_header(header: list[int], words: int, sender: int, context: Context) -
     expected = (words - HEADER_WORDS) // 2
     if k != expected:
         raise SettingsMismatchError(
-            f"{context}: expected {expected} pairs from rank {sender}, got a message of {k}: the ranks' densities differ"
+            f"{context}: expected {expected} pairs from rank {sender}, got a message of {k}: "
+            "the ranks' densities differ"
         )
     return step < 0
 

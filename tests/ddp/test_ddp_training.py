@@ -171,6 +171,7 @@ def overlap(rank, size):
     for step in range(4):
         Announce.sent.clear() if step else Announce.sent.set()  # DDP's first step has one bucket for everything
         ddp(torch.randn(4, 8)).square().sum().backward()
+        ddp.zero_grad()
     state.close()
     return list(Announce.in_time), [len(buckets) for buckets in seen[:-1]]
 
