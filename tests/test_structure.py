@@ -387,7 +387,6 @@ LONG_LINES = {
     "horovod/gradient_sync.py",
     "horovod/optimizer.py",
     "horovod/parameters.py",
-    "horovod/pending.py",
     "horovod/transport.py",
     "native/abi.py",
     "native/cpu.py",

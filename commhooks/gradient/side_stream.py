@@ -53,8 +53,9 @@ def ready_event(buffer: Tensor) -> Any:
         return None
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a backward pass with commhooks' hook cannot be captured into a CUDA graph: the exchange reads results "
-            "on the host. Capture the forward and backward of single modules, inside DDP, instead of the whole step"
+            "a backward pass with commhooks' hook cannot be captured into a CUDA graph: the exchange reads "
+            "results on the host. Capture the forward and backward of single modules, inside DDP, instead of "
+            "the whole step"
         )
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(buffer.device))

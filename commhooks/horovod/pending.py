@@ -183,7 +183,7 @@ class CompressorCore:
         return {"step": self.last_step, **self.step.stats(), "residual_norm": residual_norm}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory and step counts by parameter name; call it between steps and save one per rank."""
+        """This rank's memory and step counts by parameter name. Call it between steps; save one per rank."""
         self._finish_if_complete()
         return {"version": 1, "steps": self.steps(), **self.memory.table.state_dict()}
 

@@ -1,4 +1,4 @@
-"""``Reducer``: the one place that knows the whole pipeline, from a gradient to the average that replaces it."""
+"""``Reducer``: the one place that knows the whole pipeline, from a gradient to its average."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ from .write_back import write_dense, write_sparse
 
 @dataclass(eq=False, slots=True)
 class PlainRoute:
-    """The buffer itself (float32) is all-reduced, as by DDP without a hook. There is no memory and no vote."""
+    """The buffer itself (float32) is all-reduced, as by DDP without a hook, without memory or vote."""
 
     buffer: Tensor
     context: Context

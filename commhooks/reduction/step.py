@@ -109,7 +109,7 @@ class Step:
             raise NonFiniteGradientError(f"rank {rank}, {text}")
 
     def finish(self) -> None:
-        """Ends the step: every exchange is final, or goes back when any bucket of the step was thrown away."""
+        """Ends the step: its exchanges are final, or go back when any bucket was thrown away."""
         thrown_away = bool(self.figures.nonfinite_buckets) and self.nonfinite != "skip"
         for kept in self._kept:
             if thrown_away or kept.commit is None:

@@ -152,7 +152,7 @@ class Transport(ABC):
             self.counters = counted
 
     def _is_foreign(self, buffer: Tensor) -> bool:
-        """Whether ``buffer`` is on another device; refuses a view whose memory is not its elements in order."""
+        """Whether ``buffer`` is on another device. Refuses tensors that are not contiguous."""
         if not buffer.is_contiguous():
             raise ValueError(
                 f"buffer must be contiguous, got strides {buffer.stride()} for {tuple(buffer.shape)}"
@@ -161,7 +161,7 @@ class Transport(ABC):
 
     @abstractmethod
     def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
-        """:meth:`exchange` without checks, copies and counting: one round of a collective made of messages."""
+        """:meth:`exchange` without checks, copies and counting: one round of a collective."""
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None: ...

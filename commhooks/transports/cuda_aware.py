@@ -13,7 +13,8 @@ VARIABLE = "COMMHOOKS_MPI_CUDA_AWARE"
 def is_cuda_aware(mpi: Any) -> bool:
     """Whether the MPI library can send from GPU memory.
 
-    ``COMMHOOKS_MPI_CUDA_AWARE`` decides, else ``MPIX_Query_cuda_support`` (Open MPI, MPICH, MVAPICH), else no.
+    ``COMMHOOKS_MPI_CUDA_AWARE`` decides, else ``MPIX_Query_cuda_support`` of Open MPI, MPICH or
+    MVAPICH, else no.
 
     Args:
         mpi: the module ``mpi4py.MPI``, initialised.

@@ -239,7 +239,7 @@ def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
 
 
 def _group_timeout_s(backend: str, timeout_s: float) -> float:
-    """The process group's own timeout. NCCL's watchdog ends the process there: our error must come long before."""
+    """The process group's own timeout. NCCL's watchdog ends the process there, long after our error."""
     return 2 * timeout_s + 60 if backend == "nccl" else timeout_s
 
 

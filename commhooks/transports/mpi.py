@@ -167,5 +167,5 @@ def _bytes(buffer: Tensor) -> Any:
 
 
 def _array(tensor: Tensor) -> Any:
-    """What mpi4py takes: a numpy array, or on a GPU the tensor itself (it has ``__cuda_array_interface__``)."""
+    """What mpi4py takes: a numpy array, or on a GPU the tensor (by ``__cuda_array_interface__``)."""
     return tensor if tensor.is_cuda else tensor.numpy()
