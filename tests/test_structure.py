@@ -370,18 +370,10 @@ LONG_CALLS = set()
 
 LONG_LINES = {
     "averaging/averager.py",
-    "averaging/decentralized.py",
-    "averaging/flat.py",
     "averaging/local_hook.py",
     "averaging/stagewise.py",
     "ddp/state.py",
     "ddp/step_watch.py",
-    "exchange/agreement.py",
-    "exchange/gtopk.py",
-    "exchange/voting_sum.py",
-    "gradient/__init__.py",
-    "gradient/bucket.py",
-    "gradient/side_stream.py",
     "horovod/api.py",
     "horovod/compression.py",
     "horovod/gradient_sync.py",
@@ -394,19 +386,6 @@ LONG_LINES = {
     "native/fused.py",
     "native/ops.py",
     "native/reference.py",
-    "reduction/dense_rule.py",
-    "reduction/reducer.py",
-    "reduction/routes.py",
-    "reduction/stats.py",
-    "reduction/step.py",
-    "selection/selectors.py",
-    "transports/base.py",
-    "transports/cuda_aware.py",
-    "transports/distributed.py",
-    "transports/mpi.py",
-    "transports/recursive_doubling.py",
-    "transports/stragglers.py",
-    "wire/message.py",
 }
 """Known breaches: files with longer lines."""
 

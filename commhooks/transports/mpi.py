@@ -57,8 +57,8 @@ class MpiTransport(Transport):
     """A duplicate of ``comm`` (default: ``COMM_WORLD``), so no message of ours meets one of the user's.
 
     A closed or forgotten transport leaves its duplicate to the next one of the same ranks. Making one is
-    collective. Every wait polls against a deadline. After a time-out the process leaves through ``comm.Abort``:
-    ``MPI_Finalize`` would wait for the stalled rank.
+    collective. Every wait polls against a deadline. After a time-out the process leaves through
+    ``comm.Abort``: ``MPI_Finalize`` would wait for the stalled rank.
 
     Args:
         comm: an mpi4py communicator whose ranks take part.

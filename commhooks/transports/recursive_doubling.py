@@ -39,8 +39,8 @@ def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int,
 def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> None:
     """``buffer`` becomes the sum over ranks, the same bits on every rank.
 
-    In each round two ranks form the same sum of the same two. A rank sends the buffer ``log2 P`` times, where a
-    ring sends it up to twice.
+    In each round two ranks form the same sum of the same two. A rank sends the buffer ``log2 P`` times,
+    where a ring sends it up to twice.
     """
     other, distance = buffer.new_empty(buffer.shape), 1
     while distance < transport.world_size:
