@@ -159,7 +159,7 @@ class SparseRoute:
         """Adds the gradient to the residual and takes ``pairs`` out of it, in one pass."""
         operands = self.memory.operands(self.held, self.buffer, scale=self.scale)
         selected = self.selector.select(operands, self.k, step=self.context.step, mask_key=self.mask_key)
-        _, self.bad, self.misses = selected.report.tolist()
+        _, self.bad, self.misses, _ = selected.report.tolist()
         self.pairs = self._contributed = SparseGrad(selected.values, selected.indices, self.buffer.numel())
 
     def exchange(self, transport: Transport) -> bool:
