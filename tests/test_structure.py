@@ -369,9 +369,7 @@ LONG_CALLS = set()
 """Known breaches: calls with more parameters."""
 
 LONG_LINES = {
-    "averaging/averager.py",
     "averaging/local_hook.py",
-    "averaging/stagewise.py",
     "ddp/state.py",
     "ddp/step_watch.py",
     "horovod/api.py",

@@ -1,99 +1,167 @@
-"""What all averagers share: step count, agreement between ranks, the mean of one flat message, state."""
+"""What all averagers share: the step count, who takes part, agreement between ranks, state."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
+from torch.utils.hooks import RemovableHandle
 
-from .. import transports
-from ..errors import CommHooksError
-from ..exchange.agreement import agree
-from ..gradient.bucket import Bucket
-from ..transports.base import Transport
-from .flat import digest_of, flatten, message_dtype, parameters_of, shown_layout, unflatten_
+from ..errors import NonFiniteGradientError
+from ..transports import Transport
+from . import watch
+from .agreement import Gather, Header, Ranks, agree
+from .buffers import BufferChoice, Buffers, average_exactly, has_nonfinite
+from .channel import TAG, Channel, reporting
+from .compressed_change import claim
+from .flat import (
+    Parameters,
+    digest,
+    digest_of,
+    flatten,
+    message_dtype,
+    shown_layout,
+    tensors_of,
+    trainable,
+    unflatten_,
+)
+from .members import Members
+from .stats import Figures
+from .sync_sets import Every, Period, as_sync_set
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..reduction.reducer import Reducer
 
 logger = logging.getLogger(__name__)
 
-BufferChoice = Literal["average", "broadcast", "leave"]
-_TAG = 7000  # averagers have a transport of their own; the tag only tells their calls from each other
-_ADVICE = {"starting point": ": call broadcast_parameters first, or load the averagers' states"}
+
+class AveragerOptions(TypedDict, total=False):
+    """The options that every averager takes; :class:`Averager` says what they mean."""
+
+    transport: str | Transport
+    module: torch.nn.Module | None
+    buffers: BufferChoice
+    also: Parameters
+    reducer: Reducer | None
+    nonfinite: Literal["error", "skip", "propagate"] | None
+    timeout_s: float | None
+    process_group: dist.ProcessGroup | None
+    device_type: str | None
 
 
-@contextmanager
-def reporting(*used: Transport) -> Iterator[None]:
-    """Tells the transports of an error inside it: an MPI process must then leave by Abort, not by Finalize."""
-    try:
-        yield
-    except CommHooksError as error:
-        for transport in used:
-            transport.fail(error)
-        raise
+_DEFAULTS: dict[str, Any] = {
+    "transport": "distributed",
+    "module": None,
+    "buffers": "average",
+    "also": None,
+    "reducer": None,
+    "nonfinite": None,
+    "timeout_s": None,
+    "process_group": None,
+    "device_type": None,
+}
 
 
 class Averager(ModelAverager):
     """Base of the averagers: call :meth:`average_parameters` once after every local optimizer step, on every
     rank.
 
-    All synchronise *after* steps K, 2K, ... (torch's ``PeriodicModelAverager`` also does so at its very first
-    call). Before each synchronisation the ranks compare a small header (settings, shapes, step, and at the
-    first one the starting point where the averager remembers it), so that ranks that run different code, or
-    different numbers of steps, end with :class:`~commhooks.errors.SettingsMismatchError`.
+    All synchronise *after* the steps of their period: K, 2K, ... (torch's ``PeriodicModelAverager`` also does
+    so at its very first call). Before each synchronisation the ranks compare a small header: settings,
+    shapes, step, who takes part, and at the first one the starting point where the averager knows it. So
+    ranks that run different code, or different numbers of steps, end with
+    :class:`~commhooks.errors.SettingsMismatchError`.
+
+    A parameter takes part when it requires a gradient; when it did so at the last averaging, so that a layer
+    that is frozen in between is averaged once more; and when it moves although it requires none.
 
     Args:
+        period: local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps
+            themselves (from 1). ``sync`` is its old name.
+        known: the tensors to average, where they are known already; else the first call tells.
         transport: ``"distributed"``, ``"mpi"`` or a :class:`~commhooks.transports.base.Transport`.
-        module: the model whose buffers (BatchNorm statistics) are looked after; without it buffers are left
-            alone.
+        module: the model whose persistent buffers (BatchNorm statistics) are looked after; without it buffers
+            are left alone.
         buffers: ``"average"`` (default: the floating ones, by the mean over ranks; integers such as
             ``num_batches_tracked`` stay), ``"broadcast"`` (all become rank 0's) or ``"leave"``.
+        also: more tensors to average at each synchronisation, plainly: the teacher of a moving average, say.
         reducer: compresses what is sent: the model's change since the last synchronisation goes through it,
             with error feedback, in place of the model. Belongs to this averager alone.
-        timeout_s: for a transport given by name: seconds until a stalled peer is an error. None: the process group's timeout,
-            or 300 s without a group.
+        nonfinite: what NaN or Inf in any rank's parameters does, alike on all ranks. ``"error"`` (default):
+            ``NonFiniteGradientError`` on all ranks, before anything is averaged. ``"skip"``: those ranks are
+            left out and take over the average of the others; with a reducer they count as not moved.
+            ``"propagate"``: the average becomes NaN everywhere. With a reducer the default is to leave it to
+            the reducer's own policy. A buffer's element is averaged over the ranks where it is finite, unless
+            the policy is ``"propagate"``.
+        timeout_s: for a transport given by name: seconds until a stalled peer is an error. None: the process
+            group's timeout, or 300 s without a group.
         process_group: for ``"distributed"``: whose ranks average, in a new group of ours; default: all.
-        device_type: ``"cuda"`` lets ``"distributed"`` use NCCL; otherwise CUDA models go through host memory.
+        device_type: from where the transport sends: ``"cuda"`` uses NCCL where the process group has it;
+            default: the device of the parameters.
 
     Attributes:
+        sync: the set of steps after which it synchronises.
         step: local steps so far (calls of :meth:`average_parameters`).
         synchronisations: averagings so far.
 
     Raises:
-        ValueError: an argument out of range, with its name and value.
+        ValueError: an argument out of range, with its name and value; a reducer that another averager has.
     """
 
+    local = False  # whether a rank hears of its neighbours only
+
     def __init__(
-        self,
-        *,
-        transport: str | Transport = "distributed",
-        module: torch.nn.Module | None = None,
-        buffers: BufferChoice = "average",
-        reducer: Reducer | None = None,
-        timeout_s: float | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        device_type: str = "cpu",
+        self, period: Period | None, known: Sequence[Tensor] = (), **options: Unpack[AveragerOptions]
     ) -> None:
         # not super().__init__: it asks for a torch.distributed group, which "mpi" and in_process do without
-        if buffers not in ("average", "broadcast", "leave"):
-            raise ValueError(f"buffers must be 'average', 'broadcast' or 'leave', got {buffers!r}")
-        self.process_group = process_group  # type: ignore[assignment]
-        self.transport = transports.make(
-            transport, timeout_s=timeout_s, process_group=process_group, device_type=device_type
+        given: dict[str, Any] = {**_DEFAULTS, **options}
+        self.sync = as_sync_set(period, given)
+        unknown = set(given) - set(_DEFAULTS)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
+        policy = given["nonfinite"]
+        if policy not in (None, "error", "skip", "propagate"):
+            raise ValueError(f"nonfinite must be 'error', 'skip' or 'propagate', got {policy!r}")
+        self.module, self.buffers, self.reducer = given["module"], given["buffers"], given["reducer"]
+        self._buffers = Buffers(self.module, self.buffers)
+        self._also = [] if given["also"] is None else tensors_of(given["also"])
+        message_dtype(self._also)  # raises where one cannot be averaged
+        self._nonfinite = policy or ("propagate" if self.reducer is not None else "error")
+        self._heals_buffers = policy != "propagate"
+        self.process_group = given["process_group"]
+        self._channel = Channel(
+            given["transport"], given["timeout_s"], self.process_group, given["device_type"]
         )
-        self.module, self.buffers, self.reducer = module, buffers, reducer
+        if self.reducer is not None:
+            claim(self.reducer, self)
         self.step = 0
         self.synchronisations = 0
-        self._members: list[Tensor] = []  # in the order of what is remembered of them
-        self._start = 0  # fingerprint of the starting point; 0: none, or found equal on all ranks
+        self._members = Members()
+        self._members.see(known)
+        self._figures = Figures()
+        self._start = 0  # fingerprint of the starting point, to be compared; 0: not known, or compared
+        self._called = self._hooked = False
+        self._watched = list(known) or ([] if self.module is None else list(self.module.parameters()))
+        if self._watched or given["device_type"] is not None:
+            self._channel.open_for(self._watched)
+        watch.watch(self._watched, self)
+        self._expect_steps()
+
+    @property
+    def transport(self) -> Transport:
+        """The transport. Its first use opens it, a collective call, where the parameters were not known."""
+        return self._channel.transport
 
     @property
     def rank(self) -> int:
@@ -105,154 +173,335 @@ class Averager(ModelAverager):
         """Number of workers P."""
         return self.transport.world_size
 
-    def average_parameters(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
+    @property
+    def period(self) -> int | None:
+        """Local steps between averagings, when the set is a plain period."""
+        return self.sync.period if isinstance(self.sync, Every) else None
+
+    def average_parameters(self, params: Parameters) -> None:
         """Counts one local step and synchronises when it is time to. Overwrites the parameters in place then.
 
         Args:
             params: the model's parameters or the optimizer's parameter groups, the same on every call and
-                rank. Parameters whose ``grad`` is None take part; those with ``requires_grad=False`` do not.
+                rank. Parameters whose ``grad`` is None take part.
 
         Raises:
+            ValueError: there is no tensor in it, as in a generator that was used before.
+            NonFiniteGradientError: a rank's parameters hold NaN or Inf, and the policy is ``"error"``.
             PeerTimeoutError, PeerLostError: a peer is stalled or gone; the message names it and the step.
             SettingsMismatchError: ranks disagree on settings, shapes or the number of steps.
+            RuntimeError: :meth:`hook` calls it already.
         """
+        if self._hooked:
+            raise RuntimeError(
+                f"{type(self).__name__} is hooked to an optimizer, whose step calls it already"
+            )
+        self._count(params)
+
+    def _count(self, params: Parameters) -> None:
         self.step += 1
-        if self.is_due(self.step):
-            self.synchronise(params)
+        self._fresh = False
+        due, starts = self.is_due(self.step), self.sync.starts_after(self.step)
+        if due or starts or not self._called:
+            self._called = True
+            numbers = self._members.see(tensors_of(params))
+            if due:
+                self._synchronise(numbers)
+            elif starts:
+                self._start_from(numbers)
 
-    def synchronise(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
+    def synchronise(self, params: Parameters) -> None:
         """Synchronises now, whatever the step: after the last one, say, when it was not in the set."""
-        tensors = self._in_order(parameters_of(params))
-        with self._reporting():
-            self._synchronise(tensors)
-        self.synchronisations += 1
-        logger.debug("%s: synchronised after step %d", type(self).__name__, self.step)
+        self._synchronise(self._members.see(tensors_of(params)))
 
-    @abstractmethod
+    def hook(self, optimizer: torch.optim.Optimizer) -> StepHook:
+        """Calls :meth:`average_parameters` after every ``optimizer.step()`` from now on.
+
+        A ``GradScaler`` that skips a step on one rank skips the call too, and the ranks' counts drift apart:
+        take :class:`~commhooks.averaging.AveragedOptimizer` with one.
+
+        Returns:
+            What ends it: by ``remove()``, or by leaving its ``with`` block.
+
+        Raises:
+            RuntimeError: it is hooked already.
+        """
+        if self._hooked:
+            raise RuntimeError(f"{type(self).__name__} is hooked to an optimizer already")
+        self._hooked = True
+        handle = optimizer.register_step_post_hook(lambda opt, args, kwargs: self._count(opt.param_groups))
+        return StepHook(handle, self._unhook)
+
+    def _unhook(self) -> None:
+        self._hooked = False
+
     def is_due(self, step: int) -> bool:
         """Whether to synchronise after local step ``step`` (from 1)."""
+        return step in self.sync
 
     @abstractmethod
     def settings(self) -> str:
         """What all ranks must have in common, as text."""
 
-    @abstractmethod
-    def _synchronise(self, tensors: list[Tensor]) -> None: ...
+    def broadcast_parameters(self, params: Parameters, root: int = 0) -> None:
+        """Makes all ranks start from rank ``root``'s parameters and persistent buffers, as DDP does.
 
-    def broadcast_parameters(
-        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], root: int = 0
-    ) -> None:
-        """Makes all ranks start from rank ``root``'s parameters (and the module's buffers), as DDP does."""
-        tensors = self._in_order(parameters_of(params))
-        with torch.no_grad(), self._reporting():
-            for tensor in [*tensors, *self._buffers(floating=False)]:
-                self._broadcast(tensor, root)
-        self._start_from(tensors)
+        Frozen parameters are sent too. What the averager remembers of an earlier start, momentum and withheld
+        changes, is forgotten.
+        """
+        given = tensors_of(params)
+        numbers = self._members.see(given)
+        with self._communicating(given):
+            everything = [*given, *self._also, *self._buffers.persistent().values()]
+            self._channel.broadcast(everything, root, f"{self._what()}, broadcast")
+        self._start_from(numbers)
 
-    def consensus_distance(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> float:
+    def consensus_distance(self, params: Parameters) -> float:
         """``sqrt(mean_p ||x_p - mean x||^2)`` over the ranks' parameters; costs one all-reduce."""
-        tensors = parameters_of(params)
-        own = flatten(tensors, torch.float64)
-        with self._reporting():
-            mean = self._mean(own.clone(), "consensus distance")
-            squared = self._mean((own - mean).square().sum().reshape(1), "consensus distance")
+        tensors = trainable(params)
+        with self._communicating(tensors):
+            own = flatten(tensors, torch.float64)
+            mean = self._channel.mean(own.clone(), "consensus distance")
+            squared = self._channel.mean((own - mean).square().sum().reshape(1), "consensus distance")
         return float(torch.sqrt(squared))
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of this rank so far.
+
+        ``step``; ``synchronisations``; ``bytes_sent`` and ``bytes_received`` in them, headers included;
+        ``seconds`` in them, and ``last_seconds`` in the last one; ``distance``: the L2 norm of this rank's
+        parameters minus the ranks' average before the last one (None before the first).
+        """
+        return {
+            "step": self.step,
+            "synchronisations": self.synchronisations,
+            **self._figures.as_dict(),
+        }
 
     def close(self) -> None:
         """Frees the transport. Call it on all ranks."""
-        self.transport.close()
+        self._channel.close()
 
-    # -- pieces the algorithms are made of -------------------------------------------------------------------
+    def __repr__(self) -> str:
+        place = f"rank {self.rank} of {self.world_size}, " if self._channel.is_open else ""
+        done = f"step {self.step}, {self.synchronisations} synchronisations"
+        return f"<{self.settings()}: {place}{done}>"
 
-    def _reporting(self) -> AbstractContextManager[None]:
-        used = [self.transport]
-        if self.reducer is not None and self.reducer.connection.is_open:
-            used.append(self.reducer.transport)
-        return reporting(*used)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Averager:
+        """A copy with tensors of its own, over the same transport. A reducer cannot be copied with it."""
+        if self.reducer is not None:
+            raise TypeError(f"{type(self).__name__} with a reducer cannot be copied: make another one")
+        other = copy.copy(self)
+        memo[id(self)] = other
+        for name, value in vars(self).items():
+            setattr(other, name, value if name == "process_group" else copy.deepcopy(value, memo))
+        watch.watch(other._watched, other)
+        return other
 
-    def _what(self) -> str:
-        return f"{type(self).__name__} after step {self.step}"
+    # -- one synchronisation ---------------------------------------------------------------------------------
 
-    def _agree(self, tensors: Sequence[Tensor], note: float = 0.0) -> list[float]:
-        """Compares settings, shapes and step with every rank; returns the ranks' ``note``s in order."""
-        notes = agree(
-            self.transport, self._common(tensors), tag=_TAG, what=self._what(), advice=_ADVICE, note=note
+    def _synchronise(self, numbers: list[int]) -> None:
+        self._check_members(numbers)
+        with self._communicating([self._members.tensors[n] for n in numbers]):
+            with self._figures.of(self._transports):
+                ranks, part = self._agree(numbers)
+                main, plain = self._divide(part)
+                if main:
+                    self._average(self._tensors(main), ranks)
+                self._average_plainly([*self._with_state(self._tensors(plain)), *self._also], ranks)
+                self._synchronise_buffers(ranks)
+                self._members.averaged(part)
+                self._averaged(part)
+        self.synchronisations += 1
+        self._expect_steps()
+        logger.debug("%s: synchronised after step %d", type(self).__name__, self.step)
+
+    def _agree(self, numbers: list[int], gather: Gather | None = None) -> tuple[Ranks, list[int]]:
+        """Compares settings, shapes and step with the other ranks; their votes, and who takes part."""
+        part = self._members.taking_part(numbers)
+        if not (part or self._also or self.synchronisations):
+            raise ValueError("params must hold at least one parameter that requires a gradient, got none")
+        moving = self._tensors(self._divide(part)[0])
+        first = self.synchronisations == 0 and self.step > 0
+        votes = self._nonfinite != "propagate"
+        header = Header(
+            settings=self._common(numbers, moving),
+            start=self._starting_point(),
+            part=digest(part),
+            model=digest_of(moving) if first else 0,
+            nonfinite=votes and _nonfinite([*self._with_state(moving), *self._also]),
+            spoiled=has_nonfinite(self._buffers.averaged()),
+            weight=self._weight(),
         )
-        self._start = 0
-        return notes
+        ranks = agree(
+            header, gather or self._gather, self._what(), self.rank, at_once=gather is None and self.local
+        )
+        self._heed(ranks)
+        self._start_compared()
+        return ranks, self._unite(numbers, part) if ranks.part_differs else part
 
-    def _common(self, tensors: Sequence[Tensor]) -> dict[str, object]:
+    def _common(self, numbers: list[int], moving: list[Tensor]) -> dict[str, object]:
         """What the ranks must have in common at this synchronisation."""
         return {
             "averager": type(self).__name__,
             "step": self.step,
-            "settings": self.settings(),
-            "parameter shapes": shown_layout(tensors),
-            "buffers": f"{self.buffers}: {shown_layout(self._buffers())}",
-            "starting point": f"{self._start:x}",
+            "settings": f"{self.settings()}{self._varying()}",
+            "parameter shapes": shown_layout(self._tensors(numbers)),
+            "further tensors": f"{shown_layout(self._also)}; {self._state_layout(moving)}",
+            "buffers": self._buffers.layout(),
         }
 
-    def _in_order(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The order the averager was made with: an optimizer's groups may have another than the model."""
-        place = {id(tensor): i for i, tensor in enumerate(self._members)}
-        if any(id(tensor) not in place for tensor in tensors):
-            return tensors
-        return sorted(tensors, key=lambda tensor: place[id(tensor)])
+    def _heed(self, ranks: Ranks) -> None:
+        """Acts on what the ranks said, before any data travels."""
+        if ranks.starts_differ:
+            self._starts_differ()
+        if ranks.models_equal and self.world_size > 1 and self.rank == 0:
+            logger.warning(
+                "%s: the models were equal on all ranks before they were averaged. Where DDP reduces "
+                "gradients at every step averaging saves nothing: register local_hook, or train the bare "
+                "module",
+                self._what(),
+            )
+        if not ranks.nonfinite:
+            return
+        where = f"{self._what()}: NaN or Inf in the parameters of ranks {list(ranks.nonfinite)}"
+        if self._nonfinite == "error" or len(ranks.nonfinite) == len(ranks.weights):
+            raise NonFiniteGradientError(f"rank {self.rank}, {where}; nothing was averaged")
+        logger.warning("%s, which are left out of the average", where)
 
-    def _start_from(self, tensors: Sequence[Tensor]) -> None:
-        """Takes ``tensors`` for the starting point, in an averager that sends the change since the last one."""
+    def _unite(self, numbers: list[int], part: list[int]) -> list[int]:
+        """The numbers of those that take part on any rank, where ranks differ."""
+        votes = torch.tensor([int(n in part) for n in numbers], dtype=torch.int64)
+        self._channel.total(votes, f"{self._what()}, who takes part")
+        return [n for n, vote in zip(numbers, votes.tolist(), strict=True) if vote > 0]
 
-    def _check_start(self, *anchors: Tensor) -> None:
-        """Lets the next agreement compare these tensors, which all ranks must have in common."""
-        self._start = digest_of(anchors)
+    def _average_plainly(self, tensors: list[Tensor], ranks: Ranks) -> None:
+        if tensors:
+            flat = flatten(tensors, message_dtype(tensors))
+            mean = self._channel.mean(flat, f"{self._what()}, further tensors", ranks.share(self.rank))
+            unflatten_(tensors, mean)
 
-    def _buffers(self, floating: bool = True) -> list[Tensor]:
-        """The buffers looked after; with ``floating`` only those an average makes sense for."""
-        if self.module is None or self.buffers == "leave":
-            return []
-        found = [b for b in self.module.buffers() if b is not None]
-        return (
-            [b for b in found if b.is_floating_point()] if floating and self.buffers == "average" else found
+    def _synchronise_buffers(self, ranks: Ranks) -> None:
+        """Averages the floating buffers or broadcasts all."""
+        what = f"{self._what()}, buffers"
+        self._channel.broadcast(self._buffers.broadcast(), 0, what)
+        average_exactly(
+            self._buffers.averaged(),
+            lambda flat: self._channel.total(flat, what),
+            self.world_size,
+            ranks.full_share(self.rank),
+            ranks.spoiled and self._heals_buffers,
         )
 
-    def _synchronise_buffers(self, scale: float | None = None) -> None:
-        """Averages the floating buffers (with this rank's ``scale``, else plainly) or broadcasts all."""
-        tensors = self._buffers()
-        if not tensors:
-            return
-        if self.buffers == "broadcast":
-            with torch.no_grad():
-                for tensor in tensors:
-                    self._broadcast(tensor, root=0)
-            return
-        flat = flatten(tensors, message_dtype(tensors))
-        unflatten_(tensors, self._mean(flat, f"{self._what()}, buffers", scale))
+    # -- what an algorithm says ------------------------------------------------------------------------------
 
-    def _mean(self, flat: Tensor, what: str, scale: float | None = None) -> Tensor:
-        """Mean over ranks of ``flat`` (overwritten), or ``sum_p scale_p * flat_p``; same bits everywhere."""
-        if scale is not None:
-            flat.mul_(scale)
-        self.transport.all_reduce(flat, tag=_TAG + 1, what=what)
-        return flat if scale is not None else flat.div_(self.world_size)
+    @abstractmethod
+    def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
+        """The algorithm, on the tensors that it moves."""
 
-    def _broadcast(self, tensor: Tensor, root: int) -> None:
-        sent = tensor.detach().contiguous()
-        self.transport.broadcast(sent, root=root, tag=_TAG + 2, what=f"{self._what()}, broadcast")
-        tensor.copy_(sent)
+    def _varying(self) -> str:
+        """What all ranks must have in common now, and may have otherwise later, as text."""
+        return ""
 
-    def _reduce(
-        self, index: int, flat: Tensor, tensors: Sequence[Tensor], kind: str, is_last: bool
-    ) -> Tensor:
-        """``flat`` (the change of ``tensors``) becomes the mean of what the ranks contributed of it.
+    def _divide(self, part: list[int]) -> tuple[list[int], list[int]]:
+        """Of those that take part the numbers that :meth:`_average` gets, and those averaged plainly."""
+        return part, []
 
-        The reducer's memory knows the tensors as ``"parameter 0"``, ... by position, so that it can be saved.
+    def _averaged(self, part: list[int]) -> None:
+        """Called after an averaging of these."""
+
+    def _check_members(self, numbers: list[int]) -> None:
+        """Raises ``ValueError`` when these are not the tensors that the averager remembers."""
+
+    def _start_from(self, numbers: list[int]) -> None:
+        """Takes the tensors, as they are now, for the common starting point, and forgets an earlier one."""
+        self._members.averaged(numbers)
+        self._expect_steps()
+
+    def _starting_point(self) -> int:
+        """A fingerprint of the starting point that is still to be compared, or 0."""
+        return self._start
+
+    def _start_compared(self) -> None:
+        """Called when the ranks have compared their starting points."""
+        self._start = 0
+
+    def _starts_differ(self) -> None:
+        """Called when the ranks' starting points differ."""
+        logger.warning(
+            "%s: the ranks started from different models: give them one seed, or call broadcast_parameters",
+            self._what(),
+        )
+
+    def _is_in_place(self) -> bool:
+        """Whether the model is where this averager left it; called before the first step of a block.
+
+        An averager that does not remember where that was notes the starting point, to be compared.
         """
-        if self.reducer is None:
-            raise RuntimeError(f"{type(self).__name__} has no reducer")
-        keys = tuple(f"{kind} {i}" for i in range(len(tensors)))
-        numels = tuple(t.numel() for t in tensors)
-        self.reducer.reduce(Bucket(index=index, buffer=flat, keys=keys, numels=numels, is_last=is_last))
-        return flat
+        if self.synchronisations == 0 and self.world_size > 1:
+            self._start = digest_of(self._watched)
+        return True
+
+    def _with_state(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors, and the optimizer state that is averaged with them."""
+        return tensors
+
+    def _state_layout(self, tensors: list[Tensor]) -> str:
+        """What ranks must share of that state."""
+        return ""
+
+    def _weight(self) -> float:
+        """This rank's share in averages, relative to the others'."""
+        return 1.0
+
+    # -- pieces the algorithms are made of -------------------------------------------------------------------
+
+    def _tensors(self, numbers: Sequence[int]) -> list[Tensor]:
+        return [self._members.tensors[n] for n in numbers]
+
+    def _expect_steps(self) -> None:
+        """From here on the model should stay as it is until an optimizer steps."""
+        self._fresh = True
+        if self._watched:
+            watch.wait(self, self._before_step)
+
+    def _before_step(self) -> None:
+        """Called by :mod:`.watch` before the first optimizer step of a block: has the model been changed?"""
+        fresh, self._fresh = self._fresh, False
+        if not fresh or self._is_in_place():
+            return
+        if self.synchronisations == 0:  # weights were loaded after the averager was made: nothing is lost
+            logger.info("%s starts from the model as it is now, not as it was made", type(self).__name__)
+            self._start_from(self._members.see(self._watched))
+            self._fresh = False
+            return
+        logger.warning(
+            "%s: the model is not where the averager left it. What was changed counts as local steps. After "
+            "loading weights call broadcast_parameters, or load the averager's state too",
+            self._what(),
+        )
+
+    def _transports(self) -> list[Transport]:
+        used = [self.transport]
+        if self.reducer is not None and self.reducer.connection.is_open:
+            used.append(self.reducer.connection.transport)
+        return used[:1] if used[-1] is used[0] else used
+
+    @contextmanager
+    def _communicating(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Opens the transport for these tensors. Inside it no graph is made, and a failure is reported."""
+        self._channel.open_for(tensors)
+        with torch.inference_mode(False), torch.no_grad(), reporting(*self._transports()):
+            yield
+
+    def _what(self) -> str:
+        return f"{type(self).__name__} after step {self.step}"
+
+    def _gather(self, own: Tensor) -> tuple[Tensor, list[int]]:
+        """The messages ``(P, n)`` of all ranks, and whose they are."""
+        messages = own.new_empty((self.world_size, *own.shape))
+        self.transport.all_gather(own, messages, tag=TAG, what=f"{self._what()}, agreement on settings")
+        return messages, list(range(self.world_size))
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -263,18 +512,21 @@ class Averager(ModelAverager):
         they continue bit for bit. For another world size see
         :func:`~commhooks.averaging.average_checkpoints`.
         """
-        state: dict[str, Any] = {
+        return {
             "step": self.step,
             "synchronisations": self.synchronisations,
             "rank": self.rank,
             "world_size": self.world_size,
+            "settings": self.settings(),
+            "members": self._members.state_dict(),
             "shared": self._shared_state(),
             "reducers": None if self.reducer is None else [self.reducer.state_dict()],
         }
-        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state of this rank at this world size, or one that ``average_checkpoints`` made.
+
+        Where the saved settings are not this averager's, both are logged and the run goes on with the latter.
 
         Raises:
             ValueError: the state is another rank's, or of another world size and not averaged.
@@ -285,8 +537,13 @@ class Averager(ModelAverager):
                 f"state is of rank {saved[0]} of {saved[1]}, this is rank {self.rank} of {self.world_size}: "
                 f"load each rank's own, or join all of them with average_checkpoints"
             )
-        self.step, self.synchronisations = state["step"], state["synchronisations"]
+        self._members.load_state_dict(state.get("members", {"trained": []}))
         self._load_shared_state(state["shared"])
+        self.step, self.synchronisations = state["step"], state["synchronisations"]
+        self._fresh = False
+        settings = state.get("settings", self.settings())
+        if settings != self.settings():
+            logger.warning("the state was saved by %s; the run goes on with %s", settings, self.settings())
         if self.reducer is not None and state["reducers"] is not None:
             reducers = state["reducers"]
             self.reducer.load_state_dict(reducers[0] if saved != (None, None) else reducers)
@@ -298,3 +555,27 @@ class Averager(ModelAverager):
     def _load_shared_state(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"{type(self).__name__} has no shared state, got {sorted(state)}")
+
+
+class StepHook:
+    """An averager's hook on an optimizer; also a context manager that removes it at the end of its block."""
+
+    def __init__(self, handle: RemovableHandle, then: Callable[[], None]) -> None:
+        self._handle, self._then = handle, then
+
+    def remove(self) -> None:
+        """From now on ``average_parameters`` is called by hand again."""
+        self._handle.remove()
+        self._then()
+
+    def __enter__(self) -> StepHook:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+def _nonfinite(tensors: Sequence[Tensor]) -> bool:
+    """Whether NaN or Inf is among the elements: a sum of each tensor, and a closer look if it overflows."""
+    parts = [p for t in tensors for p in ([t.real, t.imag] if t.is_complex() else [t])]
+    return not all(math.isfinite(float(p.sum())) for p in parts) and has_nonfinite(tensors)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flat import real_view
+
 
 def average_checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Joins the ranks' checkpoints into one from which any number of workers can continue.
@@ -22,10 +24,10 @@ def average_checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, A
             dict of a model, an optimizer, an averager, an LR scheduler, or plain values.
 
     Returns:
-        The same keys. Floating tensors are averaged (in float64, rounded back): parameters, BatchNorm
-        statistics, momentum buffers and Adam's moments. Everything else is rank 0's. A tensor some ranks lack
-        (a momentum buffer whose parameter had no gradient there) counts as zero on them. Averagers' states
-        become loadable at any world size, with all ranks' reducer memories.
+        The same keys. Floating and complex tensors are averaged (in float64, rounded back): parameters,
+        BatchNorm statistics, momentum buffers and Adam's moments. Everything else is rank 0's. A tensor some
+        ranks lack (a momentum buffer whose parameter had no gradient there) counts as zero on them.
+        Averagers' states become loadable at any world size, with all ranks' reducer memories.
 
     Raises:
         ValueError: no checkpoint, or keys or shapes differ.
@@ -82,12 +84,14 @@ def _mean(tensors: list[Tensor], path: str) -> Tensor:
     if len(shapes) != 1:
         raise ValueError(f"{path} must have one shape on all ranks, got {sorted(shapes)}")
     first = tensors[0]
-    if not first.is_floating_point():
+    if not (first.is_floating_point() or first.is_complex()):
         return first.clone()
-    total = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
+    total = torch.zeros_like(real_view(first), dtype=torch.float64)
     for tensor in tensors:
-        total += tensor.to(device=first.device, dtype=torch.float64)
-    return (total / len(tensors)).to(first.dtype)
+        total += real_view(tensor).to(total)
+    mean = torch.empty_like(first)
+    real_view(mean).copy_(total / len(tensors))
+    return mean
 
 
 def _is_averager_state(value: Any) -> bool:

@@ -2,106 +2,170 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..exchange.agreement import compare, encode
-from .flat import digest, flatten, message_dtype, parameters_of, unflatten_
-from .restarted_momentum import MomentumAverager
-from .sync_sets import Every, positive_int
+from ..errors import SettingsMismatchError
+from .agreement import Ranks
+from .averager import Averager
+from .channel import TAG
+from .flat import Parameters, flatten, message_dtype, numel_of, shown_layout, tensors_of, unflatten_
+from .moments import Choice, Moments
+from .sync_sets import Period
 from .topology import Topology
 
-_TAG_HEADER, _TAG_DATA = 7010, 7011
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .averager import AveragerOptions
+
+_TAG_HEADER, _TAG_DATA = TAG + 10, TAG + 11
 
 
-class DecentralizedMomentum(MomentumAverager):
+class DecentralizedMomentum(Averager):
     """After every step parameters and momentum buffers are mixed with the neighbours': ``x_p = sum_j W[j, p]
     x~_j``.
 
     Point-to-point messages to the neighbours only: ``degree`` messages of parameters + momentum buffers (+
-    floating buffers of ``module``) a step, with a message of settings in front of each. Written as ``x_p +
-    sum_j W[j, p] (x_j - x_p)``, so that rounded weights cannot move workers that agree.
+    floating buffers of ``module``) a step, with a header in front of each. Written as ``x_p + sum_j W[j, p]
+    (x_j - x_p)``, so that rounded weights cannot move workers that agree.
 
     The workers' models differ during training; :meth:`average_now` averages them, for evaluation at the end,
     say. All should start equal (``broadcast_parameters``), though mixing brings any start together.
 
     Args:
-        optimizer: the ``torch.optim.SGD`` that steps; ``nesterov`` chooses the paper's option.
+        optimizer: the optimizer that steps: a ``torch.optim.SGD`` in the paper, whose ``nesterov`` chooses
+            the option. ``momentum=0``, or ``moments="leave"`` with any optimizer, is D-PSGD.
         topology: whom to talk to (:mod:`commhooks.averaging.topology`), for exactly the transport's ranks.
         period: steps between mixings; the paper's is 1.
-        **options: ``transport``, ``module``, ``buffers`` (not ``"broadcast"``), ``timeout_s`` of
-            :class:`~commhooks.averaging.Averager`. No ``reducer``: it reduces over all ranks.
+        moments: ``"mix"`` (default for SGD): the state that goes with a parameter is mixed too, of any torch
+            optimizer: Adam's moments and step counts. ``"leave"``: it stays local.
+        **options: of :class:`~commhooks.averaging.Averager`, but no ``reducer``, which reduces over all
+            ranks, and no ``buffers="broadcast"``. ``nonfinite`` goes by what a rank and its neighbours hold.
 
     Raises:
         ValueError: the topology's size is not the transport's, or one of the above.
     """
 
+    local = True
+
     def __init__(
-        self, optimizer: torch.optim.Optimizer, topology: Topology, *, period: int = 1, **options: Any
+        self,
+        optimizer: torch.optim.Optimizer,
+        topology: Topology,
+        *,
+        period: Period | None = None,
+        moments: Choice | None = None,
+        **options: Unpack[AveragerOptions],
     ) -> None:
         if not isinstance(topology, Topology):
             raise ValueError(f"topology must be a Topology, got {topology!r}")
-        self.sync = Every(positive_int("period", period))
-        super().__init__(optimizer, **options)
-        if self.reducer is not None:
+        if options.get("reducer") is not None:
             raise ValueError(
-                f"reducer must be None: it reduces over all ranks, not neighbours; got {self.reducer!r}"
+                f"reducer must be None: it reduces over all ranks, not neighbours; got {options['reducer']!r}"
             )
-        if self.buffers == "broadcast":
-            raise ValueError(
-                f"buffers must be 'average' or 'leave' without collectives, got {self.buffers!r}"
-            )
+        if options.get("buffers") == "broadcast":
+            raise ValueError("buffers must be 'average' or 'leave' without collectives, got 'broadcast'")
+        self.optimizer, self._moments = optimizer, Moments(optimizer, moments)
+        if period is None and "sync" not in options:
+            period = 1
+        super().__init__(period, tensors_of(optimizer.param_groups), **options)
         if topology.world_size != self.world_size:
             raise ValueError(f"topology must have the transport's {self.world_size} ranks, got {topology!r}")
         self.topology = topology
 
-    def is_due(self, step: int) -> bool:
-        return step in self.sync
+    @property
+    def options(self) -> list[str]:
+        """The paper's option for each of SGD's parameter groups: ``"I"`` (Polyak) or ``"II"`` (Nesterov)."""
+        return self._moments.options
 
     def settings(self) -> str:
-        weights = digest(*(m.tolist() for m in self.topology.matrices))
-        return f"{super().settings()} every {self.sync.period} on {self.topology!r} {weights:x}"
+        network = f"{self.topology!r} {self.topology.digest:x}"
+        return f"DecentralizedMomentum({self._moments.describe()}) at {self.sync!r} on {network}"
 
-    def average_now(self, params: Any) -> None:
-        """Makes all ranks' parameters, momentum buffers and floating buffers the plain average."""
-        tensors = parameters_of(params)
-        with self._reporting():
-            self._agree(tensors)
-            both = [*tensors, *self._momenta(tensors)]
-            flat = flatten(both, message_dtype(both))
-            unflatten_(both, self._mean(flat, self._what()))
-            self._synchronise_buffers()
+    def average_now(self, params: Parameters) -> None:
+        """Makes all ranks' parameters, optimizer state and floating buffers the plain average."""
+        numbers = self._members.see(tensors_of(params))
+        with self._communicating(self._tensors(numbers)):
+            ranks, part = self._agree(numbers, super()._gather)
+            tensors = self._with_state(self._tensors(part))
+            super()._average_plainly([*tensors, *self._also], ranks)
+            super()._synchronise_buffers(ranks)
 
-    def _synchronise(self, tensors: list[Tensor]) -> None:
+    def _everything(self, tensors: list[Tensor]) -> list[Tensor]:
+        """All that travels."""
+        return [*self._with_state(tensors), *self._also, *self._buffers.averaged()]
+
+    def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
         sends, weights = self.topology.neighbours(self.rank, self.synchronisations)
         sources = [(peer, weight) for peer, weight in weights if peer != self.rank]
-        everything = [*tensors, *self._momenta(tensors), *self._buffers()]
-        self._agree_with(everything, sends, [peer for peer, _ in sources])
+        everything = self._everything(tensors)
         own = flatten(everything, message_dtype(everything))
-        received = own.new_empty((len(sources), own.numel()))
+        received = own.new_empty(len(sources), own.numel())
         self.transport.exchange(
             [(peer, own) for peer in sends],
             [(peer, row) for (peer, _), row in zip(sources, received, strict=True)],
             tag=_TAG_DATA,
             what=self._what(),
         )
+        rows = [(w, row) for (peer, w), row in zip(sources, received) if peer not in ranks.nonfinite]
+        spoiled = ranks.spoiled and self._heals_buffers
+        if self.rank in ranks.nonfinite or spoiled:
+            own = _replaced(own, rows, whole=self.rank in ranks.nonfinite)
         mixed = own.clone()
-        for (_, weight), row in zip(sources, received, strict=True):
-            mixed.add_(row.sub_(own), alpha=weight)
+        for weight, row in rows:
+            difference = row - own
+            difference[row == own] = 0.0  # of equal infinities too
+            if spoiled:
+                difference[~row.isfinite()] = 0.0
+            mixed.add_(difference, alpha=weight)
+        n = numel_of(tensors)
+        self._figures.distance = float(torch.linalg.vector_norm(own[:n] - mixed[:n]))
         unflatten_(everything, mixed)
 
-    def _agree_with(self, tensors: list[Tensor], sends: list[int], sources: list[int]) -> None:
-        """Compares settings, shapes and step with these neighbours.
+    def _average_plainly(self, tensors: list[Tensor], ranks: Ranks) -> None:
+        """All has travelled already."""
 
-        A message of its own, of fixed size: if shapes differ, the data would not fit.
-        """
-        messages = encode(self._common(tensors)).repeat(1 + len(sources), 1)
+    def _synchronise_buffers(self, ranks: Ranks) -> None:
+        """All has travelled already."""
+
+    def _with_state(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [*tensors, *self._moments.of(tensors)]
+
+    def _state_layout(self, tensors: list[Tensor]) -> str:
+        return shown_layout(self._moments.of(tensors))
+
+    def _is_in_place(self) -> bool:
+        return True  # mixing brings any start together
+
+    def _gather(self, own: Tensor) -> tuple[Tensor, list[int]]:
+        """This rank's and its neighbours', in messages of fixed size: other data might not fit."""
+        sends, weights = self.topology.neighbours(self.rank, self.synchronisations)
+        sources = [peer for peer, _ in weights if peer != self.rank]
+        received = own.new_empty(len(sources), own.numel())
         self.transport.exchange(
-            [(peer, messages[0]) for peer in sends],
-            [(peer, row) for peer, row in zip(sources, messages[1:], strict=True)],
+            [(peer, own) for peer in sends],
+            [(peer, row) for peer, row in zip(sources, received, strict=True)],
             tag=_TAG_HEADER,
-            what=f"{self._what()}, agreement",
+            what=f"{self._what()}, agreement on settings",
         )
-        compare(messages, self.rank, self._what(), ranks=[self.rank, *sources])
+        return torch.cat((own[None], received)), [self.rank, *sources]
+
+    def _unite(self, numbers: list[int], part: list[int]) -> list[int]:
+        raise SettingsMismatchError(
+            f"{self._what()}: rank {self.rank} and its neighbours differ in which parameters take part (here "
+            f"{len(part)} of {len(numbers)}): name those that move without a gradient in also="
+        )
+
+
+def _replaced(own: Tensor, rows: list[tuple[float, Tensor]], whole: bool) -> Tensor:
+    """``own`` whose non-finite elements, or the ``whole``, are the weighted mean of the finite rows."""
+    total, weight = torch.zeros_like(own), torch.zeros_like(own)
+    for w, row in rows:
+        finite = row.isfinite()
+        total += torch.where(finite, w * row, 0.0)
+        weight += torch.where(finite, w, 0.0)
+    replace = weight > 0.0 if whole else (weight > 0.0) & ~own.isfinite()
+    return torch.where(replace, total / weight, own)

@@ -1,4 +1,7 @@
-"""Parameters, momentum buffers and module buffers as one flat message."""
+"""Tensors as one flat message, and back; fingerprints of tensors.
+
+A complex tensor counts as its real and imaginary parts: it has twice as many elements in a message.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +12,96 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+"""What ``model.parameters()`` and ``optimizer.param_groups`` are."""
 
-def parameters_of(params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> list[Tensor]:
-    """The tensors of ``model.parameters()`` or of an optimizer's ``param_groups``, in order.
 
-    Unlike torch's ``get_params_to_average`` it keeps parameters whose ``grad`` is None: they may have one on
-    another rank, and a rank that left them out would shift everybody else's message. Parameters with
-    ``requires_grad=False`` are left out: nothing moves them.
+def tensors_of(params: Parameters) -> list[Tensor]:
+    """The tensors of ``model.parameters()`` or of an optimizer's ``param_groups``, in order, each once.
+
+    Unlike torch's ``get_params_to_average`` it keeps parameters whose ``grad`` is None. They may have one on
+    another rank, and a rank that left them out would shift everybody else's message.
 
     Raises:
         TypeError: an element is neither a tensor nor a parameter group.
+        ValueError: there is no tensor.
     """
-    tensors: list[Tensor] = []
+    found: dict[int, Tensor] = {}
     for element in params:
         if isinstance(element, Tensor):
-            tensors.append(element)
+            found.setdefault(id(element), element)
         elif isinstance(element, dict):
-            tensors.extend(element["params"])
+            for tensor in element["params"]:
+                found.setdefault(id(tensor), tensor)
         else:
             raise TypeError(f"params must hold tensors or parameter groups, got {type(element).__name__}")
-    return [tensor for tensor in tensors if tensor.requires_grad]
+    if not found:
+        raise ValueError(
+            "params must hold at least one tensor, got none: a generator such as model.parameters() "
+            "is empty at its second use, so pass a new one at each call, or a list"
+        )
+    return list(found.values())
+
+
+def trainable(params: Parameters) -> list[Tensor]:
+    """Those of :func:`tensors_of` that require a gradient."""
+    return [tensor for tensor in tensors_of(params) if tensor.requires_grad]
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """The tensor without its graph; of a complex one real and imaginary parts in a last dimension of 2."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def message_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 when any tensor is float64, else float32: sums in half precision would lose what is averaged.
+    """float64 when any tensor has 64 bits a number, else float32: a sum in half precision would lose what is
+    averaged.
 
     Raises:
-        ValueError: a tensor is not real floating point.
+        ValueError: a tensor is neither floating point nor complex.
     """
     for tensor in tensors:
-        if not tensor.is_floating_point():
-            raise ValueError(f"only floating-point tensors can be averaged, got {tensor.dtype}")
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(f"only floating-point and complex tensors can be averaged, got {tensor.dtype}")
+    wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A new contiguous ``(n,)`` tensor with all tensors' elements, in order, on the first one's device."""
+    """A new contiguous ``(n,)`` tensor with all tensors' numbers, in order, on the first one's device."""
     if not tensors:
         return torch.empty(0, dtype=dtype)
     device = tensors[0].device
-    return torch.cat([t.detach().reshape(-1).to(device=device, dtype=dtype) for t in tensors])
+    return torch.cat([real_view(t).reshape(-1).to(device=device, dtype=dtype) for t in tensors])
 
 
 def unflatten_(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Writes ``flat`` back into the tensors in place (storages stay), rounding to their dtype."""
-    offset = 0
     with torch.no_grad():
-        for tensor in tensors:
-            tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
-            offset += tensor.numel()
+        for tensor, piece in zip(tensors, pieces(flat, tensors), strict=True):
+            target = real_view(tensor)
+            target.copy_(piece.view(target.shape))
+
+
+def pieces(flat: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Views of ``flat``, one ``(n_i,)`` for each of the tensors that it was made from."""
+    return split(flat, [numel(t) for t in tensors])
+
+
+def split(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Views of ``flat``, one after the other, of these sizes."""
+    return torch.split(flat, list(sizes))
+
+
+def numel(tensor: Tensor) -> int:
+    """Numbers of one tensor: a complex element is two."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def numel_of(tensors: Iterable[Tensor]) -> int:
-    """Elements of all tensors together."""
-    return sum(t.numel() for t in tensors)
+    """Numbers of all tensors together."""
+    return sum(numel(t) for t in tensors)
 
 
 def digest(*parts: object) -> int:
@@ -75,14 +114,17 @@ def digest_of(tensors: Iterable[Tensor]) -> int:
     """A signed 64-bit fingerprint of the tensors' bits; reads them on the host."""
     state = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        state.update(tensor.detach().cpu().contiguous().numpy().data)
+        state.update(as_bytes(tensor.cpu()).numpy().data)
     return int.from_bytes(state.digest(), "little", signed=True)
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's elements as ``(bytes,)`` uint8, whatever their dtype; a view where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def shown_layout(tensors: Sequence[Tensor]) -> str:
-    """What two ranks must share before their messages can be added up, in short, with a checksum of shapes
-    and dtypes.
-    """
+    """What ranks must share before their messages are added up, in short: a checksum of shapes and dtypes."""
     layout = ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
     checksum = hashlib.blake2b(layout.encode(), digest_size=6).hexdigest()
-    return f"{numel_of(tensors)} elements in {len(tensors)} tensors (checksum {checksum})"
+    return f"{sum(t.numel() for t in tensors)} elements in {len(tensors)} tensors (checksum {checksum})"

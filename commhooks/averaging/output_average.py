@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..transports.base import Transport
-from .averager import reporting
-from .flat import flatten, numel_of, parameters_of, unflatten_
+from ..transports import Transport
+from .averager import Averager
+from .buffers import Buffers, average_exactly
+from .channel import TAG, reporting
+from .flat import Parameters, real_view, tensors_of, unflatten_
 from .sync_sets import positive_int
 
-_TAG = 7020
+_TAG = TAG + 20
 
 
 class Weights(Protocol):
@@ -67,32 +69,59 @@ class OutputAverage:
     taken, the start among them, and not the last iterate.
 
     Args:
-        params: the parameters; kept by reference.
+        params: the model, or its parameters; kept by reference. Of a model they are looked up at each update,
+            so that ``load_state_dict(..., assign=True)`` may replace them.
         weights: of iterate t, from 0; :class:`Quadratic`, :class:`Uniform`, :class:`LastHalf` or any
             callable.
 
     Example::
 
-        output = OutputAverage(model.parameters(), Quadratic(shift=a))
+        output = OutputAverage(model, Quadratic(shift=a))
         for x, y in loader:
             ...
             output.update()
             optimizer.step()
             averager.average_parameters(model.parameters())
-        with output.applied(averager.transport):
+        with output.applied(averager, batches=loader):
             evaluate(model)
     """
 
-    def __init__(self, params: Iterable[Tensor], weights: Weights) -> None:
-        self.tensors = parameters_of(params)
+    def __init__(self, params: torch.nn.Module | Parameters, weights: Weights) -> None:
+        self.module = params if isinstance(params, torch.nn.Module) else None
+        self._given = [] if isinstance(params, torch.nn.Module) else tensors_of(params)
         self.weights = weights
         self.step = 0
         self.total_weight = 0.0
-        self.mean = torch.zeros(numel_of(self.tensors), dtype=torch.float64)
-        """``(n,)`` float64 on the CPU: the running weighted mean of this worker's iterates."""
+        self._sums: list[Tensor | None] = []
+        self._make_sums()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters that are averaged: those that require a gradient, or did at an earlier update."""
+        return [t for t, total in zip(self._all(), self._sums, strict=True) if total is not None]
+
+    @property
+    def mean(self) -> Tensor:
+        """``(n,)`` float64: the running weighted mean of this worker's iterates; zeros before the first."""
+        sums = [total for total in self._sums if total is not None]
+        return torch.cat([total.reshape(-1) for total in sums]) / (self.total_weight or 1.0)
+
+    def _all(self) -> list[Tensor]:
+        return self._given if self.module is None else tensors_of(self.module.parameters())
+
+    def _make_sums(self) -> None:
+        """Sums for the parameters that require a gradient now.
+
+        One that did not before has not moved: its iterates so far were all what it is now.
+        """
+        tensors = self._all()
+        self._sums += [None] * (len(tensors) - len(self._sums))
+        for i, tensor in enumerate(tensors):
+            if self._sums[i] is None and tensor.requires_grad:
+                self._sums[i] = real_view(tensor).double() * self.total_weight
 
     def update(self) -> None:
-        """Takes in the parameters as they are now, as iterate ``step``.
+        """Takes in the parameters as they are now, as iterate ``step``: one pass over them.
 
         Raises:
             ValueError: the weight is negative or not finite.
@@ -100,15 +129,21 @@ class OutputAverage:
         weight = float(self.weights(self.step))
         if not 0.0 <= weight < math.inf:
             raise ValueError(f"the weight of step {self.step} must be at least 0 and finite, got {weight!r}")
+        self._make_sums()
         self.step += 1
         if weight == 0.0:
             return
         self.total_weight += weight
-        iterate = flatten(self.tensors, torch.float64).cpu()
-        self.mean.add_(iterate.sub_(self.mean), alpha=weight / self.total_weight)
+        for tensor, total in zip(self._all(), self._sums, strict=True):
+            if total is not None:
+                total.add_(real_view(tensor), alpha=weight)
 
-    def result(self, transport: Transport | None = None) -> Tensor:
-        """The average, ``(n,)`` float64; with a transport over all workers too (a collective call).
+    def result(self, over: Transport | Averager | None = None) -> Tensor:
+        """The average, ``(n,)`` float64.
+
+        Args:
+            over: an averager, or a transport: over all its workers too (a collective call). The workers of an
+                averager with a ``weight`` count by it, those of a transport alike.
 
         Raises:
             ValueError: no iterate with a positive weight was taken in.
@@ -117,36 +152,81 @@ class OutputAverage:
             raise ValueError(
                 "no iterate with a positive weight yet: call update() before each optimizer step"
             )
-        mean = self.mean.clone()
-        if transport is not None:
-            with reporting(transport):
-                transport.all_reduce(mean, tag=_TAG, what="output average")
-            mean /= transport.world_size
-        return mean
+        mean = self.mean
+        if over is None:
+            return mean
+        share = float(getattr(over, "weight", 1.0))
+        sent = torch.cat((mean * share, mean.new_tensor([share])))
+        transport = over.transport if isinstance(over, Averager) else over
+        with reporting(transport):
+            transport.all_reduce(sent, tag=_TAG, what="output average")
+        return sent[:-1] / sent[-1]
 
     @contextmanager
-    def applied(self, transport: Transport | None = None) -> Iterator[None]:
-        """Puts the average into the parameters inside the ``with`` block, and the iterate back after it."""
-        kept = [t.detach().clone() for t in self.tensors]
-        unflatten_(self.tensors, self.result(transport))
+    def applied(
+        self, over: Transport | Averager | None = None, batches: Iterable[Any] | None = None
+    ) -> Iterator[None]:
+        """Puts the average into the parameters inside the ``with`` block, and the iterate back after it.
+
+        Args:
+            over: as for :meth:`result`.
+            batches: this rank's inputs, or tuples that begin with inputs. BatchNorm's statistics, which
+                belong to the last iterate, are made anew from them inside the block (torch's ``update_bn``),
+                and averaged over the workers.
+
+        Raises:
+            ValueError: ``batches`` where not the model but its parameters were given.
+        """
+        if batches is not None and self.module is None:
+            raise ValueError("batches needs OutputAverage(model, ...), got parameters alone")
+        tensors = self.tensors
+        kept = [t.detach().clone() for t in tensors]
+        buffers = [] if self.module is None else list(self.module.buffers())
+        kept_buffers = [b.detach().clone() for b in buffers]
+        unflatten_(tensors, self.result(over))
         try:
+            if batches is not None:
+                self._make_statistics(batches, over)
             yield
         finally:
             with torch.no_grad():
-                for tensor, old in zip(self.tensors, kept, strict=True):
+                for tensor, old in zip((*tensors, *buffers), (*kept, *kept_buffers), strict=True):
                     tensor.copy_(old)
 
+    def _make_statistics(self, batches: Iterable[Any], over: Transport | Averager | None) -> None:
+        assert self.module is not None
+        torch.optim.swa_utils.update_bn(batches, self.module)
+        if over is None:
+            return
+        transport = over.transport if isinstance(over, Averager) else over
+
+        def total(flat: Tensor) -> Tensor:
+            transport.all_reduce(flat, tag=_TAG, what="output average, statistics")
+            return flat
+
+        with reporting(transport):
+            buffers = Buffers(self.module, "average").averaged()
+            average_exactly(buffers, total, transport.world_size, None, spoiled=False)
+
     def state_dict(self) -> dict[str, Any]:
-        """The running mean and its counts."""
-        return {"step": self.step, "total_weight": self.total_weight, "mean": self.mean.clone()}
+        """The running sum and its counts."""
+        sums = [None if total is None else total.clone() for total in self._sums]
+        return {"step": self.step, "total_weight": self.total_weight, "sums": sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues a saved average.
 
         Raises:
-            ValueError: the state is for another number of elements.
+            ValueError: the state is for other shapes.
         """
-        if state["mean"].shape != self.mean.shape:
-            raise ValueError(f"mean must have {self.mean.numel()} elements, got {state['mean'].numel()}")
+        tensors, sums = self._all(), state["sums"]
+        saved = [None if total is None else tuple(total.shape) for total in sums]
+        if len(sums) != len(tensors) or any(
+            shape not in (None, tuple(real_view(t).shape)) for t, shape in zip(tensors, saved, strict=True)
+        ):
+            raise ValueError(f"sums must be of {len(tensors)} parameters in their shapes, got {saved}")
         self.step, self.total_weight = state["step"], state["total_weight"]
-        self.mean.copy_(state["mean"])
+        self._sums = [
+            None if total is None else total.to(tensor.device, copy=True)
+            for tensor, total in zip(tensors, sums, strict=True)
+        ]

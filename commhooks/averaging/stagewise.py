@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .flat import flatten, parameters_of, unflatten_
+from .flat import flatten, tensors_of, unflatten_
 from .sync_sets import positive_int
 
 if TYPE_CHECKING:
@@ -80,13 +80,16 @@ class Stagewise:
             if group.get("momentum", 0.0) != 0.0:
                 raise ValueError(f"the optimizer's momentum must be 0, got {group['momentum']!r}")
         self.optimizer, self.gamma, self.eta0 = optimizer, float(gamma), float(eta0)
-        self.tensors = parameters_of(optimizer.param_groups)
+        self.tensors = [
+            t for t in tensors_of(optimizer.param_groups) if t.is_floating_point() or t.is_complex()
+        ]
         self._reducer: Any = getattr(state, "reducer", state)
         self._stage_steps = stage_steps
         self.stage, self.stage_step = 0, 0
         self.withheld: list[float] = []
         self.anchor = [t.detach().clone() for t in self.tensors]
         self._sum = flatten(self.tensors, torch.float64)
+        self._fresh = True  # whether the model should be at the anchor
         self.apply_rate()
 
     @property
@@ -111,8 +114,28 @@ class Stagewise:
         DDP with ``find_unused_parameters=True`` would see parameters that only this term uses as unused:
         leave that option off.
         """
-        squares = [(t - a).square().sum() for t, a in zip(self.tensors, self.anchor, strict=True)]
+        if self._fresh:
+            self._look_for_the_start()
+        squares = [
+            (t - a).abs().square().sum()
+            for t, a in zip(self.tensors, self.anchor, strict=True)
+            if t.requires_grad
+        ]
         return torch.stack(squares).sum() / (2.0 * self.gamma)
+
+    def _look_for_the_start(self) -> None:
+        """Starts the stage from the model as it is now, where weights were loaded since it was made."""
+        self._fresh = False
+        if all(torch.equal(t, a) for t, a in zip(self.tensors, self.anchor, strict=True)):
+            return
+        if self.stage > 0:
+            logger.warning("stage %d starts from another model than the last one ended with", self.stage)
+        self._start()
+
+    def _start(self) -> None:
+        for anchor, tensor in zip(self.anchor, self.tensors, strict=True):
+            anchor.copy_(tensor.detach())
+        self._sum = flatten(self.tensors, torch.float64)
 
     def step(self) -> bool:
         """Counts an optimizer step; at the end of a stage puts its average into the parameters. True then.
@@ -120,6 +143,7 @@ class Stagewise:
         The same on every rank without communication, as the ranks' parameters are equal.
         """
         self.stage_step += 1
+        self._fresh = False
         length = self.steps_of(self.stage)
         if self.stage_step < length:
             self._sum += flatten(self.tensors, torch.float64)
@@ -127,9 +151,8 @@ class Stagewise:
         unflatten_(self.tensors, self._sum / length)
         self._forget()
         self.stage, self.stage_step = self.stage + 1, 0
-        for anchor, tensor in zip(self.anchor, self.tensors, strict=True):
-            anchor.copy_(tensor.detach())
-        self._sum = flatten(self.tensors, torch.float64)
+        self._start()
+        self._fresh = True
         self.apply_rate()
         return True
 
@@ -143,7 +166,7 @@ class Stagewise:
         logger.info("stage %d ends: a residual of norm %.3g is dropped", self.stage, self.withheld[-1])
 
     def apply_rate(self) -> None:
-        """Puts the stage's rate into the optimizer; done at each stage's start, again after a foreign scheduler."""
+        """Puts the stage's rate into the optimizer: at each stage's start, and after a foreign scheduler."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
@@ -164,4 +187,5 @@ class Stagewise:
         for own, saved in zip(self.anchor, state["anchor"], strict=True):
             own.copy_(saved)
         self._sum.copy_(state["sum"])
+        self._fresh = False
         self.apply_rate()

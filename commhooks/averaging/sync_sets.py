@@ -7,9 +7,11 @@ are frozen and depend on the step alone, so that a resumed run and every rank ag
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 def positive_int(name: str, value: object) -> int:
@@ -25,6 +27,10 @@ class SyncSet(ABC):
     @abstractmethod
     def __contains__(self, step: object) -> bool:
         """Whether the workers average after local step ``step`` (the first step is 1)."""
+
+    def starts_after(self, step: int) -> bool:
+        """Whether the first block of local steps begins after step ``step``, without an averaging there."""
+        return False
 
     def gap(self, total_steps: int) -> int:
         """Largest distance between neighbouring synchronisations up to ``total_steps``, counted from step 0.
@@ -62,6 +68,9 @@ class Every(SyncSet):
         if not isinstance(step, int) or step < 1:
             return False
         return step == self.total_steps or (step > self.start and (step - self.start) % self.period == 0)
+
+    def starts_after(self, step: int) -> bool:
+        return 0 < step == self.start
 
 
 @dataclass(frozen=True)
@@ -152,16 +161,36 @@ class PostLocal(SyncSet):
             return False
         return step <= self.start or (step - self.start) in self.then
 
+    def starts_after(self, step: int) -> bool:
+        return self.then.starts_after(step - self.start)
 
-def as_sync_set(sync: int | SyncSet | Iterable[int]) -> SyncSet:
-    """A set from a period, a set or the steps themselves."""
-    if isinstance(sync, SyncSet):
-        return sync
-    if isinstance(sync, int):
-        return Every(positive_int("sync", sync))
-    if isinstance(sync, str) or not isinstance(sync, Iterable):
-        raise ValueError(f"sync must be a period, a SyncSet or steps, got {sync!r}")
-    return AtSteps(sync)
+
+Period = int | SyncSet | Iterable[int]
+"""What an averager takes as ``period``: local steps between averagings, a set, or the steps themselves."""
+
+
+def as_sync_set(period: Period | None, options: dict[str, Any] | None = None) -> SyncSet:
+    """A set from a period, a set or the steps themselves.
+
+    Args:
+        period: what was given under that name.
+        options: further keywords, of which ``sync`` is taken out: the old name of ``period``.
+
+    Raises:
+        ValueError: neither, both, or something else.
+    """
+    if options is not None and "sync" in options:
+        if period is not None:
+            raise ValueError(f"period and sync are one setting, got {period!r} and {options['sync']!r}")
+        warnings.warn("sync= is now called period=", DeprecationWarning, stacklevel=3)
+        period = options.pop("sync")
+    if isinstance(period, SyncSet):
+        return period
+    if isinstance(period, int):
+        return Every(positive_int("period", period))
+    if isinstance(period, str) or not isinstance(period, Iterable):
+        raise ValueError(f"period must be a number of steps, a SyncSet or the steps, got {period!r}")
+    return AtSteps(period)
 
 
 def suggest_period(total_steps: int, world_size: int, batch_size: int = 1, scale: float = 1.0) -> int:

@@ -1,8 +1,8 @@
 """Networks for decentralized averaging: who talks to whom, and with which weights.
 
 A topology is one mixing matrix W, or several that take turns. ``x_p <- sum_j W[j, p] x_j`` (PR-SGD-Momentum,
-arXiv:1905.03817, Algorithm 2). The paper asks for no more than W; a static W must here be symmetric, doubly
-stochastic and connected, with ``max(|lambda_2|, |lambda_n|) < 1``.
+arXiv:1905.03817, Algorithm 2). The paper asks for no more than W; a static W must here be doubly stochastic
+and connected, with ``max(|lambda_2|, |lambda_n|) < 1``, and symmetric unless it is said to be directed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .flat import digest_of
 from .sync_sets import positive_int
 
 _TOLERANCE = 1e-8  # of row sums and symmetry
@@ -41,6 +43,11 @@ class Topology:
         """Number of ranks P."""
         return int(self.matrices[0].shape[0])
 
+    @cached_property
+    def digest(self) -> int:
+        """A fingerprint of the matrices, made once."""
+        return digest_of(self.matrices)
+
     def matrix(self, averaging: int) -> Tensor:
         """W of the ``averaging``-th averaging, from 0."""
         return self.matrices[averaging % len(self.matrices)]
@@ -61,25 +68,32 @@ class Topology:
         return f"{self.name}(world_size={self.world_size}, spectral_gap={self.spectral_gap:.4g})"
 
 
-def from_matrix(matrix: Tensor | Sequence[Sequence[float]] | Any, name: str = "matrix") -> Topology:
+def from_matrix(
+    matrix: Tensor | Sequence[Sequence[float]] | Any, name: str = "matrix", *, directed: bool = False
+) -> Topology:
     """A topology from a mixing matrix, which is checked.
 
     Args:
-        matrix: ``(P, P)``, anything ``torch.as_tensor`` takes.
+        matrix: ``(P, P)``, anything ``torch.as_tensor`` takes; ``W[j, p]`` is the weight of rank j at rank p.
         name: for messages.
+        directed: W need not be symmetric. It must be doubly stochastic all the same, or the mixing would not
+            keep the mean. Its gap is of its singular values.
 
     Raises:
-        ValueError: not square, negative, not symmetric, not doubly stochastic, not connected, or bipartite
-            without self-weights (lambda_n = -1: the ranks would swap for ever); the message names the place
-            and the value.
+        ValueError: not square, negative, not doubly stochastic, not connected, not symmetric unless directed,
+            or bipartite without self-weights (lambda_n = -1: the ranks would swap for ever); the message
+            names the place and the value.
     """
     w = torch.as_tensor(matrix, dtype=torch.float64)
+    if directed:
+        return time_varying([w], name)
     _check_stochastic(w, name)
     off = (w - w.T).abs()
     if off.max() > _TOLERANCE:
         i, j = divmod(int(off.argmax()), w.shape[0])
         raise ValueError(
-            f"{name} must be symmetric, got W[{i}, {j}] = {w[i, j]:g} and W[{j}, {i}] = {w[j, i]:g}"
+            f"{name} must be symmetric, got W[{i}, {j}] = {w[i, j]:g} and W[{j}, {i}] = {w[j, i]:g}; "
+            f"directed=True takes a matrix that is not"
         )
     w = (w + w.T) / 2
     return Topology(name, (w,), _symmetric_gap(w, name))

@@ -1,8 +1,8 @@
 """Run under mpiexec by test_averaging_transports.py: every averager over the MPI transport against its
 oracle.
 
-`mpi_job.py steps` checks trajectories and counted bytes; `mpi_job.py stall|die local|decentralized` lets one rank
-stay away, or killed, at the second step.
+`mpi_job.py steps` checks trajectories and counted bytes; `mpi_job.py stall|die local|decentralized` lets one
+rank stay away, or killed, at the second step.
 """
 
 import os

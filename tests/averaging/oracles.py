@@ -133,3 +133,63 @@ def stagewise(w0, gradient, world_size, stages, beta, eta0, gamma, keep):
         w_tilde = torch.stack(visited).mean(dim=0)
         starts.append(w_tilde.clone())
     return starts, iterates
+
+
+def blocks_with(x0, gradient, world_size, steps, rate, sync, outer_step):
+    """Local SGD steps from w~; after each step of ``sync`` ``outer_step(w~, Delta)`` gives the next w~.
+
+    Returns the iterates ``(steps + 1, P, n)``. ``Delta = w~ - mean_p w_p`` is the outer gradient.
+    """
+    w_tilde = x0.clone()
+    w = [w_tilde.clone() for _ in range(world_size)]
+    history = [torch.stack(w)]
+    for t in range(steps):
+        w = [w[p] - rate(t) * gradient(p, t, w[p]) for p in range(world_size)]
+        if t + 1 in sync:
+            w_tilde = outer_step(t, w_tilde, w_tilde - sum(w) / world_size)
+            w = [w_tilde.clone() for _ in range(world_size)]
+        history.append(torch.stack(w))
+    return torch.stack(history)
+
+
+def nesterov_outer(lr, momentum):
+    """DiLoCo's outer step, in torch's form: ``b = m b + Delta; w~ = w~ - lr (Delta + m b)``."""
+    b = 0.0
+
+    def step(t, w_tilde, delta):
+        nonlocal b
+        b = momentum * b + delta
+        return w_tilde - lr * (delta + momentum * b)
+
+    return step
+
+
+def slowmo_outer(rate, alpha, beta):
+    """SlowMo, Algorithm 1, lines 7 and 8; ``rate(t)`` is gamma, a number or one for each element."""
+    u = 0.0
+
+    def step(t, w_tilde, delta):
+        nonlocal u
+        u = beta * u + delta / rate(t)
+        return w_tilde - alpha * rate(t) * u
+
+    return step
+
+
+def nesterov_block_momentum(x0, gradient, world_size, steps, rate, period, eta, zeta):
+    """BMUF with Nesterov block momentum (Chen and Huo, ICASSP 2016): the blocks' starting points.
+
+    ``G = mean_p w_p - W_init; Delta = eta Delta + zeta G; W = W + Delta; W_init = W + eta Delta``.
+    """
+    w_global, delta, start = x0.clone(), torch.zeros_like(x0), x0.clone()
+    starts = [start]
+    for block in range(steps // period):
+        w = [start.clone() for _ in range(world_size)]
+        for k in range(period):
+            w = [w[p] - rate * gradient(p, block * period + k, w[p]) for p in range(world_size)]
+        g = sum(w) / world_size - start
+        delta = eta * delta + zeta * g
+        w_global = w_global + delta
+        start = w_global + eta * delta
+        starts.append(start)
+    return starts

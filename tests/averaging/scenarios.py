@@ -12,7 +12,7 @@ from . import oracles
 from .workers import NUMEL, Pieces, flat_momentum, run_steps, start
 
 STEPS, RATE, BETA = 6, 0.1, 0.9
-SETTINGS_BYTES = 16  # a checksum of the settings, compared before each synchronisation, and a weight
+SETTINGS_BYTES = 48  # a checksum of the settings, compared before each synchronisation, and votes
 
 
 def same(ours, theirs):
@@ -86,7 +86,7 @@ def check_decentralized(transport):
         history = run_steps(model, optimizer, averager, gradient, rank, STEPS)
         degrees = [network.degree(rank, t) for t in range(STEPS)]
         assert transport.counters.messages - messages_before == 2 * sum(degrees)
-        data = MESSAGE_BYTES + 2 * 8 * NUMEL  # settings; parameters and momentum, float64
+        data = MESSAGE_BYTES + 40 + 2 * 8 * NUMEL  # settings, votes; parameters and momentum, float64
         assert transport.counters.bytes_sent - bytes_before == sum(degrees) * data
         xs, us = oracles.decentralized(
             start(), gradient, world_size, STEPS, RATE, BETA, network.matrices, "I"

@@ -1,5 +1,6 @@
 """The same algorithms over gloo and MPI processes; stalled and dead peers; DDP with local hooks."""
 
+import inspect
 import logging
 import os
 import re
@@ -30,6 +31,8 @@ from .scenarios import check_all
 from .workers import pair_averager
 
 JOB = Path(__file__).parent / "mpi_job.py"
+DDP_OPTIONS = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers": False}
 
 
 @pytest.mark.parametrize("world_size", (1, 2, 5))
@@ -106,7 +109,7 @@ def _ddp_job(rank, size, hook, state, averager_of):
 
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
-    model = DistributedDataParallel(net, broadcast_buffers=False)
+    model = DistributedDataParallel(net, **NO_BUFFERS)
     model.register_comm_hook(state, hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     averager = averager_of(net)
@@ -180,7 +183,7 @@ def _switching_job(rank, size, overflows):
     from torch.nn.parallel import DistributedDataParallel
 
     net = torch.nn.Linear(20, 10, bias=False)
-    model = DistributedDataParallel(net, broadcast_buffers=False)
+    model = DistributedDataParallel(net, **NO_BUFFERS)
     sparse = SparseState.topk(0.05, nonfinite="skip", timeout_s=20.0, dense_crossover=False)
     model.register_comm_hook(PostLocalState(3, sparse_hook, sparse), post_local_hook)
     warnings = []

@@ -1,10 +1,26 @@
 """Around the algorithms: buffers, missing gradients, scalers, wrappers, dtypes."""
 
+import types
+import warnings
+
 import pytest
 import torch
 from torch.distributed.optim import PostLocalSGDOptimizer
 
-from commhooks.averaging import AveragedOptimizer, LocalSGD
+from commhooks import AllGather, ErrorFeedback, Reducer, TopK
+from commhooks.averaging import (
+    AtSteps,
+    AveragedOptimizer,
+    BlockMomentum,
+    DecentralizedMomentum,
+    Every,
+    LocalSGD,
+    RestartedMomentum,
+    SlowMo,
+    topology,
+)
+from commhooks.averaging.channel import Channel
+from commhooks.transports import connection, in_process
 
 from . import oracles
 from .workers import NUMEL, Pieces, averagers, in_ranks, run_steps, start
@@ -166,3 +182,97 @@ def test_a_scaler_that_skips_on_one_rank_does_not_part_the_step_counts(form):
     assert result[1, 0] == pytest.approx(torch.full((NUMEL,), 0.75).tolist(), abs=1e-5)  # (1 + 0.5) / 2
     assert result[3, 0] == pytest.approx(torch.full((NUMEL,), 1.75).tolist(), abs=1e-5)
     assert torch.equal(result[1, 0], result[1, 1]) and torch.equal(result[3, 0], result[3, 1])
+
+
+def test_period_and_sync_are_one_name():
+    transport = in_process.group(1)[0]
+    model = Pieces(start())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    makers = {
+        "LocalSGD": lambda **given: LocalSGD(transport=transport, **given),
+        "BlockMomentum": lambda **given: BlockMomentum(
+            0.5, params=model.parameters(), transport=transport, **given
+        ),
+        "RestartedMomentum": lambda **given: RestartedMomentum(optimizer, transport=transport, **given),
+        "DecentralizedMomentum": lambda **given: DecentralizedMomentum(
+            optimizer, topology.ring(1), transport=transport, **given
+        ),
+        "SlowMo": lambda **given: SlowMo(optimizer, 0.5, transport=transport, **given),
+    }
+    for name, make in makers.items():
+        for steps in (3, Every(3), AtSteps([3, 7])):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                averager = make(period=steps)
+            with pytest.warns(DeprecationWarning, match="sync= is now called period="):
+                assert make(sync=steps).sync == averager.sync, name
+            assert 3 in averager.sync and averager.period == (None if steps == AtSteps([3, 7]) else 3)
+            assert repr(averager).startswith(f"<{name}(") and "step 0, 0 synchronisations" in repr(averager)
+        with pytest.raises(ValueError, match="period and sync are one setting, got 3 and 4"):
+            make(period=3, sync=4)
+        with pytest.raises(TypeError, match=f"{name} has no option perod"):
+            make(period=3, perod=3)
+    with pytest.raises(ValueError, match="period.*None"):
+        LocalSGD(transport=transport)
+
+
+def test_stats_count_bytes_seconds_and_the_distance_from_the_average():
+    def work(transport):
+        rows = []
+        for kind in range(4):
+            model = Pieces(start(), dtype=torch.float32)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            averager = list(averagers(model, optimizer, transport))[kind]
+            assert averager.stats()["distance"] is None and averager.stats()["bytes_sent"] == 0
+            before = transport.counters.bytes_sent
+            for _ in range(4):
+                model.set_gradient(torch.full((NUMEL,), float(transport.rank)))
+                optimizer.step()
+                averager.average_parameters(model.parameters())
+            stats = averager.stats()
+            assert stats["bytes_sent"] == transport.counters.bytes_sent - before > 0
+            assert stats["bytes_received"] == stats["bytes_sent"]
+            assert 0 < stats["last_seconds"] <= stats["seconds"] < 20
+            rows.append([stats["step"], stats["synchronisations"], stats["distance"]])
+        return rows
+
+    for rank, rows in enumerate(in_ranks(3, work)):
+        for row in rows:  # two steps of size rank since the last average: 2 |rank - 1| in each element
+            assert row == [4, 2, pytest.approx(2 * abs(rank - 1) * NUMEL**0.5, abs=1e-5)]
+
+
+def test_the_reducers_own_transport_is_counted_too():
+    def work(transport):
+        model = Pieces(start(), dtype=torch.float32)
+        other = others[transport.rank]
+        reducer = Reducer(TopK(0.3), AllGather(transport=other), ErrorFeedback(), dense_crossover=False)
+        averager = LocalSGD(1, params=model.parameters(), transport=transport, reducer=reducer)
+        averager.average_parameters(model.parameters())
+        return averager.stats()["bytes_sent"], transport.counters.bytes_sent, other.counters.bytes_sent
+
+    others = in_process.group(2)
+    for total, own, reducing in in_process.run(2, work):
+        assert total == own + reducing and reducing > 0
+
+
+def test_the_transport_is_opened_for_the_parameters_device(monkeypatch):
+    """By the averager that knows its parameters at once, by LocalSGD at its first synchronisation."""
+    opened = []
+    real = connection.make
+
+    def make(transport, **options):
+        opened.append(options["device_type"])
+        return real(in_process.group(1)[0], **options)
+
+    monkeypatch.setattr(connection, "make", make)
+    model = torch.nn.Linear(2, 1)
+    averager = LocalSGD(1)
+    assert opened == [] and "rank" not in repr(averager)
+    averager.average_parameters(model.parameters())
+    assert opened == ["cpu"]
+    on_gpu = [types.SimpleNamespace(device=torch.device("cuda:1"), requires_grad=True)]
+    Channel("distributed", 3.0, None, None).open_for(on_gpu)
+    Channel("distributed", 3.0, None, "cpu").open_for(on_gpu)
+    LocalSGD(1, module=model)
+    LocalSGD(1, device_type="cuda")
+    assert opened == ["cpu", "cuda", "cpu", "cpu", "cuda"]

@@ -211,7 +211,9 @@ def test_a_change_with_inf_is_skipped_on_all_ranks_if_the_reducer_says_so():
 @pytest.mark.parametrize("policy", ("propagate", "skip", "error"))
 @pytest.mark.parametrize("bad", ("momentum", "parameter"))
 def test_inf_in_one_group_leaves_the_other_with_all_its_mass(bad, policy):
-    """mean x + mean residual stays, x the parameters or the momenta; what was sent goes back or arrives, not both."""
+    """mean x + mean residual stays, x the parameters or the momenta; what was sent goes back or arrives, not
+    both.
+    """
 
     def work(transport):
         model = Pieces(start(), dtype=torch.float32)

@@ -10,8 +10,10 @@ from commhooks.averaging import (
     AveragedOptimizer,
     BlockMomentum,
     DecentralizedMomentum,
+    DiLoCo,
     LocalSGD,
     RestartedMomentum,
+    SlowMo,
     average_checkpoints,
     topology,
 )
@@ -21,23 +23,39 @@ from commhooks.transports import in_process
 from . import oracles
 from .workers import NUMEL, Pieces, in_ranks, run_steps, start
 
-KINDS = ("local", "block", "restarted", "decentralized", "local+topk", "block+topk", "restarted+topk")
+KINDS = (
+    "local",
+    "block",
+    "diloco",
+    "slowmo",
+    "restarted",
+    "restarted-adamw",
+    "decentralized",
+    "decentralized-adamw",
+    "local+topk",
+    "block+topk",
+    "diloco+topk",
+    "restarted+topk",
+)
 PERIOD = 3
 
 
 def make(kind, transport):
     """Model, optimizer and averager of a kind; a fresh start, equal on all ranks."""
-    model, optimizer = make_parts()
+    model, optimizer = make_parts(kind)
     return model, optimizer, make_averager(kind, transport, model, optimizer)
 
 
-def make_parts():
+def make_parts(kind):
     model = Pieces(start(), dtype=torch.float32)
+    if "adamw" in kind:
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 def make_averager(kind, transport, model, optimizer):
     name, _, compressed = kind.partition("+")
+    name, _, other = name.partition("-")
     options = {"transport": transport}
     if compressed:
         aggregator = AllGather(transport=transport)
@@ -46,11 +64,17 @@ def make_averager(kind, transport, model, optimizer):
         averager = LocalSGD(PERIOD, params=model.parameters(), **options)
     elif name == "block":
         averager = BlockMomentum(0.7, PERIOD, params=model.parameters(), **options)
+    elif name == "diloco":
+        outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+        averager = DiLoCo(model.parameters(), outer, sync_every=PERIOD, **options)
+    elif name == "slowmo":
+        averager = SlowMo(optimizer, 0.7, PERIOD, **options)
     elif name == "restarted":
-        averager = RestartedMomentum(optimizer, PERIOD, **options)
+        averager = RestartedMomentum(optimizer, PERIOD, moments="average" if other else None, **options)
     else:
         network = topology.one_peer_exponential(transport.world_size)
-        averager = DecentralizedMomentum(optimizer, network, **options)
+        moments = "mix" if other else None
+        averager = DecentralizedMomentum(optimizer, network, moments=moments, **options)
     return averager
 
 
@@ -70,7 +94,7 @@ ORDERS = ("bmoa", "mboa", "moba", "baom")  # b: build the averager; m, o, a: loa
 
 def resume(kind, transport, state, order="bmoa"):
     """Model, optimizer and averager from a checkpoint, in one of the ``ORDERS``."""
-    parts, state = [*make_parts(), None], copy.deepcopy(state)  # an optimizer goes on in what it loaded
+    parts, state = [*make_parts(kind), None], copy.deepcopy(state)  # an optimizer goes on in what it loaded
     for letter in order:
         if letter == "b":
             parts[2] = make_averager(kind, transport, *parts[:2])
@@ -110,12 +134,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind):
             assert torch.equal(in_ranks(world_size, second), expected[cut:]), (cut, order)
 
 
-@pytest.mark.parametrize("kind", ("block", "local+topk", "restarted+topk"))
+@pytest.mark.parametrize("kind", ("block", "diloco", "slowmo", "local+topk", "restarted+topk"))
 def test_starting_points_that_differ_are_an_error_until_they_are_broadcast(kind):
-    """No local step is overwritten in silence: a model from the middle of a block needs its averager's state."""
+    """No local step is overwritten in silence: a model from mid-block needs its averager's state."""
 
     def work(transport, broadcast):
-        model, optimizer = make_parts()
+        model, optimizer = make_parts(kind)
         with torch.no_grad():
             model.parts[1].add_(transport.rank)
         averager = make_averager(kind, transport, model, optimizer)
@@ -158,7 +182,7 @@ def test_another_world_size_continues_from_the_averaged_model(kind, new_size):
     for history, averager, _ in in_ranks(new_size, second):
         torch.testing.assert_close(history[0], mean, rtol=0, atol=1e-6)
         assert averager.step == cut + 4
-        if kind == "block":
+        if kind in ("block", "diloco", "slowmo"):
             assert averager.anchor.shape == (NUMEL,)
 
 

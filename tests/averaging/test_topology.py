@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from commhooks.averaging import DecentralizedMomentum, topology
+from commhooks.transports import in_process
 
 from .workers import NUMEL, Pieces, in_ranks
 
@@ -140,3 +141,46 @@ def test_a_cycle_of_the_one_peer_graph_averages_exactly():
         return model.flat()
 
     assert torch.equal(in_ranks(8, work), torch.full((NUMEL, 8), 3.5, dtype=torch.float64))
+
+
+def test_a_directed_matrix_mixes_and_keeps_the_mean():
+    """Doubly stochastic, not symmetric: taken where it is said to be directed."""
+    w = [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]]
+    with pytest.raises(ValueError, match="symmetric.*directed=True"):
+        topology.from_matrix(w)
+    network = topology.from_matrix(w, directed=True)
+    singular = torch.linalg.svdvals(torch.tensor(w, dtype=torch.float64) - 1 / 3)
+    assert network.spectral_gap == pytest.approx(1 - float(singular[0]))
+    starts = torch.arange(30, dtype=torch.float64).view(3, 10) ** 1.5
+
+    def work(transport):
+        model = Pieces(starts[transport.rank])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        averager = DecentralizedMomentum(optimizer, network, transport=transport)
+        averager.average_parameters(model.parameters())
+        return model.flat()
+
+    result = in_ranks(3, work).T
+    torch.testing.assert_close(result, torch.tensor(w, dtype=torch.float64).T @ starts)
+    torch.testing.assert_close(result.mean(dim=0), starts.mean(dim=0))
+    with pytest.raises(ValueError, match="column 0 with sum 0.9"):
+        topology.from_matrix([[0.6, 0.4], [0.3, 0.7]], directed=True)
+
+
+def test_matrices_are_fingerprinted_once(monkeypatch):
+    network = topology.one_peer_exponential(4)
+    seen = []
+    monkeypatch.setattr(topology, "digest_of", lambda matrices: seen.append(1) or 7)
+
+    def work(transport):
+        model = Pieces(torch.zeros(NUMEL, dtype=torch.float64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        averager = DecentralizedMomentum(optimizer, network, transport=transport)
+        for _ in range(5):
+            averager.average_parameters(model.parameters())
+
+    in_process.run(4, work)
+    assert 1 <= len(seen) <= 4  # at most once by each of four threads that begin together
+    other = topology.from_matrix([[0.5, 0.5], [0.5, 0.5]])
+    monkeypatch.undo()
+    assert other.digest != topology.from_matrix([[0.4, 0.6], [0.6, 0.4]]).digest

@@ -1,0 +1,123 @@
+"""What ranks tell each other before they average: what must be the same, by a checksum, and their votes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..exchange.agreement import compare, encode
+
+Gather = Callable[[Tensor], tuple[Tensor, list[int]]]
+"""Takes this rank's message ``(n,)`` uint8; returns those of the ranks that compare, and whose they are."""
+
+_CHECKSUM_BYTES = 8
+_VOTES = 5  # numbers of 64 bits
+VOTE_BYTES = 8 * _VOTES
+
+
+@dataclass(frozen=True)
+class Header:
+    """One rank's word before an averaging. Fingerprints are 0 where there is nothing to compare.
+
+    Attributes:
+        settings: what must be the same on all ranks, by name.
+        start: fingerprint of the starting point.
+        part: of who takes part.
+        model: of the model.
+        nonfinite: whether this rank's tensors hold NaN or Inf.
+        spoiled: whether its buffers do.
+        weight: its share in averages, relative to the others'.
+    """
+
+    settings: Mapping[str, object]
+    start: int
+    part: int
+    model: int
+    nonfinite: bool
+    spoiled: bool
+    weight: float
+
+    def votes(self) -> Tensor:
+        """``(40,)`` uint8."""
+        flags = int(self.nonfinite) + 2 * int(self.spoiled)
+        votes = torch.tensor([self.start, self.part, self.model, flags, 0], device="cpu")
+        votes[4:].view(torch.float64)[0] = self.weight
+        return votes.view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the ranks said.
+
+    Attributes:
+        weights: by rank.
+        nonfinite: ranks whose tensors hold NaN or Inf.
+        spoiled: whether any rank's buffers do.
+        starts_differ: whether their starting points differ.
+        part_differs: whether they differ in which tensors take part.
+        models_equal: whether all have the same model.
+    """
+
+    weights: dict[int, float]
+    nonfinite: tuple[int, ...] = ()
+    spoiled: bool = False
+    starts_differ: bool = False
+    part_differs: bool = False
+    models_equal: bool = False
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all ranks have one weight."""
+        return len(set(self.weights.values())) == 1
+
+    def share(self, rank: int) -> float | None:
+        """The rank's share of an average: 0 where it is left out; None where all have the same."""
+        if self.uniform and not self.nonfinite:
+            return None
+        left = {r: w for r, w in self.weights.items() if r not in self.nonfinite}
+        return left.get(rank, 0.0) / sum(left.values())
+
+    def full_share(self, rank: int) -> float | None:
+        """The rank's share when none is left out; None where all have the same."""
+        return None if self.uniform else self.weights[rank] / sum(self.weights.values())
+
+
+def agree(header: Header, gather: Gather, what: str, rank: int, *, at_once: bool) -> Ranks:
+    """Compares the settings and collects the votes.
+
+    Args:
+        header: this rank's.
+        gather: collects messages.
+        what: names the averaging in errors.
+        rank: this rank.
+        at_once: whether the settings themselves are sent, and not their checksum first: among neighbours a
+            difference is not seen by all.
+
+    Raises:
+        SettingsMismatchError: it names every setting that differs, with both values and ranks.
+    """
+    message, votes = encode(header.settings), header.votes()
+    sent = message if at_once else message[:_CHECKSUM_BYTES]
+    gathered, ranks = gather(torch.cat((sent, votes)))
+    settings = gathered[:, : sent.numel()]
+    if at_once:
+        compare(settings, rank, what, ranks=ranks)
+    elif not torch.equal(settings, settings[:1].expand_as(settings)):
+        compare(gather(message)[0], rank, what)
+    return _read(gathered[:, sent.numel() :].contiguous().view(torch.int64), ranks)
+
+
+def _read(votes: Tensor, ranks: list[int]) -> Ranks:
+    starts, parts, models, flags, _ = (column.tolist() for column in votes.unbind(1))
+    weights = votes[:, 4].contiguous().view(torch.float64).tolist()
+    return Ranks(
+        weights=dict(zip(ranks, weights, strict=True)),
+        nonfinite=tuple(r for r, flag in zip(ranks, flags, strict=True) if flag & 1),
+        spoiled=any(flag & 2 for flag in flags),
+        starts_differ=len(set(starts)) > 1,
+        part_differs=len(set(parts)) > 1,
+        models_equal=len(set(models)) == 1 and models[0] != 0,
+    )

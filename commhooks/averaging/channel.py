@@ -1,0 +1,107 @@
+"""The transport of an averager, and the few things it does over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import CommHooksError
+from ..transports import Connection, Transport
+from .flat import as_bytes, split
+
+TAG = 7000  # averagers have a transport of their own; the tag only tells their calls from each other
+_BROADCAST_BYTES = 64 << 20
+
+
+@contextmanager
+def reporting(*used: Transport) -> Iterator[None]:
+    """Tells the transports of an error inside it: an MPI process must then leave by Abort, not Finalize."""
+    try:
+        yield
+    except CommHooksError as error:
+        for transport in used:
+            transport.fail(error)
+        raise
+
+
+class Channel:
+    """A transport that opens when the device of the model is known.
+
+    Args:
+        transport: a name or a ready transport.
+        timeout_s: seconds until a stalled peer is an error; None: the process group's timeout.
+        process_group: whose ranks, of ``"distributed"``.
+        device_type: from where it sends; None: the device of the first tensors that :meth:`open_for` gets.
+    """
+
+    def __init__(
+        self,
+        transport: str | Transport,
+        timeout_s: float | None,
+        process_group: dist.ProcessGroup | None,
+        device_type: str | None,
+    ) -> None:
+        self._connection = Connection(transport)
+        self._timeout_s, self._process_group, self._device_type = timeout_s, process_group, device_type
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the transport is open."""
+        return self._connection.is_open
+
+    @property
+    def transport(self) -> Transport:
+        """The transport; the first use opens it, which is a collective call."""
+        return self._connection.open(
+            timeout_s=self._timeout_s,
+            process_group=self._process_group,
+            device_type=self._device_type or "cpu",
+        )
+
+    def open_for(self, tensors: Sequence[Tensor]) -> Transport:
+        """Opens the transport, where it is not open yet, for the device of these tensors."""
+        if self._device_type is None and tensors:
+            self._device_type = tensors[0].device.type
+        return self.transport
+
+    def total(self, flat: Tensor, what: str) -> Tensor:
+        """The sum over ranks of ``flat`` (overwritten)."""
+        self.transport.all_reduce(flat, tag=TAG + 1, what=what)
+        return flat
+
+    def mean(self, flat: Tensor, what: str, share: float | None = None) -> Tensor:
+        """The mean over ranks of ``flat`` (overwritten), or ``sum_p share_p * flat_p``.
+
+        The same bits everywhere. A share of 0 sends zeros, whatever ``flat`` holds.
+        """
+        if share is None:
+            return self.total(flat, what).div_(self.transport.world_size)
+        return self.total(flat.mul_(share) if share != 0.0 else flat.zero_(), what)
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int, what: str) -> None:
+        """The tensors, of any dtype and device, become rank ``root``'s; several travel in one message."""
+        batch: list[Tensor] = []
+        for position, tensor in enumerate(tensors, start=1):
+            batch.append(tensor)
+            if position == len(tensors) or sum(t.nbytes for t in batch) >= _BROADCAST_BYTES:
+                self._broadcast(batch, root, what)
+                batch = []
+
+    def _broadcast(self, batch: Sequence[Tensor], root: int, what: str) -> None:
+        sent = torch.cat([as_bytes(t).to(batch[0].device) for t in batch])
+        self.transport.broadcast(sent, root=root, tag=TAG + 2, what=what)
+        for target, piece in zip(batch, split(sent, [t.nbytes for t in batch]), strict=True):
+            target.detach().copy_(piece.clone().view(target.dtype).view(target.shape))
+
+    def close(self) -> None:
+        """Closes the transport, if it is open."""
+        self._connection.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Channel:
+        """Itself: a connection to other processes cannot be copied."""
+        return self

@@ -1,0 +1,184 @@
+"""DiLoCo: any torch optimizer steps on the mean change of a block (Douillard et al., arXiv:2311.08105)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .averager import StepHook
+from .blocks import BlockAverager
+from .flat import Parameters, real_view, tensors_of
+from .sync_sets import Period
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .averager import AveragerOptions
+
+OuterOptimizer = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
+"""An optimizer of the model's parameters, or what makes one of the tensors it is given."""
+
+_UNSAID = ("params", "lr", "initial_lr", "foreach", "fused")  # rates are compared as they are at the time
+_DEFAULT = (None, False, 0)
+
+
+class DiLoCo(BlockAverager):
+    """Every ``sync_every`` steps: ``Delta = w~ - mean_p w_p`` is the gradient on which ``outer_optimizer``
+    moves ``w~``; all restart from ``w~``.
+
+    DiLoCo itself has AdamW inside and outside ``SGD(lr=0.7, momentum=0.9, nesterov=True)``, which is
+    ``b = m b + Delta; w~ = w~ - lr (Delta + m b)``; the paper has H = 30 to 500. Other outer optimizers make
+    other algorithms: ``SGD(lr=1, momentum=mu)`` M-AVG (:class:`~commhooks.averaging.BlockMomentum`, bit for
+    bit);
+    ``SGD(lr=zeta, momentum=eta, nesterov=True)`` BMUF with Nesterov block momentum and block rate zeta;
+    ``SGD(lr=1)`` with a reducer SparseLoCo's scheme without its decay. The names are torchft's.
+
+    The outer optimizer steps on float32 copies of the parameters, in which small steps of a half-precision
+    model add up. Given an optimizer of the model's parameters, its groups are pointed to these copies: its
+    settings, state, ``state_dict`` and schedulers work as before, and its state is saved with the averager's.
+    A scheduler of the outer rate steps once a synchronisation with
+    ``outer_optimizer.register_step_post_hook(lambda *_: scheduler.step())``.
+
+    Args:
+        params: the model's parameters; needed at once, as ``w~`` is where the first block starts.
+        outer_optimizer: a torch optimizer of these parameters, or a function that makes one of a list of
+            tensors.
+        sync_every: H, local steps between synchronisations; or a :class:`~commhooks.averaging.SyncSet`, or
+            the steps.
+        inner_optimizer: with it ``with DiLoCo(...):`` calls :meth:`average_parameters` after each of its
+            steps.
+        reset_optimizer: an optimizer whose state is cleared at every restart.
+        **options: of :class:`~commhooks.averaging.Averager`. With a reducer ``w_p - w~`` is what is
+            compressed; what was not sent waits in its memory. Its mean is over all workers, and the outer
+            rate enters once, at the outer step.
+
+    Attributes:
+        outer_optimizer: the optimizer, for schedulers.
+
+    Example::
+
+        outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+        with DiLoCo(model.parameters(), outer, sync_every=30, inner_optimizer=optimizer):
+            for x, y in loader:
+                ...
+                optimizer.step()
+
+    Raises:
+        ValueError: no parameters, or one that the outer optimizer lacks; a bad ``sync_every``.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        outer_optimizer: OuterOptimizer,
+        *,
+        sync_every: Period,
+        inner_optimizer: torch.optim.Optimizer | None = None,
+        reset_optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[AveragerOptions],
+    ) -> None:
+        tensors = tensors_of(params)
+        super().__init__(sync_every, tensors, reset_optimizer=reset_optimizer, **options)
+        self.inner_optimizer = inner_optimizer
+        self._hook: StepHook | None = None
+        self._copies: dict[int, Tensor] = {}  # by number: what the outer optimizer holds
+        if isinstance(outer_optimizer, torch.optim.Optimizer):
+            self.outer_optimizer = outer_optimizer
+        else:
+            self.outer_optimizer = outer_optimizer(self._make_copies())
+        self._point_outer_optimizer()
+
+    def settings(self) -> str:
+        groups = [
+            ", ".join(f"{k}={v}" for k, v in group.items() if k not in _UNSAID and v not in _DEFAULT)
+            for group in self.outer_optimizer.param_groups
+        ]
+        outer = f"{type(self.outer_optimizer).__name__}({'; '.join(groups)})"
+        period = self.period if self.period is not None else self.sync
+        return f"DiLoCo({outer}, sync_every={period}, compressed={self.reducer is not None})"
+
+    def _varying(self) -> str:
+        return f" at outer rates {[float(group['lr']) for group in self.outer_optimizer.param_groups]}"
+
+    def __enter__(self) -> DiLoCo:
+        if self.inner_optimizer is None:
+            raise ValueError("with DiLoCo(...) needs inner_optimizer, got None")
+        self._hook = self.hook(self.inner_optimizer)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _move_anchor(self, change: Tensor) -> None:
+        assert self._change is not None
+        for number, gradient in self._change.split(change.neg_()).items():
+            copy = self._copies[number]
+            copy.grad = gradient.view(copy.shape)
+        held = [p for group in self.outer_optimizer.param_groups for p in group["params"]]
+        copies = {id(self._copies[number]) for number in self._change.numbers}
+        others = [
+            (p, p.grad) for p in held if id(p) not in copies
+        ]  # frozen, or new: not the outer step's yet
+        for parameter, _ in others:
+            parameter.grad = None
+        with torch.enable_grad():  # as in a training loop: optimizers switch it off themselves
+            self.outer_optimizer.step()
+        for copy in self._copies.values():
+            copy.grad = None
+        for parameter, gradient in others:
+            parameter.grad = gradient
+
+    # -- the outer optimizer's tensors: parameters that share the anchor's memory ---------------------------
+
+    def _make_copies(self) -> list[Tensor]:
+        """A parameter for each tensor of the anchor, over its memory; those that exist stay the same."""
+        assert self._change is not None
+        for number, piece in self._change.split(self._change.anchor).items():
+            piece = piece.view(real_view(self._members.tensors[number]).shape)
+            if number in self._copies:
+                self._copies[number].data = piece
+            else:
+                self._copies[number] = torch.nn.Parameter(piece)
+        return [self._copies[number] for number in self._change.numbers]
+
+    def _point_outer_optimizer(self) -> None:
+        """The outer optimizer holds the copies in place of the model's parameters."""
+        assert self._change is not None
+        self._make_copies()
+        copy_of = {id(self._members.tensors[n]): self._copies[n] for n in self._change.numbers}
+        held: set[int] = set()
+        for group in self.outer_optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in copy_of and parameter in self.outer_optimizer.state:
+                    copy = copy_of[id(parameter)]
+                    self.outer_optimizer.state[copy] = self.outer_optimizer.state.pop(parameter)
+            group["params"] = [copy_of.get(id(p), p) for p in group["params"]]
+            held.update(id(p) for p in group["params"])
+        lacking = [n for n in self._change.numbers if id(self._copies[n]) not in held]
+        if lacking:
+            shape = tuple(self._members.tensors[lacking[0]].shape)
+            raise ValueError(
+                f"outer_optimizer must hold every parameter that is averaged; it lacks {len(lacking)}, "
+                f"such as one of shape {shape}: add them by add_param_group"
+            )
+
+    def _relay(self, numbers: list[int]) -> None:
+        super()._relay(numbers)
+        self._point_outer_optimizer()
+
+    def _start_from(self, numbers: list[int]) -> None:
+        super()._start_from(numbers)
+        self._point_outer_optimizer()
+        self.outer_optimizer.state.clear()
+
+    def _shared_state(self) -> dict[str, Any]:
+        return {**super()._shared_state(), "outer": self.outer_optimizer.state_dict()}
+
+    def _load_shared_state(self, state: dict[str, Any]) -> None:
+        super()._load_shared_state(state)
+        self._point_outer_optimizer()
+        self.outer_optimizer.load_state_dict(state["outer"])

@@ -1,0 +1,111 @@
+"""Which of a model's tensors take part in an averaging, and by which number each is known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLE = 16  # elements by which a frozen tensor is watched
+
+
+class Members:
+    """The tensors an averager was given, numbered in the order in which it saw them first.
+
+    A tensor takes part in an averaging when one of these holds:
+
+    - it requires a gradient;
+    - it did so at the averaging before, or when it was first seen: a layer that was frozen in between is
+      averaged once more;
+    - it has moved since, though it requires no gradient: the teacher of a moving average, for instance. That
+      is seen by 16 of its elements.
+
+    The numbers are the order of messages, and the names in a reducer's memory.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        """All tensors seen, by number."""
+        self._numbers: dict[int, int] = {}  # of id(tensor); the list keeps every id alive
+        self._trained: list[bool] = []  # whether it required a gradient at the last averaging
+        self._samples: list[Tensor | None] = []
+        self._loaded: list[bool] = []  # of a saved state, for tensors not seen yet
+
+    def see(self, given: Sequence[Tensor]) -> list[int]:
+        """The numbers of the tensors, ascending; new ones are added.
+
+        Tensors that replace known ones, shape by shape (``load_state_dict(..., assign=True)``), take over
+        their numbers.
+        """
+        unknown = [t for t in given if id(t) not in self._numbers]
+        if unknown:
+            known = {self._numbers[id(t)] for t in given if id(t) in self._numbers}
+            missing = [n for n in range(len(self.tensors)) if n not in known]
+            if missing and [t.shape for t in unknown] == [self.tensors[n].shape for n in missing]:
+                for number, tensor in zip(missing, unknown, strict=True):
+                    self._replace(number, tensor)
+            else:
+                for tensor in unknown:
+                    self._add(tensor)
+        return sorted(self._numbers[id(t)] for t in given)
+
+    def _add(self, tensor: Tensor) -> None:
+        number = len(self.tensors)
+        self._numbers[id(tensor)] = number
+        self.tensors.append(tensor)
+        trained = self._loaded[number] if number < len(self._loaded) else tensor.requires_grad
+        self._trained.append(trained)
+        self._samples.append(_sample(tensor))
+
+    def _replace(self, number: int, tensor: Tensor) -> None:
+        del self._numbers[id(self.tensors[number])]
+        self._numbers[id(tensor)] = number
+        self.tensors[number] = tensor
+
+    def taking_part(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the numbers whose tensors take part now, by the rule above."""
+        return [n for n in numbers if self._trained[n] or self.tensors[n].requires_grad or self._moved(n)]
+
+    def _moved(self, number: int) -> bool:
+        now, before = _sample(self.tensors[number]), self._samples[number]
+        return now is not None and before is not None and not torch.equal(now, before)
+
+    def averaged(self, numbers: Sequence[int]) -> None:
+        """Notes that an averaging of these has been made."""
+        for number in numbers:
+            tensor = self.tensors[number]
+            self._trained[number] = tensor.requires_grad
+            self._samples[number] = _sample(tensor)
+
+    def trained(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the numbers that required a gradient when last averaged or first seen."""
+        return [n for n in numbers if self._trained[n]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which tensors required a gradient at the last averaging."""
+        return {"trained": list(self._trained)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues a saved state: of the tensors seen so far, and of those that are still to come."""
+        self._loaded = list(state["trained"])
+        self._trained[: len(self._loaded)] = self._loaded[: len(self._trained)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Members:
+        other = Members()
+        other.tensors = copy.deepcopy(self.tensors, memo)
+        other._numbers = {id(tensor): number for number, tensor in enumerate(other.tensors)}
+        other._trained, other._loaded = list(self._trained), list(self._loaded)
+        other._samples = copy.deepcopy(self._samples, memo)
+        return other
+
+
+def _sample(tensor: Tensor) -> Tensor | None:
+    """Up to 16 elements of a tensor that requires no gradient; None for one that does, and for integers."""
+    if tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return None
+    count = min(_SAMPLE, tensor.numel())
+    places = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64, device=tensor.device).long()
+    return torch.take(tensor.detach(), places)
