@@ -5,7 +5,6 @@ Bad arguments raise ``ValueError`` or ``TypeError``.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -106,6 +105,8 @@ def _refusal(function: Callable[..., Any], name: str, value: Any, known: Sequenc
     spelling = _SPELLINGS.get(name, "")
     if spelling.split("=")[0] in known:
         return f"{call} has no argument {name!r}: write {spelling.format(value=value)}"
+    import difflib
+
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"{call} has no argument {name!r}: did you mean {near[0]}={value!r}?"

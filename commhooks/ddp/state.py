@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from ..gradient.bucket import Bucket
 from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
 from ..memory.no_memory import NoMemory
-from ..planner import BUCKET_MB, DENSITIES, PROBE_TIMEOUT_S, SAFE, Job, Plan, plan_for, sizes_of
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, chosen_memory, dense_memory, make_parts
 from ..selection.density import DensitySchedule
@@ -30,6 +29,9 @@ from .comm_thread import CommThread
 from .optimizers import check_optimizer, is_plain_sgd
 from .step_watch import StepWatch
 from .wrapped import find_ddp
+
+if TYPE_CHECKING:
+    from ..planner import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -174,10 +176,10 @@ class SparseState:
         transport: str | Transport = "distributed",
         *,
         optimizer: torch.optim.Optimizer | None = None,
-        densities: Sequence[float] = DENSITIES,
+        densities: Sequence[float] = (0.01,),
         backward_s: float = 0.0,
         device: torch.device | str | None = None,
-        probe_timeout_s: float = PROBE_TIMEOUT_S,
+        probe_timeout_s: float = 60.0,
         **options: Any,
     ) -> SparseState:
         """Measures network and device and takes what the cost model says; a collective call.
@@ -206,6 +208,8 @@ class SparseState:
             ValueError: ``model`` has no parameters, a density or a time is out of range, or the memory has
                 momentum under an optimizer with a second moment.
         """
+        from ..planner import BUCKET_MB, SAFE, Job, plan_for, sizes_of  # importing commhooks stays quick
+
         caps: tuple[float, ...] = BUCKET_MB
         ddp, memory = find_ddp(model), options.get("memory")
         if ddp is not None:

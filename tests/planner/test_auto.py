@@ -1,16 +1,18 @@
 """`SparseState.auto`, between real ranks where it matters."""
 
+import inspect
 import logging
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from launch import mpiexec, spawn_gloo, why_no_mpi
+from launch import mpiexec, run, spawn_gloo, why_no_mpi
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import ErrorFeedback, NoMemory, NonFiniteGradientError, SparseState, register
 from commhooks.planner import PROBE_TIMEOUT_S, Costs, Job, Plan, choose, plan_for, sizes_of
-from commhooks.planner.plan import DEFAULT_BUCKET_MB
+from commhooks.planner.plan import DEFAULT_BUCKET_MB, DENSITIES
 from commhooks.reduction.reducer import Reducer
 from commhooks.schemes import dense_memory
 from commhooks.transports import in_process
@@ -92,7 +94,7 @@ FAST = Costs(1e-4, 1e-13, 1e-7, 0.0, 1e-6, 1e-7, 1e-7, 1e-7, 1e-2)
 def _with_memory(transport, memory):
     """Two steps of gradients of rank + 1: the averages, the memory, and whether the plan is dense."""
     state = SparseState.auto(10**6, transport, memory=memory())
-    averages, parameters = [], (torch.empty(16),)
+    averages, parameters = [], (torch.empty(16, requires_grad=True),)
     for _ in range(2):
         buffer = torch.full((16,), transport.rank + 1.0)
         averages.append(state.submit(buffer, 0, parameters, True).wait()[0].item())
@@ -192,7 +194,7 @@ from commhooks import SparseState
 import torch
 state = SparseState.auto(100_000, transport="mpi")
 buffer = torch.full((100,), float(state.plan.world_size))
-state.submit(buffer, 0, (torch.empty(100),), True).wait()
+state.submit(buffer, 0, (torch.empty(100, requires_grad=True),), True).wait()
 print(f"{state.plan.world_size}-{state.reducer.transport.name}")
 state.close()
 """
@@ -256,3 +258,14 @@ def test_the_plan_is_a_rule_that_can_be_pickled():
     plan = choose(Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4), Job(10**6), 4)
     copy = pickle.loads(pickle.dumps(plan))
     assert isinstance(copy, Plan) and copy == plan
+
+
+def test_autos_defaults_are_the_planners():
+    defaults = {p.name: p.default for p in inspect.signature(SparseState.auto).parameters.values()}
+    assert defaults["densities"] == DENSITIES and defaults["probe_timeout_s"] == PROBE_TIMEOUT_S
+
+
+def test_the_planner_is_imported_when_it_is_used():
+    """It costs more than half of what importing all the rest does."""
+    code = "import sys, commhooks; print([m for m in sys.modules if m.startswith('commhooks.planner')])"
+    assert run([sys.executable, "-c", code], timeout=60).stdout.strip() == "[]"
