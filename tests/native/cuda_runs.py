@@ -17,7 +17,7 @@ import kernel_cases
 import torch
 
 from commhooks.native import abi, cuda
-from commhooks.native.fused import PAD
+from commhooks.native.fused import PAD, Fused
 
 
 def emulate(path: Path) -> None:
@@ -26,6 +26,12 @@ def emulate(path: Path) -> None:
     cuda._loaded = lambda: loaded
     cuda._guard = lambda device: contextlib.nullcontext()
     cuda._stream = lambda device: 0
+
+
+def poison_scratch() -> None:
+    """Fills all scratch memory with one bits: its contents must not matter. For the whole process."""
+    scratch = cuda._scratch
+    cuda._scratch = lambda *sizes: scratch(*sizes).fill_(255)
 
 
 def ks(numel: int) -> list[int]:
@@ -131,6 +137,35 @@ def write(device: str) -> None:
                 cases.check_write_back(device, dtype, numel, rows, k, pads, 0.25)
 
 
+def hostile_indices(device: str, turns: int) -> None:
+    """Indices with any bits, as a peer may send them: nothing outside the buffers changes."""
+    generator = torch.Generator().manual_seed(0)
+    margin, numel, size = 64, 2000, 300
+    room = torch.full((numel + 2 * margin,), 3.0, device=device)
+    dense = room[margin:-margin]
+    nasty = torch.tensor([-1, -(2**31), PAD, PAD - 1, numel, numel + 1, 0], dtype=torch.int32)
+    for turn in range(turns):
+        indices = torch.sort(torch.randperm(numel, generator=generator)[: 3 * size]).values.to(torch.int32)
+        where = torch.randint(0, 3 * size, (1 + turn % 40,), generator=generator)
+        indices[where] = nasty[torch.randint(0, nasty.numel(), where.shape, generator=generator)]
+        if turn % 3 == 0:
+            indices[where] = torch.randint(-(2**31), 2**31, where.shape, generator=generator).to(torch.int32)
+        rows = indices.reshape(3, size).to(device)
+        values = torch.randn(3, size, generator=generator).to(device)
+        for count in (1, 3):
+            cuda.scatter_add(dense, values[:count], rows[:count], 0.5)
+            cuda.write_back(dense, values[:count], rows[:count], 0.5)
+        cuda.write_back(dense.view(torch.float16), values[:1], rows[:1], 0.5)
+        grad = torch.randn(numel, generator=generator).to(device)
+        offsets = torch.tensor([0, 700, numel], device=device)
+        cuda.select_indices(Fused(grad, dense, segments=offsets), rows[0])
+        for k in (0, 10, 2 * size):
+            merged = cuda.merge_topk(values[0], rows[0], values[1], rows[1], k)
+            assert merged.survives_a.numel() == size
+        edges = torch.cat((room[:margin], room[-margin:]))
+        assert bool((edges == 3.0).all()), f"turn {turn}: an index wrote outside its buffer"
+
+
 def small(device: str) -> int:
     """Every kernel once or a few times: what a slow tool can bear. Returns the number of misses."""
     misses = select_topk(device, (33, 5003, 90_001), every=17)
@@ -140,6 +175,7 @@ def small(device: str) -> int:
         cases.check_random_indices(device, numel, k)
     cases.check_merge_topk(device, 30_000, (3000, 4000), (10, 0), 2000, True)
     write(device)
+    hostile_indices(device, 20)
     return misses
 
 
@@ -175,9 +211,12 @@ def everything(device: str) -> int:
 def fault(device: str) -> int:
     """Reads far behind the end of two arrays, on purpose: a sanitizer that does not say so sees nothing of ours."""
     room = torch.zeros(4, device=device)
-    pairs = (room.data_ptr(), torch.zeros(4, dtype=torch.int32, device=device).data_ptr(), 50_000_000)
-    cuda._call(room.device, "scatter_add", room.data_ptr(), 4, *pairs, 0.0)
+    # Both arrays stay alive: what is to be seen is the read behind their end, not a use after they are freed.
+    indices = torch.zeros(4, dtype=torch.int32, device=device)
+    rows = abi.Rows(room.data_ptr(), indices.data_ptr(), 1, 50_000_000, 0, 0)
+    cuda._call(room.device, "scatter_add", room.data_ptr(), 4, rows, 0.0)
     torch.cuda.synchronize()
+    del room, indices
     return 0
 
 
@@ -193,6 +232,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.library is not None:
         emulate(options.library)
+    poison_scratch()
     print(f"{options.what}: as the reference says, {RUNS[options.what](options.device)} misses on the way")
 
 

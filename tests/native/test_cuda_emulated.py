@@ -30,10 +30,11 @@ def misses_wanted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     if reason is not None:
         pytest.skip(reason)
     wanted = request.param == "poor guesses"
-    before = cuda._loaded, cuda._guard, cuda._stream
+    before = cuda._loaded, cuda._guard, cuda._stream, cuda._scratch
     runs.emulate(emulator.build(folder, misses=wanted))
+    runs.poison_scratch()
     yield wanted
-    cuda._loaded, cuda._guard, cuda._stream = before
+    cuda._loaded, cuda._guard, cuda._stream, cuda._scratch = before
 
 
 @pytest.mark.parametrize("seed", ["0", "1"])
@@ -79,6 +80,12 @@ def test_lists(misses_wanted: bool) -> None:
         pytest.skip("these kernels do not guess")
     runs.random_and_merge("cpu")
     runs.write("cpu")
+
+
+def test_hostile_indices(misses_wanted: bool) -> None:
+    if misses_wanted:
+        pytest.skip("these kernels do not guess")
+    runs.hostile_indices("cpu", 25)
 
 
 def test_nan_in_the_memory(misses_wanted: bool) -> None:
