@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .exchange import Aggregator, AllGather, Dense, GTopK, SharedIndices
 from .memory import ErrorFeedback, Memory, NoMemory
@@ -17,8 +16,7 @@ Parts = tuple[Selector | None, Aggregator, Memory]
 """What a ``SparseState`` or a ``Reducer`` is made of, in the order of their arguments."""
 
 
-@dataclass(frozen=True)
-class Scheme:
+class Scheme(NamedTuple):
     """One row of the table.
 
     Attributes:
