@@ -36,6 +36,7 @@ def trouble(rank, size, scheme, action):
     try:
         for step in range(4):
             started = time.monotonic()
+            ddp.zero_grad()
             loss_of(ddp, data(step)).backward()
             out["steps"] += 1
     except RuntimeError as error:
@@ -106,12 +107,14 @@ def catchable(rank, size):
     ddp, state = sparse_ddp("gtopk", 0.1, timeout_s=20.0)
     # DDP exchanges its new layout at the second forward: past that, it is our exchange that waits.
     for step in range(2):
+        ddp.zero_grad()
         loss_of(ddp, Data(rank)(step)).backward()
     state.reducer.transport.timeout_s = 1.0
     if rank == 1:
         time.sleep(4.0)
         return True
     with pytest.raises(RuntimeError, match="PeerTimeoutError"):
+        ddp.zero_grad()
         loss_of(ddp, Data(rank)(2)).backward()
     for _ in range(2):
         with pytest.raises(PeerTimeoutError) as caught:
@@ -140,6 +143,7 @@ data = cases.Data(rank)
 for step in range(4):
     if os.environ["WHAT"] == "stall" and rank == 1 and step == 2:
         time.sleep(300)
+    ddp.zero_grad()
     cases.loss_of(ddp, data(step)).backward()
 grads = torch.cat([p.grad.flatten() for p in ddp.parameters()])
 assert cases.same_on_all_ranks(grads) and state.stats()["step"] == 4
@@ -166,6 +170,7 @@ def left_running(rank, size):
     state = register(ddp, make_state("gtopk", 0.1))
     steps = parameter_buckets(state, ddp)
     for step in range(2):
+        ddp.zero_grad()
         loss_of(ddp, Data(rank)(step)).backward()
     return len(steps)
 
