@@ -2,8 +2,8 @@
 
 Nothing is compiled here. The declarations follow ``csrc/include/commhooks.h``, ``commhooks_cpu.h`` and
 ``commhooks_cuda.h``. Three environment variables are read: ``COMMHOOKS_NATIVE=0`` turns the libraries off,
-``COMMHOOKS_LIBRARY_DIR`` names another directory to look in (for sanitizer builds), and ``COMMHOOKS_ISA`` asks
-the CPU library for a lower instruction set.
+``COMMHOOKS_LIBRARY_DIR`` names another directory to look in (for sanitizer builds), and ``COMMHOOKS_ISA``
+asks the CPU library for a lower instruction set.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def cpu() -> ctypes.CDLL | None:
     asked = os.environ.get("COMMHOOKS_ISA") or None
     if asked is not None and loaded.commhooks_cpu_use_isa(asked.encode()) != 0:
         raise ValueError(
-            f"COMMHOOKS_ISA must be an instruction set that this machine and library have (avx512, avx2, neon, "
-            f"scalar), got {asked!r}"
+            "COMMHOOKS_ISA must be an instruction set that this machine and library have "
+            f"(avx512, avx2, neon, scalar), got {asked!r}"
         )
     return loaded
 

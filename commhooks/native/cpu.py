@@ -1,7 +1,7 @@
-"""Calls of the CPU library, one function per kernel; arguments have been checked by :mod:`commhooks.native.ops`.
+"""Calls of the CPU library, one function per kernel, with arguments that :mod:`.ops` has checked.
 
-ctypes lets go of the interpreter lock during a call. The library checks the contents of index and segment arrays
-before it writes anything; when it refuses, :mod:`commhooks.native.checks` says why.
+ctypes releases the interpreter lock during a call. The library checks what index and segment arrays hold
+before it writes anything. When it refuses, :mod:`.checks` says why.
 """
 
 from __future__ import annotations

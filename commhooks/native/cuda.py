@@ -1,8 +1,8 @@
-"""The CUDA library, bound with ctypes: one function per kernel, for arguments that :mod:`.ops` has checked.
+"""Calls of the CUDA library, one function per kernel, with arguments that :mod:`.ops` has checked.
 
-Work is enqueued on torch's current stream of the tensors' device, under a device guard. Nothing here waits for the
-device except :func:`sample_threshold`, which returns a float. Outputs and scratch come from torch's caching
-allocator, so a call allocates nothing on the device itself and can be captured into a CUDA graph.
+Work is enqueued on torch's current stream of the tensors' device, under a device guard. Only
+:func:`sample_threshold`, which returns a float, waits for the device. Outputs and scratch come from torch's
+caching allocator, so a call allocates nothing on the device itself and can be captured into a CUDA graph.
 """
 
 from __future__ import annotations

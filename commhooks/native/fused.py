@@ -27,16 +27,18 @@ class Fused:
     Attributes:
         grad: shape ``(n,)``, float32, bfloat16 or float16; only read.
         residual: shape ``(n,)``, float32; updated in place, or only read when ``residual_out`` is given.
-        velocity: shape ``(n,)``, float32, or None; updated in place, or only read when ``velocity_out`` is given.
+        velocity: shape ``(n,)``, float32, or None; updated in place, or only read when ``velocity_out`` is
+            given.
         momentum: factor of the old velocity; must be 0 without ``velocity``.
         scale: factor of the gradient.
         scale_tensor: one float32 element on the same device, a further factor of the gradient, or None.
         segments: shape ``(s + 1,)``, int64, ascending offsets from 0 to n on the same device, or None. A
             segment (one parameter) whose gradient is exactly zero everywhere is inactive. Nothing of it is
-            selected; it leaves ``residual_out = u`` and ``velocity_out = velocity``. None: one segment that is
-            always active.
+            selected, and it leaves ``residual_out = u`` and ``velocity_out = velocity``. None: one segment
+            that is always active.
         residual_out: shape ``(n,)``, float32: where the new residual goes. None: in place.
-        velocity_out: shape ``(n,)``, float32: where the new velocity goes; needs ``velocity``. None: in place.
+        velocity_out: shape ``(n,)``, float32: where the new velocity goes; needs ``velocity``. None: in
+            place.
         rescale: shape ``(s,)``, float32 on the same device: a factor of the residual for each segment; shape
             ``(1,)`` without segments. None: no factor.
     """
@@ -104,7 +106,7 @@ class Merged(NamedTuple):
     Attributes:
         values: shape ``(k,)``, float32.
         indices: shape ``(k,)``, int32, ascending, ``PAD`` at unused places.
-        survives_a: bool, as long as input a: whether the index of the entry is in the result (padding: False).
+        survives_a: bool, as long as input a: whether the index of the entry is in the result. Padding is not.
         survives_b: the same for input b.
     """
 

@@ -1,10 +1,14 @@
 """The kernels, one function each: arguments are checked, then the library of the device is called.
 
-All tensors are 1-D (``write_back`` also takes rows), contiguous, without gradient and on one device. Indices are
-int32, ascending and unique, with :data:`PAD` at unused places at the end. A bad argument raises ``TypeError``
-(a wrong dtype, or a number that is no integer) or ``ValueError`` (everything else) before anything is read or
-written. An output that shares memory with an input is a ``ValueError`` too. :class:`Fused` says what a kernel does
-per element. All implementations give the bits of :mod:`commhooks.native.reference`.
+All tensors are 1-D, contiguous, without gradient and on one device; ``scatter_add`` and ``write_back`` also
+take rows. Indices are int32, ascending and unique, with :data:`PAD` at unused places at the end. A bad
+argument raises ``TypeError`` (a wrong dtype, or a number that is no integer) or ``ValueError`` (everything
+else) before anything is read or written. An output that shares memory with an input is a ``ValueError`` too.
+:class:`Fused` says what a kernel does per element. All implementations give the bits of
+:mod:`commhooks.native.reference`.
+
+On a GPU nobody looks at what indices hold. Indices that break the rule give wrong results there, but the
+library reads and writes nothing outside its buffers because of them.
 """
 
 from __future__ import annotations
@@ -151,8 +155,8 @@ def select_indices(
 
     Args:
         fused: operands; residual and velocity are overwritten.
-        indices: shape ``(k,)``, int32, ascending, unique. An entry in an inactive segment gives value 0 and its
-            residual is kept.
+        indices: shape ``(k,)``, int32, ascending, unique. An entry in an inactive segment gives value 0, and
+            its residual is kept.
         values: where the values go: float32 of shape ``(k,)``. None: a new tensor.
         threads: number of CPU threads, default torch's; never changes the result.
 
@@ -214,8 +218,8 @@ def merge_topk(
 ) -> Merged:
     """The ``k`` largest magnitudes of the sum of two sparse gradients, sorted by index.
 
-    gTop-k's operator (eq. 6 of Shi et al., IJCAI 2019), O(k). Every entry of the inputs is eligible, also a sum
-    that cancels to 0 (it ranks last); ties go to the lower index. Inputs are not changed.
+    gTop-k's operator (eq. 6 of Shi et al., IJCAI 2019), O(k). Every entry of the inputs is eligible. A sum
+    that cancels to 0 ranks last. Ties go to the lower index. Inputs are not changed.
 
     Args:
         values_a, values_b: float32, shape ``(k_a,)`` and ``(k_b,)``.
@@ -271,8 +275,8 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
 
     Args:
         dense: shape ``(n,)``, float32, changed in place.
-        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order; they are contiguous, and may be
-            views of a message with any distance between them.
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each is contiguous; they may
+            be views of a message with any distance between them.
         indices: like ``values``, int32, each row ascending and unique, below n.
         scale: factor of the values; the product is rounded to float32 before it is added.
 
@@ -296,9 +300,9 @@ def write_back(
 
     Args:
         out: shape ``(n,)``, float32, bfloat16 or float16, overwritten.
-        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order; they are contiguous, and may be
-            views of a message with any distance between them. Half precision takes one row; it is rounded to
-            nearest and clamped to the finite range.
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each is contiguous; they may
+            be views of a message with any distance between them. Half precision takes one row; it is rounded
+            to nearest and clamped to the finite range.
         indices: like ``values``, int32, each row ascending and unique, below n.
         scale: factor of the values.
         threads: number of CPU threads, default torch's; never changes the result.

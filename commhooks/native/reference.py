@@ -233,7 +233,10 @@ def _permuted(index: Tensor, keys: list[int], half_bits: int) -> Tensor:
 
 
 def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device: torch.device) -> Tensor:
-    """See :func:`commhooks.native.ops.random_indices`. Computed on the CPU: cycle-walking has no fixed length."""
+    """See :func:`commhooks.native.ops.random_indices`.
+
+    Computed on the CPU: cycle-walking has no fixed length.
+    """
     half_bits = 1
     while 1 << (2 * half_bits) < numel:
         half_bits += 1

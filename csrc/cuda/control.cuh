@@ -1,6 +1,7 @@
 // The scratch memory of one selection and how it is laid out.
 //
-// [Control | chunk counts | segment flags] is zeroed by one memset; [bitmap | list] is written before it is read.
+// [Control | chunk counts | segment flags] is zeroed by one memset; [bitmap | list] is written before it is
+// read.
 #pragma once
 
 #include "device.cuh"
@@ -73,7 +74,8 @@ inline int chunk_shift_of(int64_t numel) {
 
 __host__ __device__ inline int64_t bitmap_words(int64_t numel) { return round_up(numel, kTile) / 32; }
 
-// Lays the parts out from `base` (nullptr: only the sizes are wanted). Without `lists` there is no bitmap and no list.
+// Lays the parts out from `base` (nullptr: only the sizes are wanted). Without `lists` there is no bitmap and
+// no list.
 inline Scratch lay_out(void *base, int64_t numel, int64_t k, int64_t num_segments, bool lists) {
   Scratch scratch{};
   char *const start = static_cast<char *>(base);

@@ -1,8 +1,8 @@
 // What the kernels need of the machine: launches, errors, warp and block helpers.
 //
-// With COMMHOOKS_EMULATE the same sources are compiled for the host against tests/native/emulator/simt.h, which runs
-// every thread of a block as a fiber and every block as an operating system thread. So the logic is tested without a
-// GPU; memory ordering, alignment traps and speed are not.
+// With COMMHOOKS_EMULATE the same sources are compiled for the host against tests/native/emulator/simt.h,
+// which runs every thread of a block as a fiber and every block as an operating system thread. So the logic
+// is tested without a GPU; memory ordering, alignment traps and speed are not.
 #pragma once
 
 #include <stdint.h>
@@ -67,7 +67,8 @@ __device__ inline uint32_t load_now(uint32_t *counter) {
 #endif
 }
 
-// Orders this thread's accesses, and those of its block before the last barrier, with those of the other blocks.
+// Orders this thread's accesses, and those of its block before the last barrier, with those of the other
+// blocks.
 __device__ inline void fence_device() {
 #ifdef COMMHOOKS_EMULATE
   __threadfence();
@@ -109,8 +110,9 @@ __device__ inline T warp_inclusive_sum(T value) {
   return value;
 }
 
-// Sum over the threads of the block before this one; `total` gets the sum over all. Every thread must call it.
-// `shared` holds kWarps elements and may be used again at once: the function begins and ends with a barrier.
+// Sum over the threads of the block before this one; `total` gets the sum over all. Every thread must call
+// it. `shared` holds kWarps elements and may be used again at once: the function begins and ends with a
+// barrier.
 template <typename T>
 __device__ inline T block_exclusive_sum(T value, T *shared, T *total) {
   const T inclusive = warp_inclusive_sum(value);

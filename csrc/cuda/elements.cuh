@@ -1,5 +1,5 @@
-// One element: decoding, compensation, order of magnitudes. Every operation is rounded on its own (no contraction to
-// fused multiply-add), so that the bits are those of the CPU library.
+// One element: decoding, compensation, order of magnitudes. Every operation is rounded on its own (no
+// contraction to fused multiply-add), so that the bits are those of the CPU library.
 #pragma once
 
 #include "device.cuh"
@@ -41,8 +41,8 @@ __device__ inline float decode<F16>(uint16_t raw) {
 // Order of |value| as an integer: NaN above infinity.
 __device__ inline uint32_t key_of(float value) { return __float_as_uint(value) & kMagnitudeBits; }
 
-// What the fused pass reads and writes: commhooks_fused, and the flags of the segments in scratch. In place the outputs
-// are the inputs.
+// What the fused pass reads and writes: commhooks_fused, and the flags of the segments in scratch. In place
+// the outputs are the inputs.
 struct Operands {
   const void *grad;
   const float *residual;
@@ -52,7 +52,7 @@ struct Operands {
   const float *scale_ptr;        // or nullptr
   const float *rescale;          // one per segment, or nullptr
   const int64_t *offsets;        // or nullptr: there is one segment, and it is active
-  const uint32_t *active;        // one flag per segment, valid once the flag phase is over; nullptr: all active
+  const uint32_t *active;        // a flag per segment, valid after the flag phase; nullptr: all active
   uint8_t *active_out;           // where the caller wants the flags, or nullptr
   int64_t numel;
   int32_t num_segments;
@@ -101,7 +101,8 @@ __device__ inline int32_t segment_of(const int64_t *offsets, int32_t num_segment
   return low;
 }
 
-// The segment of the elements that one thread looks at. Few searches are made when indices are near each other.
+// The segment of the elements that one thread looks at. Few searches are made when indices are near each
+// other.
 struct SegmentCursor {
   int64_t begin = 0;
   int64_t end = 0;

@@ -1,4 +1,5 @@
-// The ordered output of a selection: ranks of the winners from counts per chunk, and the walk over the bitmap.
+// The ordered output of a selection: ranks of the winners from counts per chunk, and the walk over the
+// bitmap.
 #pragma once
 
 #include "kernels.cuh"
@@ -101,8 +102,8 @@ struct Bits {
   }
 };
 
-// Calls f(place, value) for all of `bits`, in order. Several values are loaded before the first is used: a store after
-// each load would make every load wait for the one before.
+// Calls f(place, value) for all of `bits`, in order. Several values are loaded before the first is used: a
+// store after each load would make every load wait for the one before.
 template <typename F>
 __device__ inline void for_values(const float *values, Bits bits, F &&f) {
   while (bits.any()) {

@@ -1,9 +1,9 @@
 // After the pass: exactly the k winners, in index order, taken out of the residual.
 //
-// One kernel in five phases (see phases.cuh). Phases 0 to 2 find the k-th largest key, one digit each: over the list
-// of candidates when the guess held, over the whole residual when it did not. Phase 3 counts winners per chunk (after
-// a miss it rewrites the bitmap too), phase 4 walks the bitmap in order and writes. As the bitmap is ordered, nothing
-// is ever sorted, and ties go to the lower index by counting.
+// One kernel in five phases (see phases.cuh). Phases 0 to 2 find the k-th largest key, one digit each: over
+// the list of candidates when the guess held, over the whole residual when it did not. Phase 3 counts winners
+// per chunk (after a miss it rewrites the bitmap too), phase 4 walks the bitmap in order and writes. As the
+// bitmap is ordered, nothing is ever sorted, and ties go to the lower index by counting.
 #include "emit.cuh"
 #include "phases.cuh"
 #include "radix.cuh"

@@ -9,8 +9,8 @@ namespace commhooks {
 // Where and how much to sample. The sample moves time only, never results.
 struct Sample {
   uint64_t seed;
-  int64_t pieces;     // of kPiece neighbouring elements, one in each of as many equal strata; 0: take no sample
-  uint32_t rank;      // the guess is about the rank-th largest key of the sample; 0: nothing is to be selected
+  int64_t pieces;     // of kPiece neighbouring elements, one in each equal stratum; 0: take no sample
+  uint32_t rank;      // the guess is about the rank-th largest key of the sample; 0: select nothing
   bool interpolate;   // within the bin; otherwise its lower edge
   float *estimate;    // sample_threshold: where the guess goes as a magnitude; otherwise nullptr
 };
@@ -21,8 +21,8 @@ constexpr int kPiece = 8;
 commhooks_status run_sample(const Operands &op, int32_t dtype, const Sample &sample, const Scratch &scratch,
                             void *stream);
 
-// Forgets the flags when every element lies in an active segment. That is the usual case, and then no element has to
-// look for its segment, unless segments have factors. Only after the flag phase.
+// Forgets the flags when every element lies in an active segment. That is the usual case, and then no element
+// has to look for its segment, unless segments have factors. Only after the flag phase.
 __device__ inline void forget_if_all_active(Operands *op, const Control *control) {
   if (op->active != nullptr && __ldcg(&control->active_numel) == static_cast<unsigned long long>(op->numel)) {
     op->active = nullptr;

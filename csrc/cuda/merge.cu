@@ -1,8 +1,8 @@
 // gTop-k's inner step: the k largest magnitudes of the sum of two index-sorted sparse gradients, O(k).
 //
-// No merged list is ever made. An entry finds its place in the other input by binary search; winners come from the
-// radix select of radix.cuh; and the place of a winner in the output is the number of winners before it in its own
-// input plus that in the other one, both read off one prefix sum. One kernel, six phases.
+// No merged list is ever made. An entry finds its place in the other input by binary search; winners come
+// from the radix select of radix.cuh; and the place of a winner in the output is the number of winners before
+// it in its own input plus that in the other one, both read off one prefix sum. One kernel, six phases.
 #include "merge.cuh"
 
 #include "elements.cuh"

@@ -1,9 +1,9 @@
 // The one pass over the gradient: residual = residual + gradient (velocity too), candidates found on the way.
 //
-// A warp takes 512 neighbouring elements at a time, 16 a lane as four 16-byte accesses that are all in flight before
-// the first is used. Every element is stored back, candidates too: so a guess that fails costs nothing but time, and
-// the finish zeroes the winners only. Candidates go to a bitmap (in order) and to a list (in any order), the latter
-// through a stage in shared memory that costs one global atomic per flush.
+// A warp takes 512 neighbouring elements at a time, 16 a lane as four 16-byte accesses that are all in flight
+// before the first is used. Every element is stored back, candidates too: so a guess that fails costs nothing
+// but time, and the finish zeroes the winners only. Candidates go to a bitmap (in order) and to a list (in
+// any order), the latter through a stage in shared memory that costs one global atomic per flush.
 #include "kernels.cuh"
 
 namespace commhooks {
@@ -79,7 +79,8 @@ __device__ void write_bits(uint32_t mask, uint32_t *words) {
   }
 }
 
-// Room for `count` more candidates in the list; the same position in every lane. It may lie beyond the capacity.
+// Room for `count` more candidates in the list; the same position in every lane. It may lie beyond the
+// capacity.
 __device__ uint32_t reserve(const Target &target, uint32_t count) {
   uint32_t position = 0;
   if (lane_id() == 0) position = atomicAdd(&target.control->listed, count);
@@ -96,7 +97,8 @@ __device__ void flush_stage(const Target &target, const Candidate *stage, uint32
   __syncwarp();
 }
 
-// Appends the candidates of a tile; returns how many the stage holds then. `corrected` has the 16 elements of a lane.
+// Appends the candidates of a tile; returns how many the stage holds then. `corrected` has the 16 elements of
+// a lane.
 __device__ uint32_t append(const Target &target, Candidate *stage, uint32_t staged, uint32_t mask,
                            const float (*corrected)[4], int64_t base) {
   const uint32_t count = static_cast<uint32_t>(__popc(mask));
@@ -133,8 +135,8 @@ struct Found {
   uint32_t nonfinite;
 };
 
-// Compensates the 16 elements that a lane has of a tile, the first of which is `base`. kWhole: the tile is full, vectors
-// are aligned and no element looks for its segment.
+// Compensates the 16 elements that a lane has of a tile, the first of which is `base`. kWhole: the tile is
+// full, vectors are aligned and no element looks for its segment.
 template <typename G, bool kVelocity, bool kWhole>
 __device__ __forceinline__ void compensate_tile(const Operands &op, int64_t base, bool aligned, float factor,
                                                 uint32_t floor, SegmentCursor *cursor, Found *found) {

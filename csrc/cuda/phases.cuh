@@ -1,8 +1,9 @@
 // Several dependent phases in one kernel, without a cooperative launch.
 //
-// Blocks draw tickets from one counter; tickets are numbered phase by phase. Whoever holds a ticket of phase p first
-// waits until all items of the phases before p are done. Those tickets were drawn earlier, so running blocks hold them,
-// and the lowest unfinished ticket waits for nothing: progress needs no number of blocks to be resident at once.
+// Blocks draw tickets from one counter; tickets are numbered phase by phase. Whoever holds a ticket of phase
+// p first waits until all items of the phases before p are done. Those tickets were drawn earlier, so running
+// blocks hold them, and the lowest unfinished ticket waits for nothing: progress needs no number of blocks to
+// be resident at once.
 #pragma once
 
 #include "control.cuh"
@@ -41,8 +42,8 @@ __device__ inline Item next_item(Schedule *schedule, const Plan &plan, uint32_t 
   return item;
 }
 
-// Reports an item as done. Every thread of the block must call it, after its last store for the item. The barrier
-// brings those stores before the fence of thread 0, which orders them before the count.
+// Reports an item as done. Every thread of the block must call it, after its last store for the item. The
+// barrier brings those stores before the fence of thread 0, which orders them before the count.
 __device__ inline void finish_item(Schedule *schedule, const Item &item) {
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -50,7 +51,8 @@ __device__ inline void finish_item(Schedule *schedule, const Item &item) {
   atomicAdd(&schedule->done[item.phase], 1u);
 }
 
-// The same; returns, in every thread, whether all items of the phase are done. Then their results may be read.
+// The same; returns, in every thread, whether all items of the phase are done. Then their results may be
+// read.
 __device__ inline bool finish_item_as_last(Schedule *schedule, const Item &item, const Plan &plan, uint32_t *shared) {
   __syncthreads();
   uint32_t before = 0;

@@ -23,8 +23,8 @@ struct Found {
   uint32_t count;  // entries in the bin; 0: there are fewer than `rank` entries, `above` is their number
 };
 
-// Searches a histogram of kBins bins in global memory that other blocks of this grid may have written (before the
-// last wait). Every thread must call it; `shared` holds kWarps + 4 words.
+// Searches a histogram of kBins bins in global memory that other blocks of this grid may have written (before
+// the last wait). Every thread must call it; `shared` holds kWarps + 4 words.
 template <int kBins>
 __device__ inline Found find_from_top(const uint32_t *histogram, uint32_t rank, uint32_t *shared) {
   constexpr int kEach = kBins / kThreads;

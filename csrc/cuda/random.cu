@@ -1,7 +1,7 @@
 // Random-k indices: a keyed permutation of 0 .. numel - 1 applied to 0 .. k - 1, then put in order.
 //
-// Order comes from a bitmap (one bit per element) rather than from a sort: n / 8 bytes are cleared and read once, about
-// one per cent of what the pass over the gradient moves.
+// Order comes from a bitmap (one bit per element) rather than from a sort: n / 8 bytes are cleared and read
+// once, about one per cent of what the pass over the gradient moves.
 #include "feistel.cuh"
 #include "kernels.cuh"
 
@@ -80,7 +80,8 @@ extern "C" commhooks_status commhooks_cuda_random_indices(uint64_t seed, uint64_
   }
   const int64_t words = bitmap_words(numel);
   const char *const start = static_cast<const char *>(scratch);
-  const char *const end = reinterpret_cast<const char *>(parts.bitmap + words);  // the bitmap follows what is zeroed
+  // The bitmap follows what is zeroed.
+  const char *const end = reinterpret_cast<const char *>(parts.bitmap + words);
   COMMHOOKS_TRY(check("memset", cudaMemsetAsync(scratch, 0, static_cast<size_t>(end - start),
                                                 static_cast<cudaStream_t>(stream))));
   const Feistel permutation = make_feistel(seed, step, stream_key, numel);

@@ -1,8 +1,8 @@
 // Before the pass: which segments are active, and a guess of the k-th largest magnitude from a sample.
 //
-// Two phases of one kernel. Phase 0 goes over the gradient in pieces and leaves a segment as soon as it is known to be
-// active, so only gradients that are zero are read to their end. Phase 1 histograms the sample; the block that
-// finishes last turns it into the floor that the pass compares with.
+// Two phases of one kernel. Phase 0 goes over the gradient in pieces and leaves a segment as soon as it is
+// known to be active, so only gradients that are zero are read to their end. Phase 1 histograms the sample;
+// the block that finishes last turns it into the floor that the pass compares with.
 #include "kernels.cuh"
 #include "phases.cuh"
 #include "radix.cuh"

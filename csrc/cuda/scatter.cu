@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(float *dense, int64_t
   }
 }
 
-// Adds rows one after the other in one launch. A warp has the elements of one tile to itself. It finds by binary search
-// which entries of each row lie there, and its barriers keep the rows in order.
+// Adds rows one after the other in one launch. A warp has the elements of one tile to itself. It finds by
+// binary search which entries of each row lie there, and its barriers keep the rows in order.
 __global__ void __launch_bounds__(kThreads) scatter_rows_kernel(float *dense, int64_t numel, commhooks_rows rows,
                                                                 float scale, int64_t tile) {
   const int64_t tiles = (numel + tile - 1) / tile;

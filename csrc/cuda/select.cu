@@ -99,7 +99,8 @@ Sample sample_of(int64_t numel, int64_t k, uint64_t seed, int64_t least, double 
   const bool everything = sample.pieces * kPiece >= numel;
   const double total = everything ? static_cast<double>(numel) : static_cast<double>(sample.pieces * kPiece);
   const double hits = total * static_cast<double>(k) / static_cast<double>(numel);
-  // Neighbours in a piece may be alike: the margin is that of a sample a few times smaller, hence the constant.
+  // Neighbours in a piece may be alike: the margin is that of a sample a few times smaller, hence the
+  // constant.
   const double margin = everything ? 0.0 : sigmas * (sqrt(hits) + 1.0);
   sample.rank = static_cast<uint32_t>(fmax(1.0, floor(hits + margin + 0.5)));
   sample.interpolate = !everything;

@@ -1,8 +1,9 @@
 /* commhooks: the plain C ABI of the native kernels. CPU and CUDA share this header.
  *
- * Every function returns a commhooks_status and never throws. Pointers are to memory of the library's own device. The
- * CUDA functions take a stream, enqueue on it and never wait for the device. Sizes are in elements unless a name says
- * bytes. Both devices compute the same, each operation rounded to float32 on its own:
+ * Every function returns a commhooks_status and never throws. Pointers are to memory of the library's own
+ * device. The CUDA functions take a stream, enqueue on it and never wait for the device. Sizes are in
+ * elements unless a name says bytes. Both devices compute the same, each operation rounded to float32 on its
+ * own:
  *
  *   g   = float(grad[i]) * (scale * (scale_ptr ? *scale_ptr : 1))
  *   v   = momentum * velocity[i] + g                     (velocity == NULL: v = g)
@@ -11,12 +12,13 @@
  *   If c is not finite, v and c are computed again with g = 0, and the element is counted in `nonfinite`.
  *   residual_out[i] = c, velocity_out[i] = v. Elements that are taken out leave residual_out[i] = 0.
  *
- * A segment (one parameter) whose gradient is exactly zero everywhere is inactive. None of its elements is selected;
- * residual_out[i] = u and velocity_out[i] = velocity[i]. In place and without rescale nothing of it is touched.
+ * A segment (one parameter) whose gradient is exactly zero everywhere is inactive. None of its elements is
+ * selected; residual_out[i] = u and velocity_out[i] = velocity[i]. In place and without rescale nothing of it
+ * is touched.
  *
- * Order of magnitudes: larger |c| first, then the lower index. Results are sorted by index. When there are fewer
- * eligible elements than k, the places at the end carry index COMMHOOKS_PAD and value 0. Such places are ignored in
- * inputs.
+ * Order of magnitudes: larger |c| first, then the lower index. Results are sorted by index. When there are
+ * fewer eligible elements than k, the places at the end carry index COMMHOOKS_PAD and value 0. Such places
+ * are ignored in inputs.
  */
 #ifndef COMMHOOKS_H
 #define COMMHOOKS_H
@@ -39,7 +41,7 @@ extern "C" {
 typedef enum {
   COMMHOOKS_OK = 0,
   COMMHOOKS_INVALID = 1,   /* an argument is out of range; nothing was touched */
-  COMMHOOKS_NO_MEMORY = 2, /* scratch could not be allocated; nothing was touched */
+  COMMHOOKS_NO_MEMORY = 2, /* scratch could not be allocated; nothing but `active` was touched */
   COMMHOOKS_DEVICE = 3     /* a CUDA call failed; commhooks_cuda_last_error() says how */
 } commhooks_status;
 

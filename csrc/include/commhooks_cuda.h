@@ -1,13 +1,15 @@
 /* commhooks: the CUDA functions of the C ABI. Semantics: commhooks.h.
  *
- * All pointers are to memory of the current device, except the structs themselves, which are the host's. Every function
- * enqueues on `stream` (a cudaStream_t; NULL is the legacy default stream), never allocates, never waits for the device
- * and may be captured into a CUDA graph. `scratch` is the caller's: at least commhooks_cuda_scratch_bytes() long, 16-byte
- * aligned, with any contents, and not used by anything else until the work has run. An argument that can be judged on
- * the host and is wrong gives COMMHOOKS_INVALID before anything is enqueued.
+ * All pointers are to memory of the current device, except the structs themselves, which are the host's.
+ * Every function enqueues on `stream` (a cudaStream_t; NULL is the legacy default stream), never allocates,
+ * never waits for the device and may be captured into a CUDA graph. `scratch` is the caller's: at least
+ * commhooks_cuda_scratch_bytes() long, 16-byte aligned, with any contents, and not used by anything else
+ * until the work has run. An argument that can be judged on the host and is wrong gives COMMHOOKS_INVALID
+ * before anything is enqueued.
  *
- * Index arrays are ascending and unique with COMMHOOKS_PAD at the end. Nobody checks that on the device. Indices that
- * break the rule give wrong results, but no function reads or writes outside its buffers because of them.
+ * Index arrays are ascending and unique with COMMHOOKS_PAD at the end. Nobody checks that on the device.
+ * Indices that break the rule give wrong results, but no function reads or writes outside its buffers because
+ * of them.
  */
 #ifndef COMMHOOKS_CUDA_H
 #define COMMHOOKS_CUDA_H
@@ -27,7 +29,8 @@ typedef enum {
 
 COMMHOOKS_API int32_t commhooks_cuda_abi_version(void);
 
-/* What the last failing call of this host thread has to say; "" when none failed. Valid until the next call. */
+/* What the last failing call of this host thread has to say; "" when none failed. Valid until the next call.
+ */
 COMMHOOKS_API const char *commhooks_cuda_last_error(void);
 
 /* Bytes of scratch an operation needs, or -1 when an argument is out of range. Touches no device. */
@@ -45,7 +48,8 @@ COMMHOOKS_API commhooks_status commhooks_cuda_select_threshold(const commhooks_f
                                                                commhooks_report *report, void *scratch,
                                                                int64_t scratch_bytes, void *stream);
 
-/* Compensates and takes out the elements at `indices` (k, sorted, unique). Inactive: value 0, residual kept. */
+/* Compensates and takes out the elements at `indices` (k, sorted, unique). Inactive: value 0, residual kept.
+ */
 COMMHOOKS_API commhooks_status commhooks_cuda_select_indices(const commhooks_fused *fused, const int32_t *indices,
                                                              int64_t k, float *values, commhooks_report *report,
                                                              void *scratch, int64_t scratch_bytes, void *stream);
@@ -60,7 +64,8 @@ COMMHOOKS_API commhooks_status commhooks_cuda_random_indices(uint64_t seed, uint
                                                              int64_t numel, int64_t k, int32_t *indices, void *scratch,
                                                              int64_t scratch_bytes, void *stream);
 
-/* The k largest magnitudes of the sum of two sorted sparse gradients; survives_x[j]: entry j's index is in it. */
+/* The k largest magnitudes of the sum of two sorted sparse gradients; survives_x[j]: entry j's index is in
+ * it. */
 COMMHOOKS_API commhooks_status commhooks_cuda_merge_topk(const float *values_a, const int32_t *indices_a, int64_t size_a,
                                                          const float *values_b, const int32_t *indices_b, int64_t size_b,
                                                          int64_t k, float *values, int32_t *indices,
@@ -71,8 +76,8 @@ COMMHOOKS_API commhooks_status commhooks_cuda_merge_topk(const float *values_a, 
 COMMHOOKS_API commhooks_status commhooks_cuda_scatter_add(float *dense, int64_t numel, const commhooks_rows *rows,
                                                           float scale, void *stream);
 
-/* out = 0, then out[indices[j]] += scale * values[j], row by row, in one launch. Half types take one row at most; its
- * products are rounded to nearest even and clamped to the finite range. */
+/* out = 0, then out[indices[j]] += scale * values[j], row by row, in one launch. Half types take one row at
+ * most; its products are rounded to nearest even and clamped to the finite range. */
 COMMHOOKS_API commhooks_status commhooks_cuda_write_back(void *out, int32_t dtype, int64_t numel,
                                                          const commhooks_rows *rows, float scale, void *stream);
 

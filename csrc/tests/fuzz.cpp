@@ -1,7 +1,7 @@
-// Random calls of the C ABI against simple oracles, for the sanitizer builds (scripts/sanitize): sizes 0 and 1, primes,
-// unaligned pointers, ties, half precision, momentum, non-finite values in gradients and in memories, many threads,
-// several callers at once, a fork after use.
-// Every buffer has exactly its size, so that a step outside is seen.
+// Random calls of the C ABI against simple oracles, for the sanitizer builds (scripts/sanitize): sizes 0 and
+// 1, primes, unaligned pointers, ties, half precision, momentum, non-finite values in gradients and in
+// memories, many threads, several callers at once, a fork after use. Every buffer has exactly its size, so
+// that a step outside is seen.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -190,8 +190,8 @@ void stream_once(Random &random) {
   for (int64_t j = 0; j < 5000; ++j) CHECK(out[a.indices[j]] == a.values[j]);
 }
 
-// Indices as a hostile peer may send them: any bits. Every function refuses them, or they happen to be in order; nothing
-// outside the buffers is touched, which the sanitizers see.
+// Indices as a hostile peer may send them: any bits. Every function refuses them, or they happen to be in
+// order; nothing outside the buffers is touched, which the sanitizers see.
 void fuzz_hostile_indices(Random &random) {
   const int64_t n = 1 + below(random, 300);
   const int64_t size = 1 + below(random, 40);

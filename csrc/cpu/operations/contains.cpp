@@ -1,4 +1,5 @@
-// Which indices of one ascending list are in another: what is left of a gTop-k contribution after later rounds.
+// Which indices of one ascending list are in another: what is left of a gTop-k contribution after later
+// rounds.
 #include <algorithm>
 
 #include "commhooks_cpu.h"

@@ -9,7 +9,8 @@
 namespace commhooks {
 namespace {
 
-// Counts the digits (key >> shift) & mask of keys that begin with `prefix` above them, beside what `bins` holds.
+// Counts the digits (key >> shift) & mask of keys that begin with `prefix` above them, beside what `bins`
+// holds.
 void histogram(const Ranges &share, const float *corrected, int shift, int width, uint32_t prefix,
                uint32_t *bins) {
   const uint32_t mask = (1u << width) - 1u;

@@ -1,4 +1,5 @@
-// Exact selection without a guess: histograms of the keys. The way out when guesses fail, and for large densities.
+// Exact selection without a guess: histograms of the keys. The way out when guesses fail, and for large
+// densities.
 #ifndef COMMHOOKS_CPU_EXACT_H
 #define COMMHOOKS_CPU_EXACT_H
 

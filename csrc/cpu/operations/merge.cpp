@@ -1,7 +1,7 @@
 // gTop-k's inner step: the k largest of the sum of two index-sorted sparse gradients, in time O(k).
 //
-// The union is cut into stretches by merge path; they are merged, and the largest elements chosen among them as among
-// any candidate lists.
+// The union is cut into stretches by merge path; they are merged, and the largest elements chosen among them
+// as among any candidate lists.
 #include <algorithm>
 #include <vector>
 

@@ -1,6 +1,7 @@
-// Sampling without replacement in O(k): a Feistel permutation of [0, numel) applied to 0 .. k-1. Integers only, so every
-// machine and every device gets the same mask. Black and Rogaway, "Ciphers with arbitrary finite domains" (2002), for
-// the cycle-walking; the round function is MurmurHash3's finaliser, which is no cipher and need not be one.
+// Sampling without replacement in O(k): a Feistel permutation of [0, numel) applied to 0 .. k-1. Integers
+// only, so every machine and every device gets the same mask. Black and Rogaway, "Ciphers with arbitrary
+// finite domains" (2002), for the cycle-walking; the round function is MurmurHash3's finaliser, which is no
+// cipher and need not be one.
 #include <algorithm>
 #include <utility>
 #include <vector>

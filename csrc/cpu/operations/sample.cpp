@@ -17,8 +17,8 @@ constexpr int64_t kMaxSamples = 204800;
 // Pieces whose cache lines are asked for before they are needed.
 constexpr int64_t kAhead = 16;
 
-// Draws pieces [first, last) of `pieces`: piece j at a random place in the j-th of equal strata of plan.active. The
-// place depends on j alone, so the sample is the same for any number of tasks.
+// Draws pieces [first, last) of `pieces`: piece j at a random place in the j-th of equal strata of
+// plan.active. The place depends on j alone, so the sample is the same for any number of tasks.
 class Pieces {
  public:
   Pieces(const Plan &plan, int64_t pieces, uint64_t seed) : plan_(plan), pieces_(pieces), seed_(mix(seed + 1)) {}

@@ -24,8 +24,8 @@ class AboveThreshold {
   }
 
   bool reserve() {
-    // Appender 2t: the part of share t from `start` on, which is taken first; 2t + 1: the part before it. No part can
-    // give more than k, whatever the others hold.
+    // Appender 2t: the part of share t from `start` on, which is taken first; 2t + 1: the part before it. No
+    // part can give more than k, whatever the others hold.
     size_t bytes = 0;
     for (size_t p = 0; p < found_.size(); ++p) {
       found_[p].capacity = std::min(k_, part_length(p));

@@ -114,8 +114,8 @@ struct Fuse {
     }
   }
 
-  // Groups of four vectors. kDense: candidates are so frequent that whether a group has one cannot be predicted, so
-  // every group goes through the appending.
+  // Groups of four vectors. kDense: candidates are so frequent that whether a group has one cannot be
+  // predicted, so every group goes through the appending.
   template <bool kAppend, bool kDense>
   int64_t groups(int64_t i, int64_t end, Appender &out) const {
     constexpr int64_t w = V::kLanes;

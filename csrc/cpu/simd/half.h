@@ -1,4 +1,5 @@
-// Half-precision conversions on single elements, in integers: the same bits everywhere. No library templates (kernels.h).
+// Half-precision conversions on single elements, in integers: the same bits everywhere. No library templates
+// (kernels.h).
 #ifndef COMMHOOKS_CPU_HALF_H
 #define COMMHOOKS_CPU_HALF_H
 

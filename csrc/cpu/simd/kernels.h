@@ -1,7 +1,8 @@
 // The table of inner loops that exist once per instruction set.
 //
-// This header and what it includes must stay free of C++ library templates: the files that include it are compiled with
-// different target flags, and a shared inline function built for AVX-512 must never be the one the linker keeps.
+// This header and what it includes must stay free of C++ library templates: the files that include it are
+// compiled with different target flags, and a shared inline function built for AVX-512 must never be the one
+// the linker keeps.
 #ifndef COMMHOOKS_CPU_KERNELS_H
 #define COMMHOOKS_CPU_KERNELS_H
 
@@ -11,7 +12,8 @@ namespace commhooks {
 
 constexpr uint32_t kMagnitudeBits = 0x7fffffffu;
 constexpr uint32_t kLargestFiniteKey = 0x7f7fffffu;
-// Buffers that kernels append to have this many places beyond their capacity: a whole vector is stored at a time.
+// Buffers that kernels append to have this many places beyond their capacity: a whole vector is stored at a
+// time.
 constexpr int64_t kAppendSlack = 64;
 
 // Operands of the fused pass. In place the outputs are the inputs.
@@ -49,9 +51,10 @@ struct Emitted {
 // At most so many stretches of a union are merged by one call of `unite`.
 constexpr int kSideBySide = 4;
 
-// A stretch of the union of two index-sorted lists a and b: what is in [begin_a, end_a) of a and in [begin_b, end_b) of b.
-// Its elements are put where values, indices and tags point, in index order; each has room for what a and b have together
-// and kAppendSlack more. tags[u]: bit 0 when element u of the union is in a, bit 1 when it is in b.
+// A stretch of the union of two index-sorted lists a and b: what is in [begin_a, end_a) of a and in [begin_b,
+// end_b) of b. Its elements are put where values, indices and tags point, in index order; each has room for
+// what a and b have together and kAppendSlack more. tags[u]: bit 0 when element u of the union is in a, bit 1
+// when it is in b.
 struct Stretch {
   float *values;
   int32_t *indices;
@@ -87,11 +90,12 @@ struct Kernels {
   // Corrected values of `count` elements from `begin`, nothing written back; not finite: 0.
   void (*sample)(const FuseArgs &args, int64_t begin, int64_t count, float *out);
   void (*key_range)(const float *values, int64_t size, uint32_t *lowest, uint32_t *highest);
-  // Writes the values whose keys are in [low, high] to `out`, which may be `values`; returns how many. `above`: how many
-  // keys are larger than that.
+  // Writes the values whose keys are in [low, high] to `out`, which may be `values`; returns how many.
+  // `above`: how many keys are larger than that.
   int64_t (*between)(const float *values, int64_t size, uint32_t low, uint32_t high, float *out, int64_t *above);
   void (*count)(const float *values, int64_t size, uint32_t key, int64_t *above, int64_t *equal);
-  // Keeps keys above `key` and the first `ties` equal to it; what is not kept goes back into `residual` (or nowhere).
+  // Keeps keys above `key` and the first `ties` equal to it; what is not kept goes back into `residual` (or
+  // nowhere).
   void (*emit)(const float *values, const int32_t *indices, int64_t size, uint32_t key, int64_t ties, Emitted out,
                float *residual);
   // Writes the elements of `count` stretches (values are sums where both have the index) and their sizes.
@@ -100,8 +104,9 @@ struct Kernels {
   void (*emit_merged)(const Stretch &stretch, uint32_t key, int64_t ties, Emitted out, Survivors survivors);
   // found[j] = whether element j of a is in b as well, for the a of the stretch.
   void (*mark_common)(const Stretch &stretch, uint8_t *found);
-  // Streaming stores of `bytes` (a multiple of 64) to `destination` (64-aligned); source nullptr: zeros. Other threads
-  // may see them only after a fence, which is the caller's: one for each block took a third of write_back's time.
+  // Streaming stores of `bytes` (a multiple of 64) to `destination` (64-aligned); source nullptr: zeros.
+  // Other threads may see them only after a fence, which is the caller's: one for each block took a third of
+  // write_back's time.
   void (*stream)(void *destination, const void *source, int64_t bytes);
   // Whether the indices are not negative and ascend without repetition, up to padding at the end.
   bool (*ascending)(const int32_t *indices, int64_t size);

@@ -1,5 +1,6 @@
-// The inner loops, written once over a vector type. Included by one file per instruction set, each compiled with that
-// set's flags; everything is in an anonymous namespace and free of library templates (kernels.h says why).
+// The inner loops, written once over a vector type. Included by one file per instruction set, each compiled
+// with that set's flags; everything is in an anonymous namespace and free of library templates (kernels.h
+// says why).
 #ifndef COMMHOOKS_CPU_KERNELS_IMPL_H
 #define COMMHOOKS_CPU_KERNELS_IMPL_H
 

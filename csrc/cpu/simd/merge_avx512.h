@@ -1,8 +1,8 @@
 // gTop-k's merge with AVX-512: sixteen elements of both inputs are merged at a time by a bitonic network.
 //
-// An index and the list it comes from go through the network as one number, 2 * index + (0 for a, 1 for b): below 2^32,
-// and of an index that both have, a's comes first. Values follow without being moved around: those of a list come in
-// the order of its keys.
+// An index and the list it comes from go through the network as one number, 2 * index + (0 for a, 1 for b):
+// below 2^32, and of an index that both have, a's comes first. Values follow without being moved around:
+// those of a list come in the order of its keys.
 #ifndef COMMHOOKS_CPU_MERGE_AVX512_H
 #define COMMHOOKS_CPU_MERGE_AVX512_H
 
@@ -45,7 +45,8 @@ class KeySource {
   __m512i take() {
     const int64_t head_a = left_a_ > 0 ? *a_ : INT64_MAX;
     const int64_t head_b = left_b_ > 0 ? *b_ : INT64_MAX;
-    // All ones when b is next. A branch would be mispredicted half of the time, and GCC makes one of a condition.
+    // All ones when b is next. A branch would be mispredicted half of the time, and GCC makes one of a
+    // condition.
     const int64_t b_next = (head_b - head_a) >> 63;
     const int32_t *next = pick(a_, b_, b_next);
     const int64_t left = left_a_ ^ ((left_a_ ^ left_b_) & b_next);
@@ -95,8 +96,8 @@ class Uniter {
     const __m512 from_b = _mm512_maskz_loadu_ps(first_lanes(left_b_), b_);
     __m512 values = _mm512_maskz_expand_ps(static_cast<__mmask16>(in_b), from_b);
     values = _mm512_mask_expand_ps(values, static_cast<__mmask16>(in_a), from_a);
-    // An index that both have is two neighbours. Only the second stays; a first one at the end of the last vector has
-    // been written already and is overwritten.
+    // An index that both have is two neighbours. Only the second stays; a first one at the end of the last
+    // vector has been written already and is overwritten.
     const __m512i before = _mm512_alignr_epi32(keys, keys_, 15);
     const __m512i twin = _mm512_or_si512(before, _mm512_set1_epi32(1));
     const uint32_t second = _mm512_cmpeq_epi32_mask(keys, twin) & in_b;

@@ -1,8 +1,9 @@
 // The inner loops of gTop-k's merge. Part of kernels_impl.h.
 //
-// The merge itself only finds out which input each element of the union comes from: a byte each, without a branch that
-// could be mispredicted. One merge is a chain of dependent loads, so up to four stretches of the union are merged side by
-// side. Values and indices then follow from the tags, a vector at a time. (merge_avx512.h does both in one go.)
+// The merge itself only finds which input each element of the union comes from: one byte each, without a
+// branch that could be mispredicted. One merge is a chain of dependent loads, so up to four stretches of the
+// union are merged side by side. Values and indices then follow from these bytes, a vector at a time.
+// merge_avx512.h does both at once.
 #ifndef COMMHOOKS_CPU_MERGE_IMPL_H
 #define COMMHOOKS_CPU_MERGE_IMPL_H
 
@@ -35,8 +36,8 @@ inline int64_t safe_steps(const Cursor *cursors) {
   return steps;
 }
 
-// `steps` elements of the union for each of the four; none may run out of input. The tags of step s of cursor c go to
-// mixed[4 * s + c]: one pointer instead of four keeps everything in registers.
+// `steps` elements of the union for each of the four; none may run out of input. The tags of step s of cursor
+// c go to mixed[4 * s + c]: one pointer instead of four keeps everything in registers.
 inline void merge_side_by_side(Cursor *cursors, int64_t steps, uint8_t *mixed) {
   const int32_t *a[kSideBySide];
   const int32_t *b[kSideBySide];

@@ -1,4 +1,5 @@
-// One lane: the vector type of the scalar kernels and of the ends of every range. No library templates (kernels.h).
+// One lane: the vector type of the scalar kernels and of the ends of every range. No library templates
+// (kernels.h).
 #ifndef COMMHOOKS_CPU_VECTOR_SCALAR_H
 #define COMMHOOKS_CPU_VECTOR_SCALAR_H
 

@@ -27,8 +27,8 @@ void for_each(size_t lists, int64_t total, int threads, F &&f) {
   parallel(total < kSerial ? 1 : threads, static_cast<int>(lists), f);
 }
 
-// Keys of a sample, to begin with a narrow range: filling a histogram takes ten times as long per element as leaving
-// out what is clearly larger or smaller.
+// Keys of a sample, to begin with a narrow range: filling a histogram takes ten times as long per element as
+// leaving out what is clearly larger or smaller.
 constexpr int64_t kSample = 512;
 constexpr int64_t kWorthSampling = 16 * kSample;
 
@@ -50,7 +50,8 @@ int64_t find_bin(size_t lists, const uint32_t *room, int64_t used_bins, int64_t 
   return 0;
 }
 
-// A range of keys that holds the rank-th largest of `total` in all likelihood: 5 standard deviations each way.
+// A range of keys that holds the rank-th largest of `total` in all likelihood: 5 standard deviations each
+// way.
 void guess_range(const std::vector<List> &lists, int64_t total, int64_t rank, uint32_t *low, uint32_t *high) {
   uint32_t keys[kSample];
   int64_t drawn = 0;
@@ -81,8 +82,8 @@ void guess_range(const std::vector<List> &lists, int64_t total, int64_t rank, ui
   }
 }
 
-// Leaves in `lists` (in their spare room) only a range of keys that has the rank-th largest; `rank` becomes the rank
-// there. Changes nothing when the sample misleads.
+// Leaves in `lists` (in their spare room) only a range of keys that has the rank-th largest; `rank` becomes
+// the rank there. Changes nothing when the sample misleads.
 void narrow(std::vector<List> &lists, int64_t total, int64_t &rank, int threads) {
   uint32_t low;
   uint32_t high;

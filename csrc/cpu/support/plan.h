@@ -21,8 +21,8 @@ struct Range {
 
 using Ranges = std::vector<Range>;
 
-// Outputs of at least this size are written with streaming stores. Smaller ones stay in the cache, where the next reader
-// wants them.
+// Outputs of at least this size are written with streaming stores. Smaller ones stay in the cache, where the
+// next reader wants them.
 constexpr int64_t kStreamBytes = 4 << 20;
 
 // Whether `fused` and `threads` are acceptable; segment offsets are looked at.
@@ -30,8 +30,8 @@ bool valid(const commhooks_fused *fused, int32_t threads);
 
 class Plan {
  public:
-  // Finds the active segments, writes their flags where these are wanted, and shares the segments out among at most
-  // `wanted` threads. With `all_active` no gradient is looked at. May throw std::bad_alloc.
+  // Finds the active segments, writes their flags where these are wanted, and shares the segments out among
+  // at most `wanted` threads. With `all_active` no gradient is looked at. May throw std::bad_alloc.
   Plan(const commhooks_fused &fused, int32_t wanted, bool all_active = false);
 
   FuseArgs args;               // rescale is 1: ranges hold the factor
@@ -50,7 +50,8 @@ class Plan {
   // Appender::dense for a selection of k.
   int32_t dense(int64_t k) const { return k > numel / 250 ? 1 : 0; }
 
-  // Runs f(share, its number, thread) for all shares; those of one thread ascend. Streaming stores are visible afterwards.
+  // Runs f(share, its number, thread) for all shares; those of one thread ascend. Streaming stores are
+  // visible afterwards.
   template <class F>
   void for_shares(F &&f) const {
     parallel(threads, static_cast<int>(shares.size()), [&](int number, int thread) {

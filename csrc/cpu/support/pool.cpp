@@ -18,7 +18,7 @@
 namespace commhooks {
 namespace {
 
-// Long enough to bridge the gap between the phases of one call, short enough not to burn a core between calls.
+// A worker spins through the gap between two phases of a call, and sleeps between calls.
 constexpr int kSpins = 2000;
 
 constexpr int64_t kSharesPerThread = 8;
@@ -32,7 +32,8 @@ inline void relax() {
 #endif
 }
 
-// Clears flush-to-zero and denormals-are-zero for its lifetime (torch.set_flush_denormal sets them per thread).
+// Clears flush-to-zero and denormals-are-zero for its lifetime (torch.set_flush_denormal sets them per
+// thread).
 class KeepDenormals {
  public:
 #if defined(__x86_64__)
@@ -91,7 +92,7 @@ class Pool {
       worker.wake.notify_one();
     }
     job.work(0);
-    // Nothing is left to take. A worker that has not come yet need not come, and is not waited for.
+    // No task is left. A worker that has not started on the job is not waited for.
     for (int i = 0; i + 1 < threads; ++i) {
       if (workers_[static_cast<size_t>(i)]->job.exchange(nullptr, std::memory_order_acq_rel) != nullptr) {
         remaining_.fetch_sub(1, std::memory_order_acq_rel);
@@ -133,7 +134,8 @@ class Pool {
         std::unique_lock<std::mutex> lock(worker->mutex);
         worker->wake.wait(lock, [worker] { return worker->job.load(std::memory_order_relaxed) != nullptr; });
       }
-      // Whoever exchanges a job for nothing has it: this worker, or the caller, who then does not wait for it.
+      // The job belongs to whoever exchanges it for nullptr: this worker, or the caller, who then does not
+      // wait.
       Job *job = worker->job.exchange(nullptr, std::memory_order_acq_rel);
       if (job == nullptr) continue;
       job->work(index);
@@ -153,7 +155,8 @@ class Pool {
 
 std::atomic<Pool *> g_pool{nullptr};
 
-// A fork copies the pool without its threads, perhaps with a lock held: the child forgets it and builds its own.
+// A fork copies the pool without its threads, perhaps with a lock held. So the child drops it and builds its
+// own.
 void forget_pool() { g_pool.store(nullptr, std::memory_order_relaxed); }
 
 Pool *shared_pool() {

@@ -8,15 +8,16 @@
 
 namespace commhooks {
 
-// Into how many shares to cut `elements` for `threads` threads: more than one each, so that what a thread whose core is
-// taken by something else does not get to, the others do; none too short to be worth handing out.
+// Number of shares into which `elements` are cut for `threads` threads. There are several for each thread:
+// other threads take the shares of one whose core is busy with another process. No share is so short that
+// handing it out costs more than its work.
 int share_count(int64_t elements, int threads);
 
-// Runs task(context, index, thread) for all indices in [0, tasks) and returns when all are done. `thread` is below
-// `threads`, and 0 is the caller; each takes the next index when it is free, so indices ascend for every thread, and one
-// that the system wakes late, because something else has its core, leaves the work to the others. When the pool is busy
-// with another caller, or threads cannot be had, the caller runs all tasks: results must not depend on who runs one.
-// Denormals are kept in every task, whatever the caller's floating-point mode.
+// Runs task(context, index, thread) for all indices in [0, tasks) and returns when all are done. `thread` is
+// below `threads`; 0 is the caller. Each thread takes the next index when it is free, so indices ascend for
+// every thread, and a thread that wakes late leaves its work to the others. When the pool serves another
+// caller, or threads cannot be started, the caller runs all tasks: results must not depend on which thread
+// runs a task. Denormals are kept in every task, whatever the caller's floating-point mode.
 void run_tasks(int threads, int tasks, void (*task)(void *context, int index, int thread), void *context);
 
 // The same with a callable `void f(int index)` or `void f(int index, int thread)`. It must not throw.

@@ -1,4 +1,4 @@
-// Scratch memory that a calling thread keeps between calls, so that its pages are faulted in only once.
+// Scratch memory that a calling thread keeps between calls, so that its pages are mapped only once.
 #ifndef COMMHOOKS_CPU_SCRATCH_H
 #define COMMHOOKS_CPU_SCRATCH_H
 
@@ -15,7 +15,8 @@ class Scratch {
   Scratch(const Scratch &) = delete;
   Scratch &operator=(const Scratch &) = delete;
 
-  // Room for `bytes` from the start, contents undefined; false when there is none. Invalidates what was handed out.
+  // Room for `bytes` from the start, contents undefined; false when there is none. Invalidates what was
+  // handed out.
   bool reserve(size_t bytes) {
     used_ = 0;
     if (bytes <= size_) return true;

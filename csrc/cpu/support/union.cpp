@@ -8,8 +8,8 @@ namespace {
 // A union shorter than this is one stretch.
 constexpr int64_t kShort = 256;
 
-// Merge path: how many elements of a and of b are among the first `diagonal` of both. An index that both have is
-// never cut in two.
+// Merge path: how many elements of a and of b are among the first `diagonal` of both. An index that both have
+// is never cut in two.
 void cut(const MergeInput &in, int64_t size_a, int64_t size_b, int64_t diagonal, int64_t *to_a, int64_t *to_b) {
   int64_t low = std::max<int64_t>(0, diagonal - size_b);
   int64_t high = std::min(diagonal, size_a);
