@@ -96,10 +96,11 @@ class CompressorCore:
             self.finish_step()
         self._start_agreement()
         flat = tensor.detach().reshape(-1)
-        k = self.selector.k(flat.numel(), entry.step)
         held, _ = self.memory.for_bucket(Bucket(entry.index, flat, (entry.parameter,), (flat.numel(),)))
+        operands = self.memory.operands(held, flat, scale=None)
+        k = self.selector.k(flat.numel(), entry.step)
         context = Context(entry.index, entry.step)
-        route = SparseRoute(self.memory, held, flat, None, context, self.selector, k, entry.mask_key)
+        route = SparseRoute(self.memory, held, operands, context, self.selector, k, entry.mask_key)
         with self.step.figures.phase("select"):
             route.correct()
         self.step.figures.misses += route.misses
@@ -124,7 +125,7 @@ class CompressorCore:
             NonFiniteGradientError: ``bad``, under the policy ``"error"``.
         """
         route = pending.route
-        result = torch.empty_like(route.buffer)
+        result = torch.empty_like(route.operands.grad)
         if bad:
             route.take_back()
             pending.kept.settle()

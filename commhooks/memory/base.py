@@ -62,12 +62,10 @@ class Memory(ABC):
             scale: one float32 element, a factor of the gradient; None: 1.
         """
 
-    def accumulate(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> int:
-        """Corrects ``grad`` into ``held.residual`` and takes nothing out; returns how many elements were not
-        finite.
-        """
-        nothing = torch.empty(0, dtype=torch.int32, device=grad.device)
-        return int(ops.select_indices(self.operands(held, grad, scale=scale), nothing).report[1])
+    def accumulate(self, operands: Fused) -> int:
+        """Runs the pass and takes nothing out; returns how many elements of the gradient were not finite."""
+        nothing = torch.empty(0, dtype=torch.int32, device=operands.grad.device)
+        return int(ops.select_indices(operands, nothing).report[1])
 
     def restore(self, held: BucketMemory, pairs: SparseGrad) -> None:
         """Puts pairs back that did not reach the model."""
@@ -77,7 +75,5 @@ class Memory(ABC):
         """Zeroes the velocity where a value contributed, if factor masking is on."""
 
     @abstractmethod
-    def undo(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
-        """Takes ``grad`` out of the memory again, to rounding. Pairs that were taken out must be restored
-        before.
-        """
+    def undo(self, held: BucketMemory, operands: Fused) -> None:
+        """Takes the gradient out of the memory again, to rounding, after all pairs taken out were restored."""

@@ -81,10 +81,11 @@ class ErrorFeedback(Memory):
         if self.factor_masking and held.velocity is not None:
             held.velocity[contributed.indices[contributed.used].long()] = 0.0
 
-    def undo(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> None:
+    def undo(self, held: BucketMemory, operands: Fused) -> None:
         if held.recall():
             return
-        gradient = _scaled(grad, self._factor(grad, scale))
+        grad = operands.grad
+        gradient = _scaled(grad, operands.scale_tensor)
         gradient[~gradient.isfinite()] = 0.0
         active = held.active(grad)
         if held.velocity is None:

@@ -1,4 +1,4 @@
-"""Which buckets are sent densely although the scheme is sparse."""
+"""``DenseRule``: which buckets are sent densely although the scheme is sparse."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ from ..exchange import Aggregator
 from ..exchange.dense import dense_wire_bytes
 
 Crossover = bool | Callable[[int, int, int], bool]
-"""True: where the dense exchange takes fewer bytes; False: never; or a rule ``(numel, k, world_size) ->
-bool``.
-"""
+"""A rule ``(numel, k, world_size) -> bool``. True: where the dense exchange takes fewer bytes. False: never."""
 
 
-def everything(numel: int, k: int, world_size: int) -> bool:
-    """The rule by which every bucket goes densely."""
-    return True
+class DenseRule:
+    """Decides once for each size of bucket and k.
 
+    Args:
+        crossover: True, False, or a rule that depends on its arguments alone.
+        aggregator: what a bucket goes by otherwise.
+    """
 
-def goes_dense(crossover: Crossover, aggregator: Aggregator, numel: int, k: int, world_size: int) -> bool:
-    """Whether a bucket of ``numel`` elements goes by all-reduce instead of ``k`` pairs by ``aggregator``."""
-    if callable(crossover):
-        return crossover(numel, k, world_size)
-    return crossover and aggregator.wire_bytes(k, world_size) > dense_wire_bytes(numel, world_size)
+    def __init__(self, crossover: Crossover, aggregator: Aggregator) -> None:
+        self._crossover, self._aggregator = crossover, aggregator
+        self._last: dict[int, tuple[int, int, bool]] = {}  # by elements: k, world size, the answer
+
+    def goes_dense(self, numel: int, k: int, world_size: int) -> bool:
+        """Whether ``numel`` elements go by all-reduce instead of ``k`` pairs by the aggregator."""
+        last = self._last.get(numel)
+        if last is None or last[0] != k or last[1] != world_size:
+            last = self._last[numel] = (k, world_size, self._decide(numel, k, world_size))
+        return last[2]
+
+    def _decide(self, numel: int, k: int, world_size: int) -> bool:
+        if callable(self._crossover):
+            return self._crossover(numel, k, world_size)
+        smaller = dense_wire_bytes(numel, world_size) < self._aggregator.wire_bytes(k, world_size)
+        return self._crossover and smaller

@@ -17,7 +17,7 @@ from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import Connection, Transport
 from ..wire.message import Context
-from .dense_rule import Crossover, everything, goes_dense
+from .dense_rule import Crossover, DenseRule
 from .routes import DenseRoute, PlainRoute, Route, SparseRoute
 from .step import Step
 
@@ -81,6 +81,7 @@ class Reducer:
         self.undoable = self.memory.table.undoable = bool(undoable)
         self.average, self.timeout_s = average, timeout_s
         self.dense_crossover, self.delta_every = dense_crossover, delta_every
+        self._dense_rule = DenseRule(dense_crossover, aggregator)
         self.step = 0
         self.last_delta: float | None = None
         self._step = Step(nonfinite)
@@ -278,25 +279,24 @@ class Reducer:
                 self._agree(bucket, bucket.numel, 1.0, transport)
                 self._agreed[bucket.index] = bucket.numels
             return PlainRoute(buffer, context)
-        selector, memory = self.selector, self.memory
-        k = bucket.numel if selector is None else selector.k(bucket.numel, self.step)
+        selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
+        operands = memory.operands(held, buffer, scale=_inverse(scale, buffer))
+        k = numel if selector is None else selector.k(numel, self.step)
         if is_new:
             self._agree(bucket, k, scale, transport)
-        inverse = _inverse(scale, buffer)
-        if selector is None or self._goes_dense(bucket.numel, k, transport.world_size):
-            return DenseRoute(memory, held, buffer, inverse, context)
+        if selector is None or self._goes_dense(numel, k, transport.world_size):
+            return DenseRoute(memory, held, operands, context)
         meter = self._step.figures.delta if self._measures_delta else None
         key, aggregator = bucket.index, self.aggregator
-        return SparseRoute(memory, held, buffer, inverse, context, selector, k, key, aggregator, meter)
+        return SparseRoute(memory, held, operands, context, selector, k, key, aggregator, meter)
 
     @property
     def _measures_delta(self) -> bool:
         return self.delta_every > 0 and self.step % self.delta_every == 0
 
     def _goes_dense(self, numel: int, k: int, world_size: int) -> bool:
-        crossover = everything if self._sends_everything else self.dense_crossover
-        return goes_dense(crossover, self.aggregator, numel, k, world_size)
+        return self._sends_everything or self._dense_rule.goes_dense(numel, k, world_size)
 
     def _agree(self, bucket: Bucket, k: int, scale: float, transport: Transport) -> None:
         context = Context(bucket.index, self.step)

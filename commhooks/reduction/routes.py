@@ -16,7 +16,7 @@ Common attributes:
     buffer: shape ``(n,)``, the gradient.
     context: which exchange this is.
     memory, held: corrects the gradient; the bucket's part of it.
-    scale: one float32 element, a factor of the gradient before it enters the memory; None: 1.
+    operands: of the pass that corrects; ``operands.grad`` is the buffer.
     bad: this rank's non-finite elements, and ``where`` they were counted, for messages.
     misses: selections whose sampled guess did not hold.
 """
@@ -32,6 +32,7 @@ from ..exchange.voting_sum import summed
 from ..gradient.sparse_grad import SparseGrad
 from ..memory import Memory
 from ..memory.parameter_memory import BucketMemory
+from ..native.fused import Fused
 from ..selection.selectors import Selector
 from ..transports import Transport
 from ..wire.message import Context
@@ -79,8 +80,7 @@ class DenseRoute:
 
     memory: Memory
     held: BucketMemory
-    buffer: Tensor
-    scale: Tensor | None
+    operands: Fused
     context: Context
     bad: int = field(default=0, init=False)
     misses: int = field(default=0, init=False)
@@ -91,8 +91,8 @@ class DenseRoute:
 
     def correct(self) -> None:
         """Adds the gradient to the residual. A parameter whose gradient is all zero sends nothing."""
-        self.bad = self.memory.accumulate(self.held, self.buffer, scale=self.scale)
-        self._active = self.held.active(self.buffer)
+        self.bad = self.memory.accumulate(self.operands)
+        self._active = self.held.active(self.operands.grad)
 
     def exchange(self, transport: Transport) -> bool:
         """All-reduces the corrected gradient, with the vote."""
@@ -103,12 +103,12 @@ class DenseRoute:
 
     def take_back(self) -> None:
         """Takes the gradient out of the memory."""
-        self.memory.undo(self.held, self.buffer, scale=self.scale)
+        self.memory.undo(self.held, self.operands)
 
     def write(self, factor: float, share: float) -> None:
         """The buffer becomes ``factor`` times the sum."""
         assert self._values is not None
-        self._rounding = write_dense(self.buffer, self._values, factor, share)
+        self._rounding = write_dense(self.operands.grad, self._values, factor, share)
         self._values = None
 
     def commit(self) -> None:
@@ -139,8 +139,7 @@ class SparseRoute:
 
     memory: Memory
     held: BucketMemory
-    buffer: Tensor
-    scale: Tensor | None
+    operands: Fused
     context: Context
     selector: Selector
     k: int
@@ -157,10 +156,12 @@ class SparseRoute:
 
     def correct(self) -> None:
         """Adds the gradient to the residual and takes ``pairs`` out of it, in one pass."""
-        operands = self.memory.operands(self.held, self.buffer, scale=self.scale)
-        selected = self.selector.select(operands, self.k, step=self.context.step, mask_key=self.mask_key)
+        step, key = self.context.step, self.mask_key
+        selected = self.selector.select(self.operands, self.k, step=step, mask_key=key)
         _, self.bad, self.misses, _ = selected.report.tolist()
-        self.pairs = self._contributed = SparseGrad(selected.values, selected.indices, self.buffer.numel())
+        self.pairs = self._contributed = SparseGrad(
+            selected.values, selected.indices, self.operands.grad.numel()
+        )
 
     def exchange(self, transport: Transport) -> bool:
         """Sums the pairs by the aggregator, which carries the vote."""
@@ -173,7 +174,7 @@ class SparseRoute:
     def take_back(self) -> None:
         """Puts the pairs back and takes the gradient out of the memory."""
         self.memory.restore(self.held, self.pairs)
-        self.memory.undo(self.held, self.buffer, scale=self.scale)
+        self.memory.undo(self.held, self.operands)
 
     def write(self, factor: float, share: float, target: Tensor | None = None) -> None:
         """Puts back what was refused; ``target`` (default: the buffer) becomes ``factor`` times the sum."""
@@ -182,12 +183,12 @@ class SparseRoute:
         self._contributed = out.contributed
         if out.refused is not None:
             self.memory.restore(self.held, out.refused)
-        into = self.buffer if target is None else target
+        into = self.operands.grad if target is None else target
         self._rounding = write_sparse(into, out.values, out.indices, factor, share)
 
     def commit(self) -> None:
         """Masks the velocity where this rank contributed, and puts back what rounding kept."""
-        if self.k < self.buffer.numel():
+        if self.k < self.operands.grad.numel():
             self.memory.mask_velocity(self.held, self._contributed)
         if self._rounding is not None:
             self.memory.restore(self.held, self._rounding)
