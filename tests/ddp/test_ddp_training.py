@@ -186,6 +186,7 @@ def returns_at_once(rank, size):
     """The hook's future is open while the exchange is held back, and the hook has returned."""
     ddp, state = sparse_ddp("topk", 0.1)
     loss_of(ddp, Data(rank)(0)).backward()  # DDP's first step has one bucket for everything
+    ddp.zero_grad()
     release, order = threading.Event(), []
     reduce = state.reducer.reduce
 

@@ -66,7 +66,7 @@ def test_momentum_is_in_0_1(momentum):
         (lambda: GTopK(algorithm="ring"), ["algorithm", "ring", "doubling", "tree"]),
         (lambda: GTopK("carrier pigeon"), ["transport", "carrier pigeon", "mpi", "distributed"]),
         (lambda: AllGather(transport="in_process"), ["transport", "in_process"]),
-        (lambda: SparseState.topk(0.1, transport="nccl"), ["transport", "nccl"]),
+        (lambda: SparseState.topk(0.1, transport="infiniband"), ["transport", "infiniband"]),
         (lambda: make("smoke"), ["transport", "smoke"]),
         (
             lambda: SparseState.topk(0.1, nonfinite="ignore"),
