@@ -42,7 +42,8 @@ def local_hook(state: object, bucket: dist.GradBucket) -> Future[torch.Tensor]: 
 
 
 class PostLocalState:
-    """Reduces gradients by another hook for ``start`` optimizer steps, then leaves them local (post-local SGD).
+    """Reduces gradients by another hook for ``start`` optimizer steps, then leaves them local (post-local
+    SGD).
 
     Goes with ``LocalSGD(sync=Every(period, start=start))``, which leaves the model alone up to the same step.
     Give that averager here: hook and averager then count the same steps. Without it a step is one of a torch
@@ -99,7 +100,10 @@ class PostLocalState:
         return self._steps + changed
 
     def follow(self, bucket: dist.GradBucket) -> bool:  # type: ignore[name-defined]
-        """Notes a bucket of a backward pass; True if its gradient stays local. For :func:`post_local_hook`."""
+        """Notes a bucket of a backward pass; True if its gradient stays local.
+
+        For :func:`post_local_hook`.
+        """
         if bucket.index() == 0:
             step = self.step
             self._warn_of_no_steps(step)
@@ -127,11 +131,14 @@ class PostLocalState:
         self._stepped = self._stepped or not mine.isdisjoint(held)
 
     def _warn_of_no_steps(self, step: int) -> None:
-        """What writes through ``parameter.data`` and is no torch optimizer is not seen: gradients are reduced for ever."""
+        """What writes through ``parameter.data`` and is no torch optimizer is not seen: gradients are reduced
+        for ever.
+        """
         self._passes = self._passes + 1 if step == self._steps else 0
         if self._passes == _MANY_PASSES and self.averager is None:
             logger.warning(
-                "PostLocalState: no optimizer step was seen between %d backward passes, and gradients are still reduced: "
+                "PostLocalState: no optimizer step was seen between %d backward passes, and gradients are "
+                "still reduced: "
                 "give it the averager (averager=...), whose count it then takes",
                 _MANY_PASSES,
             )
@@ -168,11 +175,12 @@ class PostLocalState:
         """Continues a saved count, and the state of the hook.
 
         Args:
-            state: what this rank's :meth:`state_dict` gave at this world size, or what ``average_checkpoints``
-                made of all ranks'.
+            state: what this rank's :meth:`state_dict` gave at this world size, or what
+                ``average_checkpoints`` made of all ranks'.
 
         Raises:
-            ValueError: the hook's states are of another rank or world size, or the hook has no state for them.
+            ValueError: the hook's states are of another rank or world size, or the hook has no state for
+                them.
         """
         held = state.get("reducers")
         loads = hasattr(self.hook_state, "load_state_dict")
@@ -206,6 +214,9 @@ _MANY_PASSES = 128
 """More backward passes than a step is made of without ``no_sync``."""
 
 
-def post_local_hook(state: PostLocalState, bucket: dist.GradBucket) -> Future[torch.Tensor]:  # type: ignore[name-defined]
+def post_local_hook(
+    state: PostLocalState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> Future[torch.Tensor]:
     """``state.hook`` for ``state.start`` optimizer steps, :func:`local_hook` after them."""
     return local_hook(None, bucket) if state.follow(bucket) else state.hook(state.hook_state, bucket)

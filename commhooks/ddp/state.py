@@ -334,11 +334,12 @@ class SparseState:
             self._passthrough, self.watch.enabled = False, True
 
     def discard(self) -> None:
-        """The last backward pass did not count: memory, step and schedules are again as before it, bit for bit.
+        """The last backward pass did not count: memory, step and schedules are again as before it, bit for
+        bit.
 
         For a step that is skipped because its gradient norm spiked, SAM's first pass, a learning-rate finder.
-        Then call ``zero_grad()``. It waits for no other rank, but all ranks must discard the same pass: a rank
-        that does so alone is a ``SettingsMismatchError`` at the next one.
+        Then call ``zero_grad()``. It waits for no other rank, but all ranks must discard the same pass: a
+        rank that does so alone is a ``SettingsMismatchError`` at the next one.
 
         Raises:
             RuntimeError: the state is not ``undoable``, or there is nothing to discard.

@@ -1,15 +1,16 @@
 """``StepWatch``: what a training program does with the gradients that the hook wrote.
 
-The hook takes the last bucket of a backward pass for the end of a step; a program means ``optimizer.step()``. Between the
-two, gradients are discarded, accumulated or left behind. A leaf hook on every parameter and a hook behind every
-``torch.optim`` step see it:
+The hook takes the last bucket of a backward pass for the end of a step; a program means ``optimizer.step()``.
+Between the two, gradients are discarded, accumulated or left behind. A leaf hook on every parameter and a
+hook behind every ``torch.optim`` step see it:
 
-- *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. Its bucket would
-  hold that average and the new gradient, and the average would enter the memory: :class:`~commhooks.StepOrderError`.
-- *discarded*: the average was zeroed before any optimizer stepped with it. What it had sent is in no residual and in no
-  model: a warning, once.
-- *stale*: a parameter that no backward pass reached has its old ``.grad`` copied into the bucket by DDP. It is not a
-  gradient of this step and is set to zero.
+- *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. Its
+  bucket would hold that average and the new gradient, and the average would enter the memory:
+  :class:`~commhooks.StepOrderError`.
+- *discarded*: the average was zeroed before any optimizer stepped with it. What it had sent is in no residual
+  and in no model: a warning, once.
+- *stale*: a parameter that no backward pass reached has its old ``.grad`` copied into the bucket by DDP. It
+  is not a gradient of this step and is set to zero.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ..errors import StepOrderError
 
 HELD = (
-    "the gradient of {name} still is the average of the last backward pass: this pass would average it again. Call "
-    "zero_grad() first; accumulate inside ddp_model.no_sync(); run a backward pass whose gradients of this model are "
+    "the gradient of {name} still is the average of the last backward pass: this pass would average it "
+    "again. Call "
+    "zero_grad() first; accumulate inside ddp_model.no_sync(); run a backward pass whose gradients of this "
+    "model are "
     "not wanted inside state.passthrough()"
 )
 DISCARDED = (
-    "gradients that the hook had averaged were zeroed before an optimizer stepped with them: what this step sent is lost. "
-    "If the last backward pass was not to count, call state.discard() (it needs SparseState(..., undoable=True)); if that "
-    "is known beforehand, run it inside state.passthrough(). Gradients that are taken elsewhere and used later are "
+    "gradients that the hook had averaged were zeroed before an optimizer stepped with them: what this step "
+    "sent is lost. "
+    "If the last backward pass was not to count, call state.discard() (it needs SparseState(..., "
+    "undoable=True)); if that "
+    "is known beforehand, run it inside state.passthrough(). Gradients that are taken elsewhere and used "
+    "later are "
     "lost to this check: then ignore it"
 )
 
@@ -42,7 +48,10 @@ _held_by: weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = wea
 
 
 class StepWatch:
-    """Watches the parameters of one model. All methods but :meth:`end_step` are called on the thread of backward."""
+    """Watches the parameters of one model.
+
+    All methods but :meth:`end_step` are called on the thread of backward.
+    """
 
     def __init__(self) -> None:
         self._watched: set[int] = set()
@@ -62,7 +71,7 @@ class StepWatch:
         """Called with a bucket's parameters when the bucket is full; watches those that are new.
 
         Returns:
-            Positions of the parameters that no backward pass reached since the last call, though one did before.
+            Positions of the parameters that no backward pass reached since the last call, but one before.
         """
         stale = []
         for position, parameter in enumerate(parameters):
@@ -104,7 +113,8 @@ class StepWatch:
         self._ever_reached.add(key)
         if key not in self._written or not self.enabled:
             return
-        # Gradients that are set to None cost nothing here; those that are zeroed in place are read once a step.
+        # Gradients that are set to None cost nothing here; those that are zeroed in place are read once a
+        # step.
         if parameter.grad is not None and bool(parameter.grad.detach().any()):
             raise StepOrderError(
                 HELD.format(name=self._names.get(key, f"a parameter {tuple(parameter.shape)}"))

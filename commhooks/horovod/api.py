@@ -24,7 +24,8 @@ def horovod() -> Any:
         return importlib.import_module("horovod.torch")
     except ImportError as error:
         raise ImportError(
-            "commhooks.horovod needs Horovod 0.28.x built for the installed torch: run scripts/install_horovod "
+            "commhooks.horovod needs Horovod 0.28.x built for the installed torch: run "
+            "scripts/install_horovod "
             f"(3 to 8 minutes the first time). ({error})"
         ) from error
 
@@ -35,11 +36,13 @@ def is_supported() -> bool:
 
 
 def require_version() -> None:
-    """Raises ``RuntimeError`` unless Horovod is 0.28.x, for what relies on parts of it that are not public."""
+    """Raises ``RuntimeError`` unless Horovod is 0.28.x: some parts of it that we use are not public."""
     if not is_supported():
         raise RuntimeError(
-            f"commhooks.horovod.DistributedOptimizer supports Horovod {SUPPORTED}.x, found {_version()}: it relies on "
-            "parts of Horovod that are not public. Install 0.28.1 (scripts/install_horovod), or use the stock "
+            f"commhooks.horovod.DistributedOptimizer supports Horovod {SUPPORTED}.x, found {_version()}: it "
+            "relies on "
+            "parts of Horovod that are not public. Install 0.28.1 (scripts/install_horovod), or use the "
+            "stock "
             "hvd.DistributedOptimizer with commhooks.horovod.Compression, which needs only public parts"
         )
 

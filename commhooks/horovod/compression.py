@@ -66,7 +66,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         return self.core.stats()
 
     def _marker(self) -> float:
-        """Rank 0 gives 3 and the others 1: sum, average, minimum, maximum and product all come out different."""
+        """Rank 0 gives 3 and the others 1: sum, average, minimum, maximum and product all differ."""
         return 3.0 if self.core.process_set.rank() == 0 else 1.0
 
     def _read_marker(self, reduced: float) -> tuple[bool, bool]:
@@ -80,13 +80,14 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
                 self._averages = averages
                 return votes > 0, complete
         raise ValueError(
-            f"op must be hvd.Average or hvd.Sum for a sparse compression over {world_size} ranks: a marker came "
+            f"op must be hvd.Average or hvd.Sum for a sparse compression over {world_size} ranks: a marker "
+            "came "
             f"back as {reduced:g} (or process_set is not the optimizer's)"
         )
 
 
 class RandomKCompressor(SparseCompressor):
-    """k values under a mask that all ranks derive from (seed, the parameter's step, its name), all-reduced."""
+    """k values are all-reduced, under a mask that all ranks derive from seed, step and name."""
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
         pending = self.core.begin(tensor)

@@ -96,7 +96,8 @@ class GradientSync:
             self.touched = True
             if self._remaining[parameter] == 0:
                 raise RuntimeError(
-                    f"{self.names[parameter]} got more than backward_passes_per_step={self.passes} gradients before "
+                    f"{self.names[parameter]} got more than backward_passes_per_step={self.passes} gradients "
+                    "before "
                     "step(): raise backward_passes_per_step to accumulate gradients locally"
                 )
             grad = parameter.grad
@@ -198,7 +199,7 @@ class GradientSync:
 
 
 def _close_stale() -> None:
-    """Closes what was open before Horovod's reset, of all optimizers: their groups hang on one default group."""
+    """Closes what all optimizers had open before Horovod's reset: their groups share one default group."""
     for sync in list(_all):
         if sync._session is not session() and sync.state.reducer.connection.is_open:
             _quietly(sync.state.close)

@@ -37,7 +37,8 @@ class SparseOptimizer:
         return self._sync
 
     def synchronize(self) -> None:
-        """Waits until all gradients are averaged; then they may be clipped, and stepped in `skip_synchronize`.
+        """Waits until all gradients are averaged; then they may be clipped, and stepped in
+        `skip_synchronize`.
 
         Clipping here loses mass: what is cut off an average is in nobody's residual. ``clip_norm`` of
         ``ErrorFeedback`` clips before the memory.
@@ -77,7 +78,10 @@ class SparseOptimizer:
             self._sync.set_passes(passes)
 
     def close(self) -> None:
-        """Joins the worker and closes the transport, on all ranks. The end of the process does it by itself."""
+        """Joins the worker and closes the transport, on all ranks.
+
+        The end of the process does it by itself.
+        """
         if self._sync is not None:
             self._sync.leave()
 
@@ -89,7 +93,7 @@ class SparseOptimizer:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` gave; ``"commhooks"`` may be the list of all ranks', of any world size."""
+        """Loads what ``state_dict`` gave; ``"commhooks"`` may be the list of all ranks of any world size."""
         state_dict = dict(state_dict)
         residuals = state_dict.pop("commhooks", None)
         super().load_state_dict(state_dict)  # type: ignore[misc]
@@ -196,7 +200,8 @@ def _wrap(optimizer: torch.optim.Optimizer) -> Any:
         if self._should_synchronize:
             if self._synchronized:
                 warnings.warn(
-                    "step() after synchronize() averages again: wrap it in `with optimizer.skip_synchronize():`",
+                    "step() after synchronize() averages again: wrap it in `with "
+                    "optimizer.skip_synchronize():`",
                     stacklevel=2,
                 )
             self.synchronize()
@@ -238,7 +243,8 @@ def _check_options(
         raise ValueError(f"op must be hvd.Average or hvd.Sum, got {op!r}")
     if gradient_predivide_factor != 1.0:
         raise ValueError(
-            f"gradient_predivide_factor must be 1, got {gradient_predivide_factor!r}: sums are formed in float32 and "
+            f"gradient_predivide_factor must be 1, got {gradient_predivide_factor!r}: sums are formed in "
+            "float32 and "
             "divided once, so there is nothing to gain in range"
         )
     if num_groups < 0:

@@ -48,7 +48,8 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
     if isinstance(requested, Transport):
         if requested.world_size != process_set.size() or requested.rank != process_set.rank():
             raise ValueError(
-                f"transport: rank {requested.rank} of {requested.world_size} does not fit process_set, where this "
+                f"transport: rank {requested.rank} of {requested.world_size} does not fit process_set, where "
+                "this "
                 f"is rank {process_set.rank()} of {process_set.size()}"
             )
         return requested, None
@@ -62,7 +63,8 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
             return transport, None
     elif requested == "mpi":
         raise ValueError(
-            "transport='mpi' needs a job started by MPI: run it under mpirun or horovodrun --mpi, or leave the "
+            "transport='mpi' needs a job started by MPI: run it under mpirun or horovodrun --mpi, or leave "
+            "the "
             "choice of the transport to the launcher"
         )
     return _open_gloo(process_set, timeout_s)
@@ -107,8 +109,10 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
     votes = _votes(vote, process_set, timeout_s)
     if _REFUSED in votes or len(set(votes)) > 1:
         raise ValueError(
-            f"process_set {list(process_set.ranks)} overlaps another one: over gloo a process serves one set and its "
-            "subsets, and a rank of this one serves other ranks already. Initialize torch.distributed for all ranks "
+            f"process_set {list(process_set.ranks)} overlaps another one: over gloo a process serves one set "
+            "and its "
+            "subsets, and a rank of this one serves other ranks already. Initialize torch.distributed for "
+            "all ranks "
             "first, numbered as Horovod's, or start the job by MPI"
         )
     if members is None:
@@ -145,7 +149,8 @@ def _votes(vote: int, process_set: Any, timeout_s: float) -> list[int]:
 
 
 def open_default_group(process_set: Any, timeout_s: float) -> None:
-    """Opens torch's default process group, gloo, over the ranks of ``process_set``; a collective call of them.
+    """Opens torch's default process group, gloo, over the ranks of ``process_set``; a collective call of
+    them.
 
     The first rank opens a TCP store on a free port, which travels by Horovod's ``broadcast_object``.
     """

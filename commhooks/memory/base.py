@@ -76,4 +76,4 @@ class Memory(ABC):
 
     @abstractmethod
     def undo(self, held: BucketMemory, operands: Fused) -> None:
-        """Takes the gradient out of the memory again, to rounding, after all pairs taken out were restored."""
+        """Takes the gradient out of the memory again, to rounding, after its pairs were restored."""

@@ -82,7 +82,8 @@ class ParameterMemory:
     Attributes:
         names: of the parameters, for state dicts and messages.
         last_lr: the learning rate whose units a parameter's residual has, where it follows the rate.
-        undoable: whether each step's beginning is remembered, for :meth:`discard`. It takes as much memory again.
+        undoable: whether each step's beginning is remembered, for :meth:`discard`. It takes as much memory
+            again.
     """
 
     def __init__(self, with_velocity: bool, with_residual: bool = True) -> None:

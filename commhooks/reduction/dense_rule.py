@@ -8,7 +8,10 @@ from ..exchange import Aggregator
 from ..exchange.dense import dense_wire_bytes
 
 Crossover = bool | Callable[[int, int, int], bool]
-"""A rule ``(numel, k, world_size) -> bool``. True: where the dense exchange takes fewer bytes. False: never."""
+"""A rule ``(numel, k, world_size) -> bool``.
+
+True: where the dense exchange takes fewer bytes. False: never.
+"""
 
 
 class DenseRule:

@@ -23,7 +23,8 @@ from .step import Step
 
 _AGREEMENT_TAG = 30
 _SETTINGS = (
-    "selector", "aggregator", "memory", "average", "nonfinite", "dense_crossover", "delta_every", "timeout_s", "undoable",
+    "selector", "aggregator", "memory", "average", "nonfinite", "dense_crossover", "delta_every", "timeout_s",
+    "undoable",
 )  # fmt: skip
 
 
@@ -150,7 +151,8 @@ class Reducer:
         ``SettingsMismatchError`` at the next one.
 
         Raises:
-            RuntimeError: the Reducer is not ``undoable``, a step is under way, or there is no step to discard.
+            RuntimeError: the Reducer is not ``undoable``, a step is under way, or there is no step to
+                discard.
         """
         if not self.undoable:
             raise RuntimeError(
