@@ -16,7 +16,6 @@ class StockDense(strategies.Strategy):
 
     def __init__(self, model: nn.Module, options: Any, world: launch.World, steps_per_epoch: int) -> None:
         self.model, self.options, self.world = model, options, world
-        self._clip_norm = options.clip_norm if options.scheme == "dense" else None  # a memory clips by itself
         wrapped = self._wrap(model, options, steps_per_epoch)
         self.wrapped, self.optimizer = wrapped, View(wrapped)
         numel = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -32,13 +31,7 @@ class StockDense(strategies.Strategy):
         self.wrapped.zero_grad()
         loss = compute(self.model)
         loss.backward()
-        if self._clip_norm is None:
-            self.wrapped.step()
-            return loss.detach()
-        self.wrapped.synchronize()
-        strategies.clip(self.model, self._clip_norm)
-        with self.wrapped.skip_synchronize():
-            self.wrapped.step()
+        self.wrapped.step()
         return loss.detach()
 
     def info(self) -> strategies.StepInfo:
@@ -51,12 +44,11 @@ class Sparse(StockDense):
     def _wrap(self, model: nn.Module, options: Any, steps_per_epoch: int) -> Any:
         from commhooks.horovod import DistributedOptimizer
 
-        momentum = 0.0 if options.momentum_in == "memory" else options.momentum
-        sgd = strategies.sgd(model, options, momentum=momentum)
+        momentum = 0.0 if options.error_feedback else options.momentum
         return DistributedOptimizer(
-            sgd,
+            strategies.sgd(model, options, momentum=momentum),
             model.named_parameters(),
-            state=strategies.sparse_state(options, steps_per_epoch, sgd),
+            state=strategies.sparse_state(options, steps_per_epoch),
             bucket_cap_mb=options.bucket_mb,
         )
 
@@ -92,8 +84,7 @@ class StockSparse(Sparse):
             raise ValueError(
                 "--stock serves --scheme topk and randomk with error feedback, without --clip-norm"
             )
-        sgd = strategies.sgd(model, options, 0.0 if options.momentum_in == "memory" else options.momentum)
-        state = strategies.sparse_state(options, steps_per_epoch, sgd)  # for its selector and memory
+        state = strategies.sparse_state(options, steps_per_epoch)  # for its selector and memory
         reducer = state.reducer
         extra = {"seed": options.seed} if options.scheme == "randomk" else {}
         make = getattr(Compression, options.scheme)
@@ -105,7 +96,7 @@ class StockSparse(Sparse):
             **extra,
         )
         return hvd.DistributedOptimizer(
-            sgd,
+            strategies.sgd(model, options, momentum=0.0),
             named_parameters=model.named_parameters(),
             compression=self.compression,
         )

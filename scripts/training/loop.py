@@ -17,7 +17,6 @@ from . import checkpoint, strategies, tasks
 from .launch import World
 from .log import Log, Progress
 from .options import fixed
-from .schedules import learning_rate
 
 
 class Run:
@@ -77,7 +76,7 @@ class Run:
         epoch, step = divmod(self.done, self.task.steps_per_epoch)
         if step == 0:
             self.carry = self.task.start()
-        lr = learning_rate(self.options, self.done, self.total, self.task.steps_per_epoch)
+        lr = learning_rate(self.options, self.done, self.total)
         for group in self.strategy.optimizer.param_groups:
             group["lr"] = lr
         self.strategy.model.train()
@@ -263,3 +262,10 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def learning_rate(options: Any, step: int, total: int) -> float:
+    """The rate of a step (from 0): constant, or a half cosine down to zero."""
+    if options.lr_schedule == "constant":
+        return float(options.lr)
+    return float(options.lr) * 0.5 * (1.0 + math.cos(math.pi * step / total))
