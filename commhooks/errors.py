@@ -1,6 +1,7 @@
-"""The exceptions commhooks raises at run time, and refusals of bad arguments that say what to write.
+"""The exceptions that commhooks raises at run time, and the refusal of unknown arguments.
 
-Bad arguments raise ``ValueError`` or ``TypeError``.
+Bad arguments raise ``ValueError`` or ``TypeError``. The message for an unknown keyword argument says what to
+write instead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _SPELLINGS: dict[str, str] = {
     "clip": "memory=ErrorFeedback(clip_norm={value!r})",
     "beta": "momentum={value!r}",
 }
-"""What people write, and what to write. A row is used where the call has the argument that it begins with."""
+"""Unknown argument: what to write instead.
+
+An entry is used only when the called function has the argument with which the replacement begins.
+"""
 
 
 class CommHooksError(RuntimeError):
@@ -57,11 +61,10 @@ class StepOrderError(CommHooksError):
 
 
 def says_what_to_write(function: F) -> F:
-    """Makes a call with an unknown keyword argument a ``TypeError`` that names it, its value and what to
-    write.
+    """Makes unknown keyword arguments of ``function`` a ``TypeError`` that says what to write.
 
-    Options that the function collects by ``**options`` are those of its class's constructor. They are looked
-    at before the function runs.
+    The message names the argument and its value. The check runs before the function does. A classmethod that
+    passes ``**options`` on to its class's constructor is checked against the constructor's arguments too.
     """
 
     @functools.wraps(function)
@@ -76,7 +79,7 @@ def says_what_to_write(function: F) -> F:
 
 
 def _keywords(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[str] | None:
-    """Names of the arguments that may be given by keyword; None: any may."""
+    """The names that a call accepts as keyword arguments; None when it accepts any name."""
     names, collects = _parameters(function)
     if not collects:
         return names
@@ -88,7 +91,10 @@ def _keywords(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[
 
 @functools.cache
 def _parameters(function: Callable[..., Any], with_default: bool = False) -> tuple[list[str], bool]:
-    """Names that may be given by keyword, and whether ``**options`` follow; or of those with a default."""
+    """The names ``function`` takes by keyword, and whether it takes ``**options`` too.
+
+    ``with_default`` leaves out the names that have no default.
+    """
     parameters = inspect.signature(function).parameters.values()
     names = [
         p.name
@@ -114,10 +120,10 @@ def _refusal(function: Callable[..., Any], name: str, value: Any, known: Sequenc
 
 
 def environment_choice(name: str, choices: Sequence[str], default: str) -> str:
-    """The value of an environment variable, ``default`` where it is unset or empty.
+    """The value of the environment variable ``name``; ``default`` where it is unset or empty.
 
     Raises:
-        ValueError: it is none of ``choices``; the message names the variable and its value.
+        ValueError: the value is none of ``choices``. The message names the variable and its value.
     """
     value = os.environ.get(name, "") or default
     if value not in choices:

@@ -1,7 +1,8 @@
-"""Module paths of version 0.1, importable for one release. What was pickled under them loads; imports warn.
+"""Keeps the module paths of version 0.1 importable for one release.
 
-A module that has moved is made when it is first imported. It holds nothing: every name is looked up in the
-new place.
+Importing an old path gives a ``DeprecationWarning``. Objects that were pickled under an old path load. The
+module of an old path is created at its first import and holds no names itself: each name is looked up in the
+new module.
 """
 
 from __future__ import annotations
@@ -64,13 +65,13 @@ RENAMED = {
     "transports.roll_call.RollCall": "transports.stragglers.Stragglers",
     "worker.Worker": "ddp.comm_thread.CommThread",
 }
-"""Names that are not in their module's new place, or not under the same name."""
+"""Old name: new name, for names that went to another module than ``MOVED`` says or were renamed."""
 
 _ROOT = __package__ + "."
 
 
 class _MovedModule(ModuleType):
-    """A module of version 0.1 whose names are looked up where they are now."""
+    """A module of version 0.1. It looks its names up in the new module."""
 
     def __getattr__(self, name: str) -> Any:
         old = self.__name__.removeprefix(_ROOT)
@@ -81,7 +82,7 @@ class _MovedModule(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules in ``MOVED``; every other import goes its ordinary way."""
+    """Import finder and loader of the modules in ``MOVED``. It ignores every other import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -103,6 +104,9 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Makes the old paths importable; a second call does nothing. It costs nothing until one is imported."""
+    """Makes the old paths importable. A second call does nothing.
+
+    The new modules are imported only when an old path is.
+    """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

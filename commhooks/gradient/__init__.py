@@ -1,1 +1,1 @@
-"""What travels through the pipeline: buckets and sparse gradients; the stream that they are worked on."""
+"""The data of the pipeline, buckets and sparse gradients, and the CUDA stream on which they are processed."""

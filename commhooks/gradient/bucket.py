@@ -1,4 +1,4 @@
-"""``Bucket``: one flat gradient and the parameters it is made of."""
+"""``Bucket``: a flat gradient and the parameters whose gradients it concatenates."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ _MAX_NUMEL = 2**31 - 1
 
 @dataclass(frozen=True)
 class Bucket:
-    """What a Reducer reduces: a flat gradient that becomes the average over ranks.
+    """A flat gradient that a Reducer overwrites with its average over the ranks.
+
+    The gradient consists of segments, one per parameter.
 
     Attributes:
         index: position among the step's buckets; the same bucket has the same index on all ranks.
         buffer: shape ``(n,)``, float32, bfloat16 or float16, contiguous. Overwritten with the result.
-        keys: what the memory belongs to, one per segment: DDP's ``Parameter`` objects, or names.
-        numels: elements of each segment, in the buffer's order; they add up to ``n``.
+        keys: one per segment: DDP's ``Parameter`` object or a name. The memory is stored by key.
+        numels: number of elements of each segment, in the buffer's order. The sum is ``n``.
         is_last: whether this bucket ends the step.
+
+    Raises:
+        TypeError: the buffer is sparse or of another dtype.
+        ValueError: the buffer is not flat and contiguous or has 2**31 - 1 elements or more, or ``keys`` and
+            ``numels`` do not fit it.
     """
 
     index: int
@@ -52,14 +59,16 @@ class Bucket:
 
     @property
     def numel(self) -> int:
-        """Elements in the buffer."""
+        """Number of elements in the buffer."""
         return self.buffer.numel()
 
     def take_out(self, positions: Sequence[int]) -> dict[int, Tensor]:
-        """Sets the segments at ``positions`` to zero: what lies there is no gradient of this step.
+        """Sets the segments at ``positions``, which hold no gradient of this step, to zero.
+
+        Waits for the device.
 
         Returns:
-            Copies of those that held something, by position, for :meth:`put_back`.
+            Copies of the segments that were not zero, by position, for :meth:`put_back`.
         """
         held = {p: s.clone() for p in positions if bool((s := self._segment(p)).any())}
         for position in held:
@@ -67,10 +76,14 @@ class Bucket:
         return held
 
     def put_back(self, held: dict[int, Tensor]) -> None:
-        """Writes what :meth:`take_out` gave to segments that are still zero: no rank had a gradient there.
+        """Restores the segments in ``held`` that are zero after the reduction.
 
-        With ``gradient_as_bucket_view`` these are parameters' ``.grad``, which such a step leaves as they
-        are.
+        Such a segment is zero because no rank had a gradient there. With ``gradient_as_bucket_view`` the
+        segment is the parameter's ``.grad``, which a step without a gradient must leave unchanged. Waits for
+        the device.
+
+        Args:
+            held: what :meth:`take_out` returned.
         """
         for position, values in held.items():
             if not bool(self._segment(position).any()):

@@ -1,4 +1,4 @@
-"""The CUDA stream on which a thread works on gradients, beside the stream of backward."""
+"""The CUDA stream on which a thread processes gradients, next to the stream of backward."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _of_thread = threading.local()
 
 @contextmanager
 def stream_after(ready: Any, buffer: Tensor) -> Iterator[None]:
-    """On a GPU: this thread's stream on the buffer's device, behind the event ``ready``. On the CPU: nothing.
+    """Makes this thread's own stream current within the block, after the event ``ready``.
 
-    A thread has one stream a device for all buckets, since the end of a step works on the memory of all of
-    them. A future that is completed inside the block belongs to this stream. Its priority is high: the
-    kernels of a selection are short and wait for one another, so behind each wave of backward's kernels they
-    would wait again.
+    The stream is on the buffer's device. Without an event (CPU) nothing changes. A thread has one stream per
+    device for all buckets, because the end of a step processes the memory of all of them. A future that
+    is completed inside the block is ordered by this stream. The stream has high priority: the kernels of a
+    selection are short and depend on one another, and at equal priority each of them could wait behind
+    kernels of backward.
 
     Args:
-        ready: what :func:`ready_event` gave; None on the CPU.
-        buffer: the gradient. Its memory is not handed out again before this stream is done with it.
+        ready: what :func:`ready_event` returned; None on the CPU.
+        buffer: the gradient. Its memory is not reused before this stream is done with it.
     """
     if ready is None:
         yield
@@ -42,9 +43,9 @@ def stream_after(ready: Any, buffer: Tensor) -> Iterator[None]:
 
 
 def ready_event(buffer: Tensor) -> Any:
-    """An event behind all that is queued on the current stream of the buffer's device; None on the CPU.
+    """Records an event on the current stream of the buffer's device and returns it; None on the CPU.
 
-    The device is the buffer's, which need not be the thread's current one: a model may lie on several GPUs.
+    The buffer's device need not be the thread's current one, since a model may be on several GPUs.
 
     Raises:
         RuntimeError: the stream is being captured into a CUDA graph. The exchange reads results on the host.
@@ -63,10 +64,13 @@ def ready_event(buffer: Tensor) -> Any:
 
 
 def drain(device: torch.device, limit_s: float) -> bool:
-    """Waits until the current stream of ``device`` is done, ``limit_s`` at most; returns whether it is.
+    """Waits at most ``limit_s`` seconds until the current stream of ``device`` is done.
 
-    After an error nothing else orders the user's stream behind the work that this one has queued on the
-    gradient.
+    It is called after an error. Then nothing else makes the user's stream wait for the work that this stream
+    has queued on the gradient.
+
+    Returns:
+        Whether the stream is done; True on the CPU.
     """
     if device.type != "cuda":
         return True

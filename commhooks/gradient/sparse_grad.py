@@ -1,4 +1,4 @@
-"""``SparseGrad``: the k pairs that travel instead of a dense gradient."""
+"""``SparseGrad``: the k (value, index) pairs that are sent instead of a dense gradient."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from ..native.fused import PAD
 
 @dataclass(frozen=True)
 class SparseGrad:
-    """A flat gradient of ``numel`` elements of which only ``k`` places are held.
+    """A flat gradient of ``numel`` elements of which at most ``k`` are stored, as (value, index) pairs.
 
     Attributes:
         values: shape ``(k,)``, float32.
-        indices: shape ``(k,)``, int32, ascending and unique. Unused places stand at the end with index
-            ``PAD`` (2**31 - 1) and value 0, so that messages keep their size when fewer elements exist.
+        indices: shape ``(k,)``, int32, ascending and unique. Unused places are at the end and have index
+            ``PAD`` (2**31 - 1) and value 0, so that a message has the same size when fewer pairs exist.
         numel: length of the dense gradient.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes that differ or are not 1-D, or ``numel`` out of range.
     """
 
     values: Tensor
@@ -51,14 +55,14 @@ class SparseGrad:
         return self.indices != PAD
 
     def masked(self, keep: Tensor) -> SparseGrad:
-        """The pairs where the boolean ``keep`` of shape ``(k,)`` holds, without padding."""
-        places = (keep & self.used).nonzero().squeeze(1)  # once for both: boolean indexing would look twice
+        """The pairs at which ``keep`` (bool, shape ``(k,)``) is True, without padding."""
+        places = (keep & self.used).nonzero().squeeze(1)  # one search for both arrays
         return SparseGrad(
             self.values.index_select(0, places), self.indices.index_select(0, places), self.numel
         )
 
     def to_dense(self) -> Tensor:
-        """A new dense float32 tensor of shape ``(numel,)``, zero where nothing is held."""
+        """A new dense float32 tensor of shape ``(numel,)``, zero where no pair is stored."""
         dense = self.values.new_zeros(self.numel)
         ops.scatter_add(dense, self.values, self.indices)
         return dense

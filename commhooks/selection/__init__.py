@@ -1,1 +1,1 @@
-"""Which places of a gradient are sent."""
+"""Selectors and density schedules: how many elements of a gradient are sent, and which."""

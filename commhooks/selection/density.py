@@ -1,4 +1,4 @@
-"""Density schedules: which share of a gradient is sent at which step."""
+"""Density schedules: the share of a gradient's elements that is sent at each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ def check_density(name: str, density: float) -> float:
 
 
 class DensitySchedule(ABC):
-    """Density as a function of the step, counted from 0 in gradient exchanges."""
+    """Density as a function of the step.
+
+    Density is k/n, the share of a gradient's elements that is sent. A step is a gradient exchange; the first
+    is step 0.
+    """
 
     @abstractmethod
     def density(self, step: int) -> float:
@@ -38,11 +42,12 @@ class ConstantDensity(DensitySchedule):
 
 
 class ExponentialWarmup(DensitySchedule):
-    """Density that falls exponentially from ``start`` to ``density`` and then stays.
+    """Density that falls exponentially from ``start`` to ``density`` and then stays constant.
 
-    With ``steps_per_epoch`` it falls once per epoch (Deep Gradient Compression's warm-up), else at every
-    step: ``start * (density / start) ** (t / warmup)`` with ``t`` the step (or epoch) and ``warmup`` in the
-    same unit. The gTop-k paper trains with a warm-up and does not define it; this is our reading.
+    During the warm-up the density is ``start * (density / start) ** (t / warmup)``. With ``warmup_steps``,
+    ``t`` is the step. With ``warmup_epochs``, ``t`` is the epoch, so that the density falls once per epoch as
+    in Deep Gradient Compression. The gTop-k paper trains with a warm-up without defining it; this formula is
+    our reading.
 
     Args:
         density: final density in (0, 1].
@@ -51,6 +56,10 @@ class ExponentialWarmup(DensitySchedule):
         warmup_epochs: epochs until ``density`` is reached; needs ``steps_per_epoch``.
         steps_per_epoch: gradient exchanges per epoch.
         start: density of the first step, in (0, 1].
+
+    Raises:
+        ValueError: a density out of range, a count that is not a positive integer, both or neither of
+            ``warmup_steps`` and ``warmup_epochs``, or ``warmup_epochs`` without ``steps_per_epoch``.
     """
 
     def __init__(
@@ -91,5 +100,5 @@ def _positive(name: str, value: int | None) -> int:
 
 
 def as_schedule(density: float | DensitySchedule) -> DensitySchedule:
-    """A schedule from a number or a schedule."""
+    """Returns a schedule as it is; makes a number a constant one."""
     return density if isinstance(density, DensitySchedule) else ConstantDensity(density)

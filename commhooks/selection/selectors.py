@@ -1,4 +1,4 @@
-"""Selectors: which k places of a corrected gradient are sent."""
+"""Selectors: which k elements of a corrected gradient are sent."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from .density import DensitySchedule, as_schedule
 
 
 class Selector(ABC):
-    """Takes k places out of the corrected gradient, in the same pass over memory that corrects it.
+    """Corrects a gradient and takes k of its elements out, in one pass over memory.
+
+    The corrected gradient is the gradient plus residual and momentum
+    (:class:`~commhooks.native.fused.Fused`).
 
     Attributes:
-        shared_mask: whether every rank selects the same indices, so that they need not travel.
+        shared_mask: whether every rank selects the same indices, so that the indices need not be sent.
     """
 
     shared_mask: ClassVar[bool] = False
@@ -26,28 +29,35 @@ class Selector(ABC):
         self.schedule = as_schedule(density)
 
     def k(self, numel: int, step: int) -> int:
-        """``max(1, ceil(density * numel))`` at ``step``; 0 for an empty bucket."""
+        """Number of pairs to send of ``numel`` elements: ``max(1, ceil(density * numel))``; 0 when empty.
+
+        ``density`` is the schedule's at ``step``.
+        """
         wanted = math.ceil(round(self.schedule.density(step) * numel, 6))
         return min(numel, max(1, wanted))
 
     @abstractmethod
     def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
-        """Updates the memory in ``operands`` and takes ``k`` pairs out of its residual.
+        """Adds the gradient to the memory in ``operands`` and takes ``k`` pairs out of the residual.
 
         Args:
-            operands: gradient and memory of one bucket; ``residual`` and ``velocity`` are overwritten.
-            k: pairs wanted.
-            step: exchanges so far, the same on all ranks.
-            mask_key: the bucket's number or the hash of a name, which differs between the buckets of a step
-                and is the same on all ranks.
+            operands: gradient and memory of one bucket. Residual and velocity are overwritten, or written to
+                ``residual_out`` and ``velocity_out`` where these are given.
+            k: number of places in the result; unused ones are padding.
+            step: number of exchanges so far, the same on all ranks.
+            mask_key: the bucket's number or the hash of a parameter's name: different for each bucket of a
+                step, and the same on all ranks.
 
         Returns:
-            values ``(k,)`` float32, indices ``(k,)`` int32 ascending, and the report (count, non-finite,
-            misses).
+            values ``(k,)`` float32, indices ``(k,)`` int32 ascending, the report, and the active segments.
+
+        Raises:
+            TypeError: a wrong dtype.
+            ValueError: sizes, devices or layout.
         """
 
     def settings(self) -> dict[str, object]:
-        """What all ranks must share, by argument."""
+        """Constructor arguments by name. They must be the same on all ranks."""
         return {"density": self.schedule}
 
     def __repr__(self) -> str:
@@ -66,30 +76,37 @@ class TopK(Selector):
 
 
 class ThresholdTopK(Selector):
-    """About the k largest magnitudes: all that reach a threshold estimated from a sample, at most k of them.
+    """About the k largest magnitudes: at most k of those that reach a threshold estimated from a sample.
 
-    When more than k magnitudes reach the threshold, because many are equal, say, the first k from a starting
-    place on are taken. The place changes with the step, so that no element is passed over for ever. The rest
-    stays in the residual.
+    More than k magnitudes may reach the threshold, for example when many are equal. Then the first k after a
+    starting index are taken, and the rest stays in the residual. The starting index changes with the step, so
+    that no element is skipped at every step.
+
+    Args:
+        density: k/n in (0, 1], or a schedule such as ``ExponentialWarmup``.
     """
 
     def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
         seed = _sampling_seed(step, mask_key)
-        # The estimate is a magnitude of the sample. It must pass itself: the largest magnitude may be alone.
+        # The kernel takes magnitudes above the threshold. The estimate is itself the magnitude of an element,
+        # possibly the only large one, and must be taken too.
         threshold = _next_below(ops.sample_threshold(operands, k, seed=seed))
         start = (seed * 2_654_435_761) % max(1, operands.grad.numel())
         return ops.select_threshold(operands, threshold, k, start=start)
 
 
 class RandomK(Selector):
-    """k places at random, the same on every rank, without replacement.
+    """k random elements without replacement, the same on every rank.
 
-    The mask comes from a counter-based generator of our own, keyed by (seed, step, mask_key). Torch's
-    generators are not touched. M-DSGD's convergence theory covers it as it covers top-k.
+    The indices come from a counter-based generator of our own, keyed by (seed, step, mask_key). Torch's
+    generators are neither read nor advanced. M-DSGD's convergence theory covers random-k as well as top-k.
 
     Args:
         density: k/n in (0, 1], or a schedule.
-        seed: non-negative integer, the same on all ranks.
+        seed: integer in [0, 2**63), the same on all ranks.
+
+    Raises:
+        ValueError: a density or seed out of range.
     """
 
     shared_mask = True
