@@ -1,1 +1,1 @@
-"""Native kernels with their pure-torch references: call them through :mod:`commhooks.native.ops`."""
+"""Native kernels and their references in torch operators. Call them through :mod:`commhooks.native.ops`."""

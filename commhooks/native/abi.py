@@ -1,6 +1,6 @@
-"""The C ABI of the native libraries: the operand struct, both tables of signatures, and loading.
+"""The C ABI of the native libraries: structs, tables of signatures, and loading with ctypes.
 
-Nothing is compiled here. The declarations follow ``csrc/include/commhooks.h``, ``commhooks_cpu.h`` and
+The declarations follow ``csrc/include/commhooks.h``, ``commhooks_cpu.h`` and
 ``commhooks_cuda.h``. Three environment variables are read: ``COMMHOOKS_NATIVE=0`` turns the libraries off,
 ``COMMHOOKS_LIBRARY_DIR`` names another directory to look in (for sanitizer builds), and ``COMMHOOKS_ISA``
 asks the CPU library for a lower instruction set.
@@ -24,7 +24,7 @@ from .fused import Fused
 
 _LOG = logging.getLogger(__name__)
 
-#: ``COMMHOOKS_ABI_VERSION`` of the header; a library of another version is not used.
+#: ``COMMHOOKS_ABI_VERSION`` of the header. A library of another version is not used.
 ABI_VERSION = 3
 
 #: Values of ``commhooks_status`` that the callers tell apart.
@@ -40,7 +40,7 @@ _I32, _I64, _U64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes
 
 
 class Operands(ctypes.Structure):
-    """``commhooks_fused``."""
+    """The C struct ``commhooks_fused``: the operands of the fused pass."""
 
     _fields_ = (
         ("grad", _ADDRESS),
@@ -61,7 +61,7 @@ class Operands(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    """``commhooks_rows``."""
+    """The C struct ``commhooks_rows``: rows of pairs."""
 
     _fields_ = (
         ("values", _ADDRESS),
@@ -74,11 +74,11 @@ class Rows(ctypes.Structure):
 
 
 def operands(fused: Fused, active: Tensor | None = None) -> Operands:
-    """The C struct of ``fused``, valid as long as its tensors are.
+    """The C struct of ``fused``. It holds addresses: the tensors must outlive it.
 
     Args:
         fused: the operands.
-        active: where the flags of the segments go, bool ``(s,)``; None where they are not wanted.
+        active: output for which segments are active, bool ``(s,)``; None when it is not wanted.
     """
     return Operands(
         fused.grad.data_ptr(),
@@ -170,10 +170,10 @@ def enabled() -> bool:
 
 
 def path(name: str) -> Path:
-    """Where the library ``name`` ("cpu" or "cuda") is, or is expected.
+    """The file of the library ``name`` ("cpu" or "cuda"), or where it is expected.
 
-    A checkout in the working folder shadows an installed package and has no libraries of its own after
-    ``pip install .``: those of the first other copy on ``sys.path`` are taken then.
+    After ``pip install .`` a checkout in the working directory is imported instead of the installed package
+    but holds no libraries. Then those of the first other copy of the package on ``sys.path`` are used.
 
     Raises:
         ValueError: ``COMMHOOKS_LIBRARY_DIR`` names no folder.
@@ -191,10 +191,10 @@ def path(name: str) -> Path:
 
 @functools.cache
 def cpu() -> ctypes.CDLL | None:
-    """The CPU library with its prototypes set, or None.
+    """The CPU library with its prototypes set; None when it is switched off, missing or unusable.
 
     Raises:
-        ValueError: an environment variable has a value that means nothing.
+        ValueError: an environment variable has an invalid value.
     """
     if enabled() and not path("cpu").is_file():
         _LOG.warning("%s is missing: kernels run as torch operators, much slower", path("cpu"))
@@ -213,20 +213,20 @@ def cpu() -> ctypes.CDLL | None:
 
 @functools.cache
 def cuda() -> ctypes.CDLL | None:
-    """The CUDA library with its prototypes set, or None."""
+    """The CUDA library with its prototypes set; None when it is switched off, missing or unusable."""
     loaded = _load("cuda")
     return None if loaded is None else declare_cuda(loaded)
 
 
 def declare_cpu(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """``loaded``, with the prototypes of the CPU library."""
+    """Sets the prototypes of the CPU library on ``loaded`` and returns it."""
     _declare(loaded, "cpu", CPU_SIGNATURES)
     loaded.commhooks_cpu_isa.restype = ctypes.c_char_p
     return loaded
 
 
 def declare_cuda(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """``loaded``, with the prototypes of the CUDA library."""
+    """Sets the prototypes of the CUDA library on ``loaded`` and returns it."""
     _declare(loaded, "cuda", CUDA_SIGNATURES)
     loaded.commhooks_cuda_scratch_bytes.argtypes = [_I32, _I64, _I64, _I64]
     loaded.commhooks_cuda_scratch_bytes.restype = _I64
@@ -237,7 +237,7 @@ def declare_cuda(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 def _declare(loaded: ctypes.CDLL, name: str, signatures: dict[str, _Signature]) -> None:
     for function_name, arguments in signatures.items():
-        # An attribute is looked up once and kept. loaded[...] would make a new function object each time.
+        # getattr caches the function object in the library. loaded[...] would make a new one each time.
         function = getattr(loaded, f"commhooks_{name}_{function_name}")
         function.argtypes = arguments
         function.restype = _I32
@@ -281,7 +281,7 @@ def use_isa(name: str | None) -> None:
 
 
 def describe() -> dict[str, str]:
-    """Which implementation is in use, for ``commhooks info``."""
+    """Which kernels, libraries and versions are in use, as label and text, for ``commhooks info``."""
     native_cpu, native_cuda = cpu(), cuda()
     return {
         "cpu kernels": f"native ({isa()})"

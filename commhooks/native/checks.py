@@ -1,4 +1,7 @@
-"""Checks of the kernels' arguments: ``TypeError`` for a dtype, ``ValueError`` for everything else."""
+"""Checks of the kernels' arguments.
+
+A wrong type or dtype raises ``TypeError``, everything else ``ValueError``.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def fused_operands(fused: Fused) -> None:
         raise TypeError(f"residual must be a torch.Tensor, got {type(residual).__name__}")
     device = residual.device
     numel = residual.numel()
-    # The gradient first: a residual that was made in its shape must not be blamed for that shape.
+    # The gradient is checked first. A residual that was made in the gradient's shape is not the one to blame.
     array("grad", fused.grad, GRAD_DTYPES, device, numel)
     array("residual", residual, F32, device)
     if fused.velocity is not None:
@@ -73,7 +76,7 @@ def fused_operands(fused: Fused) -> None:
 
 
 def inputs(fused: Fused) -> list[tuple[str, Tensor]]:
-    """What the pass only reads, by name."""
+    """Name and tensor of the operands that the pass only reads."""
     named = [
         ("grad", fused.grad),
         ("scale_tensor", fused.scale_tensor),
@@ -88,7 +91,7 @@ def inputs(fused: Fused) -> list[tuple[str, Tensor]]:
 
 
 def overwritten(fused: Fused) -> list[tuple[str, Tensor]]:
-    """What the pass writes, by name."""
+    """Name and tensor of the operands that the pass overwrites."""
     named = [
         ("residual", fused.residual) if fused.residual_out is None else ("residual_out", fused.residual_out),
         ("velocity", fused.velocity) if fused.velocity_out is None else ("velocity_out", fused.velocity_out),
@@ -103,10 +106,13 @@ def outputs(
     indices: Tensor | None,
     read: Sequence[tuple[str, Tensor]] = (),
 ) -> Selected:
-    """The outputs of a selection: those that were given, checked, and new ones for None.
+    """Checks the given outputs of a selection and makes new ones for None.
 
     Args:
-        read: what the selection reads beside the operands, by name.
+        fused: the operands.
+        k: number of places.
+        values, indices: the outputs that were given, or None.
+        read: name and tensor of what the selection reads besides the operands.
     """
     device = fused.residual.device
     given = []
@@ -120,14 +126,17 @@ def outputs(
 
 
 def segment_offsets(segments: Tensor, device: torch.device) -> None:
-    """The array itself; what it holds is looked at by :func:`segment_order`."""
+    """Checks dtype, layout and size of ``segments``; :func:`segment_order` checks the offsets."""
     array("segments", segments, (torch.int64,), device)
     if segments.numel() < 2:
         raise ValueError(f"segments must hold at least 2 offsets, got {segments.numel()}")
 
 
 def segment_order(fused: Fused) -> None:
-    """On CUDA the offsets are not looked at: that would wait for the device."""
+    """Raises unless the offsets in ``segments`` ascend from 0 to n.
+
+    On CUDA nothing is checked, since that would wait for the device.
+    """
     segments, numel = fused.segments, fused.residual.numel()
     if segments is None or segments.device.type != "cpu":
         return
@@ -146,7 +155,7 @@ def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """First address of a tensor, and the one behind its last."""
+    """The address range of a tensor: its first byte, and the first byte after it."""
     start = tensor.data_ptr()
     if not tensor.numel():
         return start, start
@@ -155,7 +164,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def integer(name: str, value: object) -> int:
-    """``value`` as an int: whatever Python itself takes for one, so numpy's too, but no bool and no float."""
+    """``value`` as an int. Whatever Python accepts as an index will do, numpy's integers too, but no bool."""
     if not isinstance(value, bool):
         try:
             return operator.index(value)  # type: ignore[arg-type]
@@ -165,7 +174,7 @@ def integer(name: str, value: object) -> int:
 
 
 def places(k: object, numel: int) -> int:
-    """``k`` as an int in [0, numel]."""
+    """``k`` as an int; raises unless it is in [0, numel]."""
     number = integer("k", k)
     if not 0 <= number <= numel:
         raise ValueError(f"k must be in [0, {numel}], got {number}")
@@ -173,7 +182,7 @@ def places(k: object, numel: int) -> int:
 
 
 def thread_count(threads: object) -> int | None:
-    """``threads`` as an int of at least 1, or None."""
+    """``threads`` as an int, or None; raises when it is below 1."""
     if threads is None:
         return None
     number = integer("threads", threads)
@@ -183,13 +192,20 @@ def thread_count(threads: object) -> int | None:
 
 
 def pairs(suffix: str, values: Tensor, indices: Tensor, device: torch.device) -> None:
-    """One sparse gradient; what the indices hold is looked at by :func:`index_order`."""
+    """Checks the arrays of one sparse gradient; :func:`index_order` checks the contents of the indices.
+
+    ``suffix`` ends the names of both in messages.
+    """
     array(f"indices{suffix}", indices, I32, device)
     array(f"values{suffix}", values, F32, device, indices.numel())
 
 
 def index_order(name: str, indices: Tensor, numel: int | None) -> None:
-    """On CUDA the indices are not looked at: that would wait for the device."""
+    """Raises unless ``indices`` ascend, are unique and not negative, and end with the padding.
+
+    With ``numel`` they must also be below it. On CUDA nothing is checked, since that would wait for the
+    device.
+    """
     if indices.device.type != "cpu" or not indices.numel():
         return
     if int(indices[0]) < 0 or bool(((indices[1:] <= indices[:-1]) & (indices[1:] != PAD)).any()):
@@ -207,7 +223,10 @@ def row_order(indices: Tensor, numel: int) -> None:
 
 
 def rows(values: Tensor, indices: Tensor, name: str, out: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs that go into ``out`` as ``(m, k)`` rows; ``name`` is that of ``out``."""
+    """Checks the pairs that are added into ``out`` and returns them as ``(m, k)`` rows.
+
+    ``name`` is the name of ``out`` in messages.
+    """
     for own, tensor, dtypes in (("values", values, F32), ("indices", indices, I32)):
         _typed(own, tensor, dtypes)
         _placed(own, tensor, out.device)

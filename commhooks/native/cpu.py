@@ -1,7 +1,7 @@
 """Calls of the CPU library, one function per kernel, with arguments that :mod:`.ops` has checked.
 
-ctypes releases the interpreter lock during a call. The library checks what index and segment arrays hold
-before it writes anything. When it refuses, :mod:`.checks` says why.
+ctypes releases the interpreter lock during a call. The library checks the contents of index and segment
+arrays before it writes anything. When it refuses them, :mod:`.checks` finds the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _CPU = torch.device("cpu")
 
 
 def _call(name: str, *arguments: object, explain: Callable[[], None] = lambda: None) -> None:
-    """Calls ``commhooks_cpu_<name>``; ``explain`` raises a precise error for arguments that were refused."""
+    """Calls ``commhooks_cpu_<name>`` and turns its status into an exception.
+
+    ``explain`` is called when the library refuses its arguments. It raises the precise error.
+    """
     status = getattr(abi.cpu(), f"commhooks_cpu_{name}")(*arguments)
     if status == 0:
         return

@@ -1,8 +1,8 @@
 """Calls of the CUDA library, one function per kernel, with arguments that :mod:`.ops` has checked.
 
-Work is enqueued on torch's current stream of the tensors' device, under a device guard. Only
-:func:`sample_threshold`, which returns a float, waits for the device. Outputs and scratch come from torch's
-caching allocator, so a call allocates nothing on the device itself and can be captured into a CUDA graph.
+Kernels are queued on torch's current stream of the tensors' device. Only :func:`sample_threshold`, which
+returns a float, waits for the device. Outputs and scratch space come from torch's caching allocator. The
+library itself allocates no device memory, so that a call can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from . import abi
 from .fused import Fused, Merged, Selected
 
-# commhooks_cuda_operation
+# Values of the C enum commhooks_cuda_operation, for the size of the scratch space.
 _SELECT, _INDICES, _RANDOM, _MERGE = range(4)
 
 
@@ -36,7 +36,10 @@ def _stream(device: torch.device) -> int:
 
 
 def _call(device: torch.device, name: str, *arguments: object) -> None:
-    """Calls a kernel on the current stream, which goes last; raises what its status means."""
+    """Calls ``commhooks_cuda_<name>`` on the current stream and turns its status into an exception.
+
+    The stream is the last argument of every function.
+    """
     loaded = _loaded()
     with _guard(device):
         status = getattr(loaded, f"commhooks_cuda_{name}")(*arguments, _stream(device))
@@ -116,7 +119,7 @@ def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
 
 
 def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device: torch.device) -> Tensor:
-    """See :func:`commhooks.native.ops.random_indices`; n / 8 bytes of scratch."""
+    """See :func:`commhooks.native.ops.random_indices`; takes ``numel / 8`` bytes of scratch space."""
     indices = torch.empty(k, dtype=torch.int32, device=device)
     scratch = _scratch(device, _RANDOM, numel, k, 0)
     keys = (seed & abi.MASK64, step & abi.MASK64, stream & abi.MASK64)
@@ -133,7 +136,7 @@ def merge_topk(
     k: int,
     threads: int | None = None,
 ) -> Merged:
-    """See :func:`commhooks.native.ops.merge_topk`."""
+    """See :func:`commhooks.native.ops.merge_topk`; ``threads`` has no meaning here."""
     device = values_a.device
     size_a, size_b = values_a.numel(), values_b.numel()
     merged = Merged.empty(k, size_a, size_b, device)

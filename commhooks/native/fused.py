@@ -1,4 +1,4 @@
-"""What kernels take and give: the operands of the fused pass, selections and merges."""
+"""Operands and results of the kernels: the fused pass, selections and merges."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Index of an unused place at the end of an index array (its value is 0).
+#: Index of an unused place at the end of an index array. The value at an unused place is 0.
 PAD = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Operands of one fused compensate pass over a flat gradient of ``n`` elements.
+    """Operands of one fused pass that corrects a flat gradient of ``n`` elements.
 
-    Per element, each operation rounded to float32 on its own::
+    The pass computes this per element. Each operation is rounded to float32. Where ``c`` is not finite, the
+    element is counted and computed again with ``g = 0``::
 
         g = float(grad) * (scale * scale_tensor)
         v = momentum * velocity + g        # without velocity: v = g
         u = rescale[segment] * residual    # without rescale: u = residual
-        c = u + v                          # the corrected gradient; not finite: again with g = 0, and counted
-        residual_out, velocity_out = c, v  # elements that are taken out leave residual_out = 0
+        c = u + v                          # the corrected gradient
+        residual_out, velocity_out = c, v  # residual_out = 0 where the element is taken out
 
     Attributes:
         grad: shape ``(n,)``, float32, bfloat16 or float16; only read.
@@ -33,8 +34,8 @@ class Fused:
         scale: factor of the gradient.
         scale_tensor: one float32 element on the same device, a further factor of the gradient, or None.
         segments: shape ``(s + 1,)``, int64, ascending offsets from 0 to n on the same device, or None. A
-            segment (one parameter) whose gradient is exactly zero everywhere is inactive. Nothing of it is
-            selected, and it leaves ``residual_out = u`` and ``velocity_out = velocity``. None: one segment
+            segment (one parameter) whose gradient is exactly zero everywhere is inactive: none of its
+            elements is taken out, ``residual_out = u`` and ``velocity_out = velocity``. None: one segment
             that is always active.
         residual_out: shape ``(n,)``, float32: where the new residual goes. None: in place.
         velocity_out: shape ``(n,)``, float32: where the new velocity goes; needs ``velocity``. None: in
@@ -56,28 +57,28 @@ class Fused:
 
     @property
     def new_residual(self) -> Tensor:
-        """Where the pass leaves the residual."""
+        """The tensor that holds the residual after the pass."""
         return self.residual if self.residual_out is None else self.residual_out
 
     @property
     def new_velocity(self) -> Tensor | None:
-        """Where the pass leaves the velocity."""
+        """The tensor that holds the velocity after the pass, or None."""
         return self.velocity if self.velocity_out is None else self.velocity_out
 
     @property
     def num_segments(self) -> int:
-        """Number of segments; 0 when they are not told apart."""
+        """Number of segments; 0 when ``segments`` is None."""
         return 0 if self.segments is None else self.segments.numel() - 1
 
 
 class Selected(NamedTuple):
-    """What was taken out, on the device of the operands.
+    """The pairs that a selection took out of the residual, on the device of the operands.
 
     Attributes:
         values: shape ``(k,)``, float32.
         indices: shape ``(k,)``, int32, ascending, ``PAD`` at unused places.
-        report: shape ``(4,)``, int64: pairs written before the padding, elements that were not finite,
-            guesses that did not hold, elements in inactive segments.
+        report: shape ``(4,)``, int64: number of pairs before the padding, of elements that were not finite,
+            of guessed thresholds that missed, and of elements in inactive segments.
         active: shape ``(s,)``, bool: which segments are active. None without segments.
     """
 
@@ -90,7 +91,7 @@ class Selected(NamedTuple):
     def empty(
         cls, fused: Fused, k: int, values: Tensor | None = None, indices: Tensor | None = None
     ) -> Selected:
-        """Outputs of a selection of ``k`` places: the given tensors, and new uninitialised ones for None."""
+        """Outputs for a selection of ``k`` places: the given tensors, and uninitialised ones for None."""
         device, segments = fused.residual.device, fused.num_segments
         return cls(
             torch.empty(k, dtype=torch.float32, device=device) if values is None else values,
@@ -106,7 +107,8 @@ class Merged(NamedTuple):
     Attributes:
         values: shape ``(k,)``, float32.
         indices: shape ``(k,)``, int32, ascending, ``PAD`` at unused places.
-        survives_a: bool, as long as input a: whether the index of the entry is in the result. Padding is not.
+        survives_a: shape ``(k_a,)``, bool: whether the index of each entry of input a is in the result; False
+            for padding.
         survives_b: the same for input b.
     """
 
@@ -117,7 +119,7 @@ class Merged(NamedTuple):
 
     @classmethod
     def empty(cls, k: int, size_a: int, size_b: int, device: torch.device) -> Merged:
-        """Uninitialised outputs of a merge of ``size_a`` and ``size_b`` places into ``k``."""
+        """Uninitialised outputs for a merge of ``size_a`` and ``size_b`` places into ``k``."""
         return cls(
             torch.empty(k, dtype=torch.float32, device=device),
             torch.empty(k, dtype=torch.int32, device=device),

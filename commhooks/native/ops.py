@@ -1,14 +1,14 @@
-"""The kernels, one function each: arguments are checked, then the library of the device is called.
+"""The kernels, one function each. Each checks its arguments and calls the implementation for the device.
 
 All tensors are 1-D, contiguous, without gradient and on one device; ``scatter_add`` and ``write_back`` also
 take rows. Indices are int32, ascending and unique, with :data:`PAD` at unused places at the end. A bad
-argument raises ``TypeError`` (a wrong dtype, or a number that is no integer) or ``ValueError`` (everything
-else) before anything is read or written. An output that shares memory with an input is a ``ValueError`` too.
-:class:`Fused` says what a kernel does per element. All implementations give the bits of
-:mod:`commhooks.native.reference`.
+argument is refused before anything is written: by ``TypeError`` for a wrong dtype or a number that is not an
+integer, else by ``ValueError``. An output that shares memory with an input is refused too. :class:`Fused`
+gives the formulas of the pass per element. All implementations give bit-identical results, except
+``sample_threshold``: each draws a sample of its own.
 
-On a GPU nobody looks at what indices hold. Indices that break the rule give wrong results there, but the
-library reads and writes nothing outside its buffers because of them.
+The contents of index arrays are checked on the CPU only, since a check on a GPU would wait for the device.
+There, invalid indices give wrong results but cause no access outside the buffers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def _implementation(device: torch.device) -> ModuleType:
-    """The module that does the work on ``device``: ``cpu``, ``cuda`` or ``reference``."""
+    """The module with the kernels for ``device``: ``cpu``, ``cuda`` or ``reference``."""
     if device.type == "cpu" and abi.cpu() is not None:
         return cpu
     if device.type == "cuda" and abi.cuda() is not None:
@@ -56,15 +56,16 @@ def select_topk(
     indices: Tensor | None = None,
     threads: int | None = None,
 ) -> Selected:
-    """Compensates and takes out the ``k`` largest magnitudes, exactly (ties: the lower index).
+    """Corrects the gradient and takes out its ``k`` largest magnitudes, exactly (ties: the lower index).
 
-    Zeros are never taken: with fewer than ``k`` nonzero elements the rest is padding.
+    An element that is taken out is set to 0 in the residual. Zeros are never taken: with fewer than ``k``
+    nonzero elements the remaining places are padding.
 
     Args:
         fused: operands; residual and velocity are overwritten.
         k: number of places, in [0, n].
-        seed: of the sample that guesses a threshold. Changes time, never the result.
-        values, indices: where the pairs go: float32 and int32 of shape ``(k,)``, which may be views of a
+        seed: seed of the sample from which a first threshold is guessed. It affects time, never the result.
+        values, indices: outputs, overwritten: float32 and int32 of shape ``(k,)``, possibly views of a
             message. None: new tensors.
         threads: number of CPU threads, default torch's; never changes the result.
 
@@ -96,16 +97,17 @@ def select_threshold(
     indices: Tensor | None = None,
     threads: int | None = None,
 ) -> Selected:
-    """Compensates and takes out elements with magnitude above ``threshold``, at most ``k`` of them.
+    """Corrects the gradient and takes out at most ``k`` elements with magnitude above ``threshold``.
 
-    They are taken in index order beginning cyclically at index ``start``; what exceeds ``k`` stays.
+    Elements are taken in index order, cyclically from index ``start`` on. Those beyond ``k`` stay in the
+    residual.
 
     Args:
         fused: operands; residual and velocity are overwritten.
         threshold: at least 0.
         k: number of places, in [0, n].
-        start: in [0, n), or 0 when n is 0.
-        values, indices: see :func:`select_topk`.
+        start: index at which the search begins, in [0, n), or 0 when n is 0.
+        values, indices: outputs; see :func:`select_topk`.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
@@ -133,9 +135,10 @@ def select_threshold(
 
 
 def sample_threshold(fused: Fused, k: int, *, seed: int = 0) -> float:
-    """Estimate of the ``k``-th largest magnitude of the corrected gradient, from a sample; touches nothing.
+    """Estimates the ``k``-th largest magnitude of the corrected gradient from a sample.
 
-    Waits for the device. Non-finite elements count as 0 and inactive segments like active ones.
+    Nothing is overwritten. Waits for the device. Non-finite elements count as 0, and inactive segments count
+    like active ones. The sample, and so the estimate, depends on the implementation.
 
     Raises:
         TypeError: a wrong dtype.
@@ -151,17 +154,17 @@ def sample_threshold(fused: Fused, k: int, *, seed: int = 0) -> float:
 def select_indices(
     fused: Fused, indices: Tensor, *, values: Tensor | None = None, threads: int | None = None
 ) -> Selected:
-    """Compensates and takes out the elements at ``indices``.
+    """Corrects the gradient and takes out the elements at ``indices``.
 
     Args:
         fused: operands; residual and velocity are overwritten.
         indices: shape ``(k,)``, int32, ascending, unique. An entry in an inactive segment gives value 0, and
             its residual is kept.
-        values: where the values go: float32 of shape ``(k,)``. None: a new tensor.
+        values: output, overwritten: float32 of shape ``(k,)``. None: a new tensor.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
-        ``Selected`` with a copy of ``indices``; the report counts those that are not padding.
+        ``Selected`` with a copy of ``indices``. The count in the report is of all that are not padding.
 
     Raises:
         TypeError: a wrong dtype.
@@ -183,16 +186,16 @@ def select_indices(
 def random_indices(
     seed: int, step: int, stream: int, numel: int, k: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """``k`` distinct indices below ``numel``, the same bits on every device and machine.
+    """``k`` distinct pseudo-random indices below ``numel``, the same on every device and machine.
 
-    Integers only: a Feistel permutation with cycle-walking, keyed by ``(seed, step, stream)``, applied to
-    0 .. k-1 in O(k). No global random state is read or changed.
+    A Feistel permutation with cycle-walking, keyed by ``(seed, step, stream)``, is applied to 0 .. k-1, in
+    O(k) and in integers only. No global random state is read or changed.
 
     Returns:
         shape ``(k,)``, int32, ascending, on ``device``.
 
     Raises:
-        TypeError: a number that is no integer.
+        TypeError: a number that is not an integer.
         ValueError: ``k`` or ``numel`` out of range.
     """
     seed, step, stream = (
@@ -218,14 +221,18 @@ def merge_topk(
 ) -> Merged:
     """The ``k`` largest magnitudes of the sum of two sparse gradients, sorted by index.
 
-    gTop-k's operator (eq. 6 of Shi et al., IJCAI 2019), O(k). Every entry of the inputs is eligible. A sum
-    that cancels to 0 ranks last. Ties go to the lower index. Inputs are not changed.
+    This is gTop-k's operator (eq. 6 of Shi et al., IJCAI 2019), in O(k). Values at an index that both inputs
+    have are added. Every index of the inputs is eligible; a sum of 0 ranks last. Ties go to the lower index.
+    Inputs are not changed.
 
     Args:
         values_a, values_b: float32, shape ``(k_a,)`` and ``(k_b,)``.
         indices_a, indices_b: int32, ascending, padding at the end.
         k: number of places in the result.
         threads: number of CPU threads, default torch's; never changes the result.
+
+    Returns:
+        ``Merged``: the pairs, and which entries of each input are in them.
 
     Raises:
         TypeError: a wrong dtype.
@@ -245,7 +252,7 @@ def merge_topk(
 
 
 def contains(wanted: Tensor, among: Tensor) -> Tensor:
-    """Which of some indices are in another list, O(size of both).
+    """Whether each index in ``wanted`` is in ``among``, in time linear in both sizes.
 
     Args:
         wanted: shape ``(k,)``, int32, ascending, unique, padding at the end.
@@ -275,8 +282,8 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
 
     Args:
         dense: shape ``(n,)``, float32, changed in place.
-        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each is contiguous; they may
-            be views of a message with any distance between them.
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each row is contiguous; the
+            distance between rows is free, so that rows may be views of a message.
         indices: like ``values``, int32, each row ascending and unique, below n.
         scale: factor of the values; the product is rounded to float32 before it is added.
 
@@ -296,13 +303,13 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
 def write_back(
     out: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0, *, threads: int | None = None
 ) -> None:
-    """Overwrites ``out`` with the sparse sum: zero everywhere, then ``scale * values`` added at ``indices``.
+    """Overwrites ``out`` with zeros, then adds ``scale * values`` at ``indices``; padding is skipped.
 
     Args:
         out: shape ``(n,)``, float32, bfloat16 or float16, overwritten.
-        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each is contiguous; they may
-            be views of a message with any distance between them. Half precision takes one row; it is rounded
-            to nearest and clamped to the finite range.
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each row is contiguous; the
+            distance between rows is free, so that rows may be views of a message. A bfloat16 or float16
+            ``out`` takes one row; the result is clamped to the finite range and rounded to nearest.
         indices: like ``values``, int32, each row ascending and unique, below n.
         scale: factor of the values.
         threads: number of CPU threads, default torch's; never changes the result.

@@ -1,7 +1,8 @@
 """Every kernel in plain torch operators: the oracle of the tests and the fallback without a library.
 
-Runs on any device and never waits for one, except in :func:`sample_threshold`. Results are bit-identical to
-those of the native libraries. Arguments have been checked by :mod:`commhooks.native.ops`.
+The functions run on any device. Only :func:`sample_threshold`, which returns a float, waits for the device by
+design. Results are bit-identical to those of the native libraries, except for :func:`sample_threshold`, which
+draws another sample. Arguments have been checked by :mod:`commhooks.native.ops`.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ _CPU = torch.device("cpu")
 
 
 def _keys(values: Tensor) -> Tensor:
-    """Magnitudes as int64 that order like |value| (NaN above infinity)."""
+    """Magnitudes as int64 in the order of ``|value|``, NaN above infinity."""
     return values.view(torch.int32).bitwise_and(_MAGNITUDE_BITS).to(torch.int64)
 
 
 class _Corrected(NamedTuple):
-    """What the pass found.
+    """Result of the pass over one gradient.
 
     Attributes:
         values: float32 ``(n,)``, the corrected gradient.
-        mask: bool ``(n,)``, the elements of active segments; None when all are active.
+        mask: bool ``(n,)``, True for elements of active segments; None without segments.
         flags: bool ``(s,)``, the active segments; None without segments.
-        nonfinite: int64 count of the elements that were not finite.
+        nonfinite: int64 scalar, number of elements in active segments that were not finite.
     """
 
     values: Tensor
@@ -50,7 +51,7 @@ def _active(fused: Fused) -> Tensor | None:
 
 
 def _each_element(fused: Fused, per_segment: Tensor) -> Tensor:
-    """``per_segment`` ``(s,)`` for every element of its segment, or ``(1,)`` without segments."""
+    """Expands ``per_segment`` ``(s,)`` to ``(n,)``; without segments it stays ``(1,)``."""
     if fused.segments is None:
         return per_segment
     return torch.repeat_interleave(per_segment, fused.segments.diff(), output_size=fused.grad.numel())
@@ -80,7 +81,7 @@ def _compensate(fused: Fused) -> _Corrected:
 
 
 def _delivered(selected: Selected, out: Selected | None) -> Selected:
-    """``selected``, copied into ``out`` where that is given."""
+    """Copies ``selected`` into ``out`` and returns that; returns ``selected`` when ``out`` is None."""
     if out is None:
         return selected
     for target, source in zip(out, selected, strict=True):
@@ -90,14 +91,14 @@ def _delivered(selected: Selected, out: Selected | None) -> Selected:
 
 
 def _report(count: Tensor, found: _Corrected) -> Tensor:
-    """The report of a selection that took ``count`` pairs and did not guess."""
+    """The report of a selection of ``count`` pairs. No guess missed: the reference guesses no threshold."""
     zero = torch.zeros_like(count)
     inactive = zero if found.mask is None else (~found.mask).sum()
     return torch.stack((count, found.nonfinite, zero, inactive))
 
 
 def _taken(fused: Fused, found: _Corrected, order: Tensor, k: int) -> Selected:
-    """Takes out the ``k`` elements of highest positive ``order`` (int64 ``(n,)``, 0: not eligible)."""
+    """Takes out the ``k`` elements with the largest ``order`` (int64 ``(n,)``; 0: not eligible)."""
     best = torch.topk(order, k, sorted=False)
     positions = torch.where(best.values > 0, best.indices, PAD).sort().values
     used = positions != PAD
@@ -108,9 +109,10 @@ def _taken(fused: Fused, found: _Corrected, order: Tensor, k: int) -> Selected:
 
 
 def _zero(residual: Tensor, where: Tensor, used: Tensor) -> None:
-    """Sets ``residual`` to 0 at ``where`` (int64 ``(k,)``) as far as ``used`` (bool ``(k,)``) says."""
+    """Sets ``residual`` to 0 at the indices ``where`` (int64 ``(k,)``) for which ``used`` (bool) is True."""
     taken = torch.zeros(residual.numel(), dtype=torch.bool, device=residual.device)
-    # Unused places point at elements that others may use: accumulating keeps them from undoing a True.
+    # An unused place may have the index of an element that is taken. Accumulating (a logical or) keeps its
+    # False from replacing the True.
     taken.index_put_((where,), used, accumulate=True)
     residual.masked_fill_(taken, 0.0)
 
@@ -124,7 +126,7 @@ def select_topk(
     if found.mask is not None:
         keys = torch.where(found.mask, keys, 0)
     position = torch.arange(keys.numel(), dtype=torch.int64, device=keys.device)
-    # One int64 holds magnitude and, below it, the reversed index: larger first, then the lower index.
+    # One int64 key: magnitude in the high bits, reversed index below. Ties thus go to the lower index.
     order = torch.where(keys > 0, (keys << 31) | (PAD - position), 0)
     return _delivered(_taken(fused, found, order, k), out)
 
@@ -194,9 +196,9 @@ def select_indices(
 
 
 def _usable(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """Which indices are in ``[0, numel)``, and the indices as int64 with 0 where they are not.
+    """Which indices are in ``[0, numel)``, and the indices as int64 with 0 in place of the others.
 
-    Padding is not. Nobody has looked at the indices on a GPU, so others may not be either.
+    Padding is out of range. On a GPU other indices may be too, since they have not been checked.
     """
     used = (indices >= 0) & (indices < numel)
     return used, torch.where(used, indices, 0).to(torch.int64)
@@ -235,7 +237,7 @@ def _permuted(index: Tensor, keys: list[int], half_bits: int) -> Tensor:
 def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device: torch.device) -> Tensor:
     """See :func:`commhooks.native.ops.random_indices`.
 
-    Computed on the CPU: cycle-walking has no fixed length.
+    Computed on the CPU, because the number of passes of cycle-walking depends on the data.
     """
     half_bits = 1
     while 1 << (2 * half_bits) < numel:
@@ -271,7 +273,7 @@ def merge_topk(
     total = torch.where(same, value + value.roll(-1), value)
     second = torch.cat((same.new_zeros(1), same[:-1]))
     eligible = (index != PAD) & ~second
-    # Eligible zeros rank above padding: hence the + 1.
+    # The + 1 ranks an eligible sum of 0 above padding, whose rank is 0.
     rank = ((_keys(total) + 1) << 31) | (PAD - index.to(torch.int64))
     rank = torch.where(eligible, rank, 0)
     best = torch.topk(rank, min(k, size), sorted=False)
@@ -292,7 +294,7 @@ def merge_topk(
 
 
 def contains(wanted: Tensor, among: Tensor) -> Tensor:
-    """See :func:`commhooks.native.ops.contains`; for any device."""
+    """See :func:`commhooks.native.ops.contains`. GPUs use this too: the CUDA library has no such kernel."""
     if not among.numel():
         return torch.zeros_like(wanted, dtype=torch.bool)
     nearest = among[torch.searchsorted(among, wanted).clamp_(max=among.numel() - 1)]

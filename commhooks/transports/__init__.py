@@ -1,6 +1,6 @@
-"""Transports: MPI, torch.distributed, and P ranks as threads of one process."""
+"""Transports: they move tensors between ranks over MPI or torch.distributed, or between threads."""
 
-from . import own_group  # noqa: F401  (registers what must run last at exit)
+from . import own_group  # noqa: F401  (import registers its exit handler)
 from .base import DEFAULT_TIMEOUT_S, Counters, Message, Transport
 from .connection import NAMES, OVER_TORCH, Connection, check_name, make
 

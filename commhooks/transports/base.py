@@ -1,4 +1,4 @@
-"""What an aggregator asks of a network: exchange, all-gather, all-reduce and broadcast on buffers."""
+"""The interface of a transport: exchange, all-gather, all-reduce and broadcast of tensors between ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import device_copy
 
 DEFAULT_TIMEOUT_S = 300.0
-"""Long enough for a rank that evaluates or saves while the others wait for its gradient."""
+"""Seconds: enough for a rank that evaluates or saves while the others wait for its gradient."""
 
 Message = tuple[int, Tensor]
 """A peer's rank and the contiguous tensor sent to it or received from it."""
@@ -23,9 +23,14 @@ Message = tuple[int, Tensor]
 class Counters:
     """Traffic of one rank since its transport was made.
 
-    Point-to-point messages are counted as they are. Collectives, whose inner messages no transport shows, are
-    counted as their ring forms: all-gather ``(P - 1) * n``, all-reduce ``2 * (P - 1) / P * n``, each way;
-    small all-reduces by doubling as the ``log2 P * n`` that they send.
+    Point-to-point messages are counted exactly. Libraries do not show the messages within a collective on n
+    bytes. It is counted as a ring: ``(P - 1) * n`` bytes each way for all-gather and
+    ``2 * (P - 1) / P * n`` for all-reduce. An all-reduce by recursive doubling counts as ``log2 P * n``.
+
+    Attributes:
+        bytes_sent: bytes.
+        bytes_received: bytes.
+        messages: number of messages sent.
     """
 
     bytes_sent: int = 0
@@ -33,7 +38,7 @@ class Counters:
     messages: int = 0
 
     def add(self, sent: int, received: int, messages: int) -> None:
-        """Counts ``sent`` and ``received`` bytes in ``messages`` messages sent."""
+        """Adds ``sent`` and ``received`` bytes and the number of ``messages`` sent."""
         self.bytes_sent += sent
         self.bytes_received += received
         self.messages += messages
@@ -42,21 +47,32 @@ class Counters:
 class Transport(ABC):
     """Moves the bytes of contiguous tensors between ``world_size`` ranks.
 
-    Tensors may be on any device. The network sends from ``device_type``; tensors of another device are copied
-    there and back (:mod:`.device_copy`). Every call blocks its thread until it is complete, or raises within
-    ``timeout_s``. What arrives on a GPU is complete for what the current stream does next. ``tag`` (0 to
-    32767) tells apart messages that are under way at the same time; ``what`` names them in errors ("bucket 3,
-    round 1").
+    Tensors may be on the CPU or on a GPU. The network sends from devices of ``device_type``; other tensors
+    are copied there and back (:mod:`.device_copy`). Every call blocks its thread until it is complete, or
+    raises within ``timeout_s``. What is received on a GPU is complete for later work on the current stream.
+    ``tag`` (0 to 32767) distinguishes messages that are under way at the same time. ``what`` names the
+    messages in errors ("bucket 3, round 1").
+
+    Args:
+        rank: this rank.
+        world_size: number of ranks.
+        timeout_s: seconds until a missing peer is an error.
+
+    Attributes:
+        name: the transport's name.
+        device_type: ``"cpu"`` or ``"cuda"``: the devices the network sends from.
+        counters: traffic so far.
 
     Raises (all calls):
         ValueError: a tensor is not contiguous, or a peer or shape is wrong.
-        PeerTimeoutError: a peer did not answer in time; names it where that can be known.
+        TypeError: a tensor is neither on the CPU nor on a GPU.
+        PeerTimeoutError: a peer did not answer in time. The message names the peer where it is known.
         PeerLostError: a connection broke.
     """
 
     name: ClassVar[str]
     sends_early: ClassVar[bool] = False
-    """Whether a message takes up its receiver's link before the receiver asks for it."""
+    """Whether a message uses the receiver's bandwidth before the receiver has posted its receive."""
     device_type: str = "cpu"
     rank: int
     world_size: int
@@ -69,7 +85,10 @@ class Transport(ABC):
         self.counters = Counters()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message], *, tag: int, what: str) -> None:
-        """Sends and receives at the same time, at most one message per direction and peer."""
+        """Sends and receives at the same time, at most one message per direction and peer.
+
+        The tensors of ``receives`` are overwritten.
+        """
         foreign = False
         for peer, buffer in (*sends, *receives):
             if not 0 <= peer < self.world_size or peer == self.rank:
@@ -87,7 +106,10 @@ class Transport(ABC):
         self.counters.add(sum(nbytes(b) for _, b in sends), sum(nbytes(b) for _, b in receives), len(sends))
 
     def all_gather(self, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
-        """``receive[r] = send of rank r``; ``receive`` has shape ``(world_size, *send.shape)``."""
+        """Overwrites ``receive[r]`` with ``send`` of rank r.
+
+        ``receive`` has shape ``(world_size, *send.shape)`` and the dtype of ``send``.
+        """
         foreign = self._is_foreign(send) | self._is_foreign(receive)
         if receive.shape != (self.world_size, *send.shape) or receive.dtype != send.dtype:
             raise ValueError(
@@ -109,7 +131,7 @@ class Transport(ABC):
         self.counters.add(ring, ring, self.world_size - 1)
 
     def all_reduce(self, buffer: Tensor, *, tag: int, what: str) -> None:
-        """``buffer`` (float32 or int64) becomes the sum over ranks, the same bits on every rank."""
+        """Overwrites ``buffer`` (float32 or int64) with its sum over ranks, bit-identical on every rank."""
         foreign = self._is_foreign(buffer)
         if self.world_size == 1:
             return
@@ -125,7 +147,10 @@ class Transport(ABC):
         self.counters.add(each_way, each_way, messages)
 
     def broadcast(self, buffer: Tensor, *, root: int = 0, tag: int, what: str) -> None:
-        """``buffer`` becomes rank ``root``'s, by point-to-point messages along a binomial tree."""
+        """Overwrites ``buffer`` with that of rank ``root``.
+
+        Point-to-point messages are sent along a binomial tree.
+        """
         self._is_foreign(buffer)
         copies = device_copy.Copies(self.device_type)
         here = copies.both(buffer)
@@ -144,7 +169,7 @@ class Transport(ABC):
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Within it nothing is added to ``counters``: for checks of settings and for measurements."""
+        """Counts no traffic within the block: for checks of settings and for measurements."""
         counted, self.counters = self.counters, Counters()
         try:
             yield
@@ -152,7 +177,7 @@ class Transport(ABC):
             self.counters = counted
 
     def _is_foreign(self, buffer: Tensor) -> bool:
-        """Whether ``buffer`` is on another device. Refuses tensors that are not contiguous."""
+        """Whether the transport needs a copy of ``buffer``. Raises when ``buffer`` is not contiguous."""
         if not buffer.is_contiguous():
             raise ValueError(
                 f"buffer must be contiguous, got strides {buffer.stride()} for {tuple(buffer.shape)}"
@@ -170,21 +195,21 @@ class Transport(ABC):
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None: ...
 
     def _all_reduce_traffic(self, buffer: Tensor) -> tuple[int, int]:
-        """Bytes each way and messages of one all-reduce: a ring's."""
+        """Bytes each way and number of messages of one all-reduce, counted as a ring."""
         return 2 * (self.world_size - 1) * nbytes(buffer) // self.world_size, 2 * (self.world_size - 1)
 
     @property
     def is_alive(self) -> bool:
-        """False once what the transport works on was taken down by somebody else."""
+        """False once the transport is unusable, for example after its process group was destroyed."""
         return True
 
     def fail(self, error: BaseException) -> None:
-        """Told once that this rank gives up on its peers. A transport may arrange how the process leaves."""
+        """Call this when the rank gives up on its peers. It may change how the process exits."""
 
     def close(self) -> None:
-        """Frees what the transport holds. Call it on all ranks; calling it twice is fine."""
+        """Frees the transport's resources. Call it on all ranks. A second call does nothing."""
 
 
 def nbytes(buffer: Tensor) -> int:
-    """Bytes of a tensor's elements."""
+    """Size of a tensor's elements in bytes."""
     return buffer.numel() * buffer.element_size()

@@ -1,4 +1,4 @@
-"""P ranks as threads of one process: for property tests and for studies at P = 64 and more."""
+"""Ranks as threads of one process, for property tests and for studies with 64 ranks and more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POLL_S = 0.05
 
 
 class _Mailboxes:
-    """One queue for each (source, destination, tag), made on first use."""
+    """The queues of a group: one for each (source, destination, tag), made on first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,7 +31,10 @@ class _Mailboxes:
 
 
 class InProcessTransport(Transport):
-    """A rank of a group made by :func:`group`. Sending copies, so the sender may reuse its buffer at once."""
+    """The transport of one thread; :func:`group` makes one for every rank.
+
+    Sending copies the tensor, so that the sender may reuse it at once.
+    """
 
     name = "in_process"
 
@@ -85,7 +88,11 @@ class InProcessTransport(Transport):
 
 
 def group(world_size: int, timeout_s: float = 30.0) -> list[InProcessTransport]:
-    """Transports of ``world_size`` connected ranks, to be used from one thread each."""
+    """Makes ``world_size`` connected transports, by rank. Each is for one thread.
+
+    Raises:
+        ValueError: ``world_size`` is below 1, or ``timeout_s`` is not positive.
+    """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     mailboxes = _Mailboxes()
@@ -95,8 +102,8 @@ def group(world_size: int, timeout_s: float = 30.0) -> list[InProcessTransport]:
 def run(world_size: int, work: Callable[[InProcessTransport], T], timeout_s: float = 30.0) -> list[T]:
     """Runs ``work(transport)`` for every rank in a thread of its own and returns the results by rank.
 
-    The first exception of any rank is raised again here; the others' waits end at once with
-    ``PeerLostError``.
+    When a rank raises an exception, the waits of all others end at once with ``PeerLostError``. The exception
+    is raised again here, before any ``PeerLostError``.
     """
     transports = group(world_size, timeout_s)
     results: list[T | None] = [None] * world_size

@@ -1,9 +1,8 @@
-"""All-gather and all-reduce in turns.
+"""All-gather and all-reduce by pairwise messages, for any number of ranks.
 
-In turn i every rank sends to the i-th rank after it and receives from the i-th rank before it.
-
-As many messages and bytes as a ring, and no link ever carries two of them; any number of ranks. Used where
-measurement says that a library's own collective is slower (docs/performance.md).
+In turn i every rank sends to the i-th rank after it and receives from the i-th rank before it. This takes as
+many messages and bytes as a ring, and each rank sends and receives one message at a time. It is used where a
+library's own collective was measured to be slower (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ if TYPE_CHECKING:
 
 
 def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
-    """``receive[r] = send of rank r``, in ``P - 1`` turns."""
+    """Overwrites ``receive[r]`` with ``send`` of rank r, in ``P - 1`` turns."""
     receive[transport.rank] = send
     _turns(transport, [send] * transport.world_size, receive, tag, what)
 
 
 def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> None:
-    """``buffer`` becomes the sum over ranks, added in rank order: the same bits on every rank.
+    """Overwrites ``buffer`` with its sum over the ranks, bit-identical on every rank.
 
-    Every rank sums one part of ``P`` and sends it to all: ``2 (P - 1)`` turns, tags ``tag`` and ``tag + 1``.
+    Every rank adds up one of ``P`` parts in rank order and sends the result to all. This takes ``2 (P - 1)``
+    turns and the tags ``tag`` and ``tag + 1``.
     """
     flat, world_size = buffer.view(-1), transport.world_size
     bounds = [flat.numel() * r // world_size for r in range(world_size + 1)]
@@ -44,7 +44,7 @@ def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> 
 def _turns(
     transport: Transport, sends: Sequence[Tensor], receives: Sequence[Tensor] | Tensor, tag: int, what: str
 ) -> None:
-    """``sends[r]`` goes to rank r, ``receives[r]`` comes from rank r; what is empty does not travel."""
+    """Sends ``sends[r]`` to rank r and receives ``receives[r]`` from it; empty tensors are not sent."""
     for turn in range(1, transport.world_size):
         to = (transport.rank + turn) % transport.world_size
         source = (transport.rank - turn) % transport.world_size

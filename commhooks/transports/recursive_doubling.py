@@ -1,8 +1,8 @@
 """All-gather and all-reduce by recursive doubling, for numbers of ranks that are a power of two.
 
-In round i every rank swaps all it has with the rank at distance 2^i: ``log2 P`` rounds, where a ring takes
-``P - 1`` or ``2 (P - 1)``. Used for small buffers where measurement says that a library's own collective
-waits longer (docs/performance.md).
+In round i every rank swaps all its data with the rank at distance 2^i. This takes ``log2 P`` rounds, where a
+ring takes ``P - 1`` or ``2 (P - 1)``. It is used for small buffers where a library's own collective was
+measured to be slower (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .base import Transport
 
 DOUBLING_BYTES = 32768
-"""Up to here a ring's many rounds weigh more than sending the whole buffer in each of few."""
+"""Up to this size the rounds of a ring cost more time than the additional bytes of recursive doubling."""
 
 
 def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
-    """``receive[r] = send of rank r``; as many bytes as a ring."""
+    """Overwrites ``receive[r]`` with ``send`` of rank r; as many bytes as a ring."""
     receive[transport.rank] = send
     distance = 1
     while distance < transport.world_size:
@@ -37,10 +37,10 @@ def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int,
 
 
 def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> None:
-    """``buffer`` becomes the sum over ranks, the same bits on every rank.
+    """Overwrites ``buffer`` with its sum over the ranks, bit-identical on every rank.
 
-    In each round two ranks form the same sum of the same two. A rank sends the buffer ``log2 P`` times,
-    where a ring sends it up to twice.
+    In each round both ranks of a pair add the same two partial sums. A rank sends the buffer ``log2 P``
+    times, where a ring sends it less than twice.
     """
     other, distance = buffer.new_empty(buffer.shape), 1
     while distance < transport.world_size:
