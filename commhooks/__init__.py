@@ -1,4 +1,4 @@
-"""commhooks: cheap gradient communication for data-parallel training. The public names, nothing else."""
+"""commhooks: cheap gradient communication for data-parallel training. Only the public names are here."""
 
 from . import moved
 from .ddp.hook import register, sparse_hook

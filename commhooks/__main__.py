@@ -1,4 +1,4 @@
-"""Entry of ``python -m commhooks``."""
+"""Runs the command line as ``python -m commhooks``."""
 
 import sys
 

@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; each subcommand sets ``run``: parsed arguments to exit status."""
+    """Builds the argument parser.
+
+    Each subcommand sets ``run``, a function of the parsed arguments that returns the exit status.
+    """
     top = argparse.ArgumentParser(prog="commhooks", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=f"commhooks {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -56,13 +59,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    """Prints what is usable here; under a launcher the first rank alone does."""
+    """Prints what is usable here. Under a launcher only rank 0 prints."""
     started = launched()
     if started is not None and started.rank > 0:
         return 0
     try:
         lines = describe()
-    except ValueError as error:  # an environment variable with a value that means nothing
+    except ValueError as error:  # an environment variable has an unknown value
         print(f"commhooks info: {error}", file=sys.stderr)
         return 2
     if arguments.json:
@@ -75,7 +78,11 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def describe() -> dict[str, str]:
-    """What ``info`` shows, by name."""
+    """Returns what ``info`` shows: one line of text per name, in the order of printing.
+
+    Raises:
+        ValueError: an environment variable of commhooks has a value that it does not know.
+    """
     started = launched()
     ranks = "none" if started is None else f"{started.launcher}, {started.world_size} ranks"
     return {
@@ -89,7 +96,7 @@ def describe() -> dict[str, str]:
 
 
 def _gpu() -> str:
-    """The devices that torch sees, or why it sees none."""
+    """Names the GPUs that torch sees, or says why it sees none."""
     if torch.cuda.is_available():
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if torch.version.cuda is None:
@@ -98,7 +105,10 @@ def _gpu() -> str:
 
 
 def _found_by(program: str, package: str, install: str) -> str:
-    """What a program prints in a process of its own, or why it failed: the package it imports may crash."""
+    """Runs ``program`` in a child process and returns what it prints, or why it failed.
+
+    It is a child process because importing ``package`` may crash.
+    """
     command_line = [sys.executable, "-c", program]
     try:
         done = subprocess.run(command_line, capture_output=True, text=True, errors="replace", timeout=60)
@@ -113,7 +123,7 @@ def _found_by(program: str, package: str, install: str) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    """Prints the plan on the first rank."""
+    """Measures on all ranks and prints the plan on rank 0."""
     try:
         found = command.run(arguments)
     except (ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""The one table of schemes: the selector, exchange and memory a name stands for, and which of them fit."""
+"""The table of schemes: which selector, exchange and memory a name stands for, and which of them fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .selection.selectors import RandomK, Selector, ThresholdTopK, TopK
 from .transports import Transport
 
 Parts = tuple[Selector | None, Aggregator, Memory]
-"""What a ``SparseState`` or a ``Reducer`` is made of, in the order of their arguments."""
+"""Selector, aggregator and memory, in the order in which ``SparseState`` and ``Reducer`` take them."""
 
 
 class Scheme(NamedTuple):
@@ -21,9 +21,9 @@ class Scheme(NamedTuple):
 
     Attributes:
         summary: what the scheme does, in one line.
-        selector: makes the selector from a density and a seed; None: everything is sent.
-        exchange: makes the exchange from a transport.
-        memory: makes the memory that the scheme has unless another is asked for.
+        selector: makes the selector from a density and a seed. None: every element is sent.
+        exchange: makes the aggregator from a transport.
+        memory: makes the scheme's default memory.
     """
 
     summary: str
@@ -59,7 +59,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
         ErrorFeedback,
     ),
 }
-"""Every scheme by name. ``SparseState``'s short forms, the planner and ``scripts/`` read it."""
+"""Every scheme by name. ``SparseState``'s named constructors, the planner and ``scripts/`` read it."""
 
 
 def make_parts(
@@ -70,17 +70,17 @@ def make_parts(
     seed: int = 0,
     memory: Memory | None = None,
 ) -> Parts:
-    """Selector, exchange and memory of the scheme ``name``.
+    """Makes selector, aggregator and memory of the scheme ``name``.
 
     Args:
         name: a key of :data:`SCHEMES`.
         density: k/n in (0, 1], or a schedule. ``"dense"`` has none and ignores it.
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``.
-        seed: of random-k's masks; the other schemes draw none.
-        memory: None: the scheme's own.
+        seed: of random-k's masks. The other schemes ignore it.
+        memory: the memory to use. None: the scheme's default.
 
     Raises:
-        ValueError: no scheme has that name, or a value is out of range.
+        ValueError: no scheme has that name, a density is missing, or a value is out of range.
     """
     if name not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {name!r}")
@@ -94,7 +94,10 @@ def make_parts(
 
 
 class _Unset:
-    """The default of arguments called ``memory`` for as long as an explicit None is warned of."""
+    """Type of :data:`UNSET`, the default of arguments called ``memory``.
+
+    It tells an omitted argument from an explicit None, whose meaning changed and which is warned of.
+    """
 
     def __repr__(self) -> str:
         return "None"
@@ -104,14 +107,15 @@ UNSET: Any = _Unset()
 
 
 def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
-    """``memory``; for None or :data:`UNSET` the default: ``ErrorFeedback()`` behind a selector, else
-    ``NoMemory()``.
+    """Returns ``memory``, or the default where it is None or :data:`UNSET`.
+
+    The default is ``ErrorFeedback()`` with a selector, and ``NoMemory()`` without.
 
     Warns:
-        FutureWarning: None is given. ``SparseState`` and ``Reducer`` used to take it for ``NoMemory()``.
+        FutureWarning: ``memory`` is None and there is a selector. None used to mean ``NoMemory()`` here.
 
     Raises:
-        TypeError: it is no ``Memory``.
+        TypeError: ``memory`` is not a ``Memory``.
     """
     if memory is None or memory is UNSET:
         default: Memory = NoMemory() if selector is None else ErrorFeedback()
@@ -131,12 +135,12 @@ def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
 
 
 def dense_memory(memory: Memory | None) -> Memory:
-    """The memory that a dense exchange needs of ``memory``: itself where it does more than keep what was not
-    sent.
+    """Returns the memory to use instead of ``memory`` when the exchange is dense.
 
-    Momentum and clipping act on dense gradients too: momentum in the memory stands for the optimizer's, which
-    is 0 then, so dropping it would train by another rule. A memory of the user's own class is kept. Any other
-    becomes ``NoMemory()``.
+    A dense exchange withholds nothing, so a plain ``ErrorFeedback`` becomes ``NoMemory()``. A memory with
+    momentum or clipping is kept, because both act on dense gradients too: momentum in the memory replaces
+    the optimizer's, and without it the model would train by another rule. A memory of the user's own class
+    is kept as well.
     """
     if memory is None or memory is UNSET:
         return NoMemory()
@@ -146,7 +150,13 @@ def dense_memory(memory: Memory | None) -> Memory:
 
 
 def check_scheme(selector: Selector | None, aggregator: Aggregator) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless they are what they should be and fit."""
+    """Checks that selector and aggregator fit each other.
+
+    Raises:
+        TypeError: an argument is not a ``Selector`` or not an ``Aggregator``.
+        ValueError: ``Dense`` with a selector, another aggregator without one, or ``SharedIndices`` with a
+            selector whose mask differs from rank to rank.
+    """
     if not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator must be an Aggregator, got {type(aggregator).__name__}")
     if selector is not None and not isinstance(selector, Selector):

@@ -1,4 +1,4 @@
-"""Aggregators: how selections become one sum."""
+"""Aggregators: they sum the ranks' selections."""
 
 from ..wire.message import Context
 from .allgather import AllGather

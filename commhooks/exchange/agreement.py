@@ -1,8 +1,8 @@
-"""Do all ranks mean the same exchange? Asked before any data is sent, by messages of one fixed size.
+"""Checks that all ranks have the same settings before data is sent, by messages of one fixed size.
 
-``encode`` makes a rank's message, ``compare`` reads the messages of all ranks. Whoever may wait calls
-``agree``, which gathers and compares at once. Horovod starts its own all-gather in backward and compares
-later.
+:func:`encode` makes a rank's message and :func:`compare` reads the messages of all ranks. :func:`agree`
+gathers and compares in one call that waits. Horovod's compressions may not wait inside backward: they start
+an all-gather of their own there and call :func:`compare` later.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ _DERIVED = ("k",)
 _BETWEEN_PAIRS, _WITHIN_PAIR = "\x1e", "\x1f"
 
 Settings = Mapping[str, object]
-"""What ranks must have in common, by name, the most telling first."""
+"""Settings that must be equal on all ranks, by name.
+
+The most telling come first, because a message may be cut off.
+"""
 
 
 def encode(settings: Settings) -> Tensor:
-    """The message of a rank, shape ``(MESSAGE_BYTES,)`` uint8: a checksum of all settings, then as many as
-    fit.
+    """Encodes this rank's settings as a message.
+
+    Returns:
+        Shape ``(MESSAGE_BYTES,)``, uint8, on the CPU: a checksum of all settings, then as many as fit.
     """
     text = _BETWEEN_PAIRS.join(f"{name}{_WITHIN_PAIR}{value}" for name, value in settings.items()).encode()
     checksum = hashlib.blake2b(text, digest_size=_CHECKSUM_BYTES).digest()
@@ -45,17 +50,19 @@ def compare(
     ranks: Sequence[int] | None = None,
     advice: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises unless all messages are the same. Ranks that differ from each other all raise.
+    """Raises an error unless all messages are equal. If any two ranks differ, every rank raises.
 
     Args:
-        messages: shape ``(number of ranks, MESSAGE_BYTES)``, uint8, on the CPU: one of :func:`encode` a row.
+        messages: shape ``(number of ranks, MESSAGE_BYTES)``, uint8, on the CPU. A row is a message of
+            :func:`encode`.
         rank: this rank.
         what: names the exchange in the error.
         ranks: whose messages they are, in the order of the rows; default: 0, 1, ...
-        advice: by setting, what to do when it differs; said behind the values.
+        advice: by setting, what to do when it differs. The error says it after the values.
 
     Raises:
-        SettingsMismatchError: it names every setting that differs, with this rank's value and the others'.
+        SettingsMismatchError: the ranks differ. The text names every setting that differs, with this rank's
+            value and the others'.
     """
     whose = list(range(len(messages))) if ranks is None else list(ranks)
     mine = messages[whose.index(rank)]
@@ -65,7 +72,7 @@ def compare(
     here, there = _read(mine), {r: _read(row) for r, row in others}
     names = list(dict.fromkeys(name for found in (here, *there.values()) for name in found))
     told = {name: text for name in names if (text := _difference(name, here, there))}
-    # A density that differs makes k differ too: the cause alone is told.
+    # A density that differs makes k differ too. Only the cause is reported.
     causes = {name: text for name, text in told.items() if name not in _DERIVED} or told
     lines = [f"{text}{(advice or {}).get(name, '')}" for name, text in causes.items()]
     if not lines:
@@ -84,10 +91,10 @@ def agree(
     advice: Mapping[str, str] | None = None,
     note: float = 0.0,
 ) -> list[float]:
-    """Compares ``settings`` over all ranks of ``transport``; a collective call that waits for all of them.
+    """Compares ``settings`` over all ranks of ``transport``. A collective call that waits for all ranks.
 
-    The ranks gather 16 bytes, a checksum and ``note``. Where checksums differ they gather :func:`encode`'s
-    messages too, so that the error can name values.
+    The ranks gather 16 bytes each: a checksum and ``note``. Where checksums differ they also gather the
+    messages of :func:`encode`, so that the error can name values.
 
     Args:
         transport: connects the ranks.
@@ -95,7 +102,7 @@ def agree(
         tag: of the messages.
         what: names the exchange in errors.
         advice: see :func:`compare`.
-        note: a number of this rank, which is not compared.
+        note: a number that this rank tells the others. It is not compared.
 
     Returns:
         The ranks' notes, in rank order.
@@ -118,14 +125,14 @@ def agree(
 
 
 def _read(message: Tensor) -> dict[str, str]:
-    """The settings that fitted into a message; the last one may be cut off."""
+    """Returns the settings that fitted into a message. The last one may be cut off."""
     text = bytes(message[_CHECKSUM_BYTES:].tolist()).rstrip(b"\0").decode(errors="replace")
     pairs = (pair.split(_WITHIN_PAIR, 1) for pair in text.split(_BETWEEN_PAIRS))
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
 def _difference(name: str, here: Mapping[str, str], there: Mapping[int, Mapping[str, str]]) -> str:
-    """``"density: 0.01 here, 0.02 on rank 1"``; empty when all ranks have the same value or none was read."""
+    """Returns ``"density: 0.01 here, 0.02 on rank 1"``, or an empty text when no difference was read."""
     by_value: dict[str, list[int]] = {}
     for rank, found in there.items():
         value = found.get(name, "nothing")

@@ -1,4 +1,4 @@
-"""All-gather: every rank's whole selection takes part (the union of all selections)."""
+"""All-gather: the sum contains every rank's whole selection, on the union of all indices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Aggregated, Aggregator
 class AllGather(Aggregator):
     """Sums all ranks' selections: Algorithm 1 of M-DSGD (arXiv:1905.12960) with any mask.
 
-    Nothing is refused, at the price of traffic that grows with the number of ranks: a rank receives
+    No pair is refused. The traffic grows with the number of ranks: a rank receives
     ``(P - 1) * (8k + header)`` bytes. Values are added in rank order, so all ranks get the same bits.
     """
 

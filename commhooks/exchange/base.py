@@ -1,4 +1,4 @@
-"""What a Reducer asks of an aggregator."""
+"""``Aggregator``, which sums the ranks' selections for a Reducer, and ``Aggregated``, its result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ class Aggregated:
     """The outcome of one exchange.
 
     Attributes:
-        values: shape ``(m, k)``, float32. The sum over ranks is the sum of the m rows, added in order.
+        values: shape ``(m, k)``, float32. The sum over ranks is the sum of the m rows, added in order. m is
+            the world size for ``AllGather`` and 1 for the others.
         indices: shape ``(m, k)``, int32, each row ascending and unique, ``PAD`` at unused places.
         contributed: this rank's pairs that are part of the sum.
-        refused: this rank's pairs that are not, or None when all are.
-        nonfinite: whether any rank reported NaN or Inf. The same on every rank, as ``values`` and ``indices``
-            are.
+        refused: this rank's pairs that are not part of the sum. None: there are none.
+        nonfinite: whether any rank reported NaN or Inf.
+
+    ``values``, ``indices`` and ``nonfinite`` are the same on every rank.
     """
 
     values: Tensor
@@ -40,7 +42,7 @@ class Aggregator(ABC):
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``. The Reducer opens it.
 
     Attributes:
-        requested: the transport that was asked for. Pickled as a name.
+        requested: the argument ``transport``. It is pickled as a name.
     """
 
     def __init__(self, transport: str | Transport = "distributed") -> None:
@@ -50,21 +52,25 @@ class Aggregator(ABC):
     def aggregate(
         self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
     ) -> Aggregated:
-        """Exchanges ``pairs`` (k the same on all ranks) with all ranks.
+        """Sums the ranks' pairs. A collective call.
 
         Args:
             transport: connects the ranks.
-            pairs: this rank's selection. The result is on the same device.
-            nonfinite: this rank's vote: its gradient held NaN or Inf.
+            pairs: this rank's selection; k is the same on all ranks. The result is on the same device.
+            nonfinite: this rank's vote: whether its gradient held NaN or Inf.
             context: which exchange this is.
+
+        Raises:
+            SettingsMismatchError: another rank is at another bucket or step, or sent another number of pairs.
+            PeerTimeoutError, PeerLostError: a rank is missing.
         """
 
     @abstractmethod
     def wire_bytes(self, k: int, world_size: int) -> int:
-        """Bytes a rank sends at most for one bucket of ``k`` pairs (formulas in docs/algorithms.md)."""
+        """Returns the bytes a rank sends at most for a bucket of ``k`` pairs (see docs/algorithms.md)."""
 
     def settings(self) -> dict[str, object]:
-        """What all ranks must share, by argument."""
+        """Returns the settings that must be equal on all ranks, by argument name."""
         return {}
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Dense: every element is sent, by an ordinary all-reduce. The baseline for comparisons."""
+"""Dense: every element is sent, by an ordinary all-reduce."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from .base import Aggregated, Aggregator
 
 
 class Dense(Aggregator):
-    """Sums whole corrected gradients; takes no selector. ``4 * (n + 1)`` bytes are all-reduced per bucket."""
+    """Sums whole gradients by all-reduce, without a selector. The baseline for comparisons.
+
+    ``4 * (n + 1)`` bytes are all-reduced for a bucket of n elements, vote included.
+    """
 
     def aggregate(
         self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
@@ -21,5 +24,5 @@ class Dense(Aggregator):
 
 
 def dense_wire_bytes(numel: int, world_size: int) -> int:
-    """Bytes a rank sends for ``numel`` float32 elements and the vote, by a ring all-reduce."""
+    """Returns the bytes that a rank sends in a ring all-reduce of ``numel`` float32 elements and the vote."""
     return 2 * (world_size - 1) * 4 * (numel + 1) // world_size

@@ -1,4 +1,4 @@
-"""gTop-k: the k largest of the global sum, by pairwise merges in O(k log P) traffic."""
+"""gTop-k: about the k largest elements of the global sum, by pairwise merges, in O(k log P) traffic."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from .base import Aggregated, Aggregator
 ALGORITHMS = ("doubling", "tree")
 _FOLD_ROUND = 0
 _RESULT_ROUND = 31
-_MEET_TAG = 15  # and up: one for each round of doubling, of which there are at most 15
+_MEET_TAG = 15  # round i of doubling meets under this tag + i; i is at least 1 and at most 15
 
 
 class GTopK(Aggregator):
     """Global top-k (Shi et al., arXiv:1901.04359; IJCAI 2019, eq. 4 to 7), for any number of ranks.
 
-    Merging two selections keeps the k largest magnitudes of their sum; values keep their sign, ties go to the
-    lower index, and every rank gets the same bits. A rank's value that any merge drops did not contribute,
-    even when its index comes back from another branch: it is refused and returns to that rank's residual. So
-    gradient mass is conserved for every P; restoring only what is absent from the final set, as the original
-    code does, loses mass.
+    A merge of two selections keeps the k largest magnitudes of their sum. Values keep their sign, ties go to
+    the lower index, and every rank gets the same bits. A value that any merge drops did not contribute, even
+    when its index comes back from another branch: it is refused and returns to its rank's residual. So
+    gradient mass is conserved for every P. The original code restores only what is absent from the final set,
+    and so loses mass.
 
-    The shape of the tree is part of the algorithm, for merging is not associative. With ``p = 2 ** floor(log2
-    P)``, ranks ``p .. P-1`` first fold into ranks ``0 .. P-p-1``; the first p ranks then combine as a binary
-    tree.
+    Merging is not associative, so the shape of the tree is part of the algorithm. Let p be the largest power
+    of two with ``p <= P``. Ranks ``p .. P-1`` first send their pairs to ranks ``0 .. P-p-1``, which merge
+    them (they fold in). The first p ranks then combine as a binary tree.
 
     Args:
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``.
-        algorithm: ``"doubling"`` exchanges both ways in log2 p rounds and every rank sees the merges of its
-            own group, so what survived costs no traffic. ``"tree"`` is the paper's reduction to rank 0 and
-            broadcast, 2 log2 p rounds, in which the result comes back with k survival bits. Both give the
-            same result.
+        algorithm: ``"doubling"`` exchanges both ways in log2 p rounds. Every rank sees the merges of its own
+            group, so it knows without traffic which of its pairs survived. ``"tree"`` is the paper's
+            reduction to rank 0 and broadcast, in 2 log2 p rounds. The result comes back with k bits that say
+            which pairs survived. Both give the same result.
+
+    Raises:
+        ValueError: an unknown algorithm.
     """
 
     def __init__(self, transport: str | Transport = "distributed", algorithm: str = "doubling") -> None:
@@ -84,7 +87,7 @@ class GTopK(Aggregator):
 
 
 def _doubling(merged: _Merged, messages: _Messages, rank: int, core: int) -> None:
-    """Recursive doubling among ``core`` ranks: both partners merge, so both know what survived."""
+    """Merges by recursive doubling among ``core`` ranks. Both partners merge, so both know what survived."""
     distance, number = 1, 1
     while distance < core:
         partner = rank ^ distance
@@ -93,7 +96,7 @@ def _doubling(merged: _Merged, messages: _Messages, rank: int, core: int) -> Non
 
 
 def _tree(merged: _Merged, messages: _Messages, rank: int, core: int) -> None:
-    """Binomial reduction to rank 0; then the same way back with the result and the survival bits."""
+    """Merges by a binomial tree to rank 0. Result and survival bits go back down the same tree."""
     distance, number = 1, 1
     children: list[int] = []
     while distance < core and not rank & distance:
@@ -110,25 +113,30 @@ def _tree(merged: _Merged, messages: _Messages, rank: int, core: int) -> None:
 
 
 class _Tracked:
-    """Which of some ascending indices are still part of the merged sum."""
+    """Records which pairs of one selection are still part of the merged sum.
+
+    Attributes:
+        indices: shape ``(k,)``, int32, ascending: the selection's.
+        alive: bool ``(k,)``, True at the pairs that no merge has dropped.
+    """
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices
         self.alive = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
 
     def keep_only(self, merged: Tensor) -> None:
-        """Drops what is not among the ascending indices ``merged``."""
+        """Marks pairs as dropped whose index is not among the ascending indices ``merged``."""
         self.alive &= ops.contains(self.indices, merged)
 
 
 class _Merged:
-    """The sum so far of this rank's group, and what survived of the selections that went into it.
+    """The merged sum of this rank's group so far, and which pairs of its inputs survived.
 
     Attributes:
         pairs: the k largest of the sum.
-        nonfinite: whether a rank of the group voted.
+        nonfinite: whether a rank of the group voted non-finite.
         own: this rank's selection.
-        children: what each rank handed over that waits for its survival bits.
+        children: by rank, the pairs of each rank that must be told later which of its pairs survived.
     """
 
     def __init__(self, pairs: SparseGrad, nonfinite: bool) -> None:
@@ -137,7 +145,7 @@ class _Merged:
         self.children: dict[int, _Tracked] = {}
 
     def add(self, other: SparseGrad, vote: bool, child: int | None = None) -> None:
-        """Merges another group's sum, of the rank ``child`` if that one must be told what survived."""
+        """Merges another group's sum. ``child``: its rank, if that rank must be told later what survived."""
         if child is not None:
             self.children[child] = _Tracked(other.indices)
         mine = self.pairs
@@ -145,7 +153,7 @@ class _Merged:
         self.pairs = SparseGrad(merged.values, merged.indices, mine.numel)
         self.nonfinite |= vote
         for tracked in (self.own, *self.children.values()):
-            if tracked.indices is mine.indices:  # the merge itself says what survived of its inputs
+            if tracked.indices is mine.indices:  # the merge reports which pairs of its inputs survived
                 tracked.alive &= merged.survives_a
             elif tracked.indices is other.indices:
                 tracked.alive &= merged.survives_b
@@ -153,8 +161,12 @@ class _Merged:
                 tracked.keep_only(merged.indices)
 
     def replace(self, result: SparseGrad, vote: bool, survives: Tensor) -> None:
-        """Takes the final result; ``survives`` (k,) bool says what is part of it of the sum that was handed
-        over.
+        """Replaces the group's sum by the final result.
+
+        Args:
+            result: the final pairs.
+            vote: whether any rank voted non-finite.
+            survives: bool ``(k,)``: which pairs of the group's sum are part of the result.
         """
         survived = self.pairs.indices[survives]
         self.pairs, self.nonfinite = result, vote
@@ -166,7 +178,7 @@ class _Merged:
 
 
 class _Messages:
-    """Sends and receives the sums of one exchange, by rounds."""
+    """Sends and receives the messages of one exchange. A round's number is part of its tag."""
 
     def __init__(self, transport: Transport, pairs: SparseGrad, context: Context) -> None:
         self.transport, self.context = transport, context
@@ -177,9 +189,10 @@ class _Messages:
 
         Args:
             peer: the partner.
-            merged: the sum.
-            number: of the round.
-            meet: whether partners may come at different times, because some have folded others in.
+            merged: this rank's sum.
+            number: the round's number.
+            meet: whether to wait for the partner first. Needed when the world size is no power of two: ranks
+                that fold another rank in come later.
         """
         if meet and self.transport.sends_early:
             self._meet(peer, number)
@@ -188,24 +201,26 @@ class _Messages:
         return unpack(message, self._numel, peer, self.context)
 
     def send(self, peer: int, merged: _Merged, number: int) -> None:
-        """Hands the sum to ``peer``."""
+        """Sends the sum to ``peer``."""
         self._move([(peer, self._packed(merged))], [], number)
 
     def receive(self, peer: int, number: int) -> tuple[SparseGrad, bool]:
-        """The sum that ``peer`` hands over, and its vote."""
+        """Receives the sum of ``peer`` and its vote."""
         message = empty_message(self._k, self._device)
         self._move([], [(peer, message)], number)
         return unpack(message, self._numel, peer, self.context)
 
     def send_result(self, child: int, merged: _Merged) -> None:
-        """Sends the final result to ``child``, with one bit for each pair that rank had handed over."""
+        """Sends the final result to ``child``, with one bit for each pair that ``child`` had sent."""
         bits = _pack_bits(merged.children[child].alive)
         message = torch.cat((self._packed(merged).view(torch.uint8), bits))
         self._move([(child, message)], [], _RESULT_ROUND)
 
     def receive_result(self, parent: int) -> tuple[SparseGrad, bool, Tensor]:
-        """The final result, its vote, and which of the pairs handed to ``parent`` are part of it: bool
-        ``(k,)``.
+        """Receives the final result from ``parent``.
+
+        Returns:
+            The pairs, the vote, and bool ``(k,)``: which pairs sent to ``parent`` are part of the result.
         """
         body_bytes = HEADER_BYTES + 8 * self._k
         message = torch.empty(body_bytes + (self._k + 7) // 8, dtype=torch.uint8, device=self._device)
@@ -214,10 +229,10 @@ class _Messages:
         return result, vote, _unpack_bits(message[body_bytes:], self._k)
 
     def _meet(self, peer: int, number: int) -> None:
-        """Waits until ``peer`` is at this round too.
+        """Waits until ``peer`` is at this round too, by exchanging empty messages.
 
-        Ranks that fold nobody in are ahead of those that do. What they send too early would take the link on
-        which the late ranks still wait for the round before.
+        Ranks that fold no other rank in reach a round earlier. A message that they send too early would take
+        bandwidth from the messages that the later ranks still wait for.
         """
         nothing = torch.empty(0, dtype=torch.int32, device=self.transport.device_type)
         self.transport.exchange(
@@ -239,12 +254,12 @@ _BIT_VALUES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, dev
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
-    """Bool ``(k,)`` to uint8 ``(ceil(k / 8),)``, lowest bit first."""
+    """Packs bool ``(k,)`` into uint8 ``(ceil(k / 8),)``, lowest bit first."""
     padded = mask.new_zeros((mask.numel() + 7) // 8 * 8, dtype=torch.uint8)
     padded[: mask.numel()] = mask
     return (padded.view(-1, 8) * _BIT_VALUES.to(mask.device)).sum(1, dtype=torch.uint8)
 
 
 def _unpack_bits(packed: Tensor, k: int) -> Tensor:
-    """The inverse of :func:`_pack_bits`."""
+    """Unpacks what :func:`_pack_bits` packed: bool ``(k,)``."""
     return (packed[:, None] & _BIT_VALUES.to(packed.device)).ne(0).view(-1)[:k]

@@ -1,4 +1,4 @@
-"""Shared indices: all ranks hold the same mask, so only values travel, by an ordinary all-reduce."""
+"""Shared indices: all ranks choose the same indices, so only values are sent, by an ordinary all-reduce."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .voting_sum import summed
 
 
 class SharedIndices(Aggregator):
-    """Sums values under one mask (random-k with a shared seed): ``4 * (k + 1)`` bytes all-reduced.
+    """Sums values at indices that all ranks share (random-k with a shared seed).
 
-    The vote on non-finite gradients is one appended element.
+    ``4 * (k + 1)`` bytes are all-reduced: the values, and one element for the vote on non-finite gradients.
+    No pair is refused.
     """
 
     def aggregate(

@@ -1,4 +1,4 @@
-"""An all-reduce with one element more, which carries the vote and tells ranks that are out of step."""
+"""An all-reduce with one more element, which carries the vote and detects ranks that are out of step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from ..errors import SettingsMismatchError
 from ..transports import Transport
 from ..wire.message import Context
 
-_STAMPS = 4093  # a prime; sums of up to 4096 such numbers are exact in float32
+_STAMPS = 4093  # a prime; the sum of up to 4096 smaller numbers is exact in float32
 
 
 def summed(transport: Transport, values: Tensor, nonfinite: bool, context: Context) -> tuple[Tensor, bool]:
-    """The sum over ranks of ``values`` (n,) float32, in new memory, and whether any rank voted non-finite.
+    """Sums ``values`` over ranks. The host waits for the device.
+
+    The appended element is Inf for the vote, else a number that depends on bucket and step (the stamp).
+
+    Args:
+        transport: connects the ranks.
+        values: shape ``(n,)``, float32. Only read.
+        nonfinite: this rank's vote.
+        context: which exchange this is.
+
+    Returns:
+        The sum, shape ``(n,)``, in new memory, and whether any rank voted non-finite.
 
     Raises:
-        SettingsMismatchError: the ranks summed different buckets or steps. Of more than two ranks that differ
-            some may not see it; they get an error when the others are gone.
+        SettingsMismatchError: the ranks summed different buckets or steps. With more than two ranks a rank
+            may miss the difference; it gets an error once the others have failed.
     """
     buffer = values.new_empty(values.numel() + 1)
     buffer[:-1] = values

@@ -1,4 +1,4 @@
-"""Memories: what a rank withholds from the average until it is sent."""
+"""Memories: they keep the part of the gradient that a rank has not sent yet."""
 
 from .base import Memory
 from .error_feedback import ErrorFeedback

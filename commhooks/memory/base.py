@@ -1,8 +1,8 @@
-"""``Memory``: what a rank withholds from the average, per parameter, until it is sent.
+"""``Memory``: keeps, per parameter, the part of the gradient that a rank has not sent yet (the residual).
 
-A memory obeys the conservation law. The fused pass adds the gradient to the residual and takes pairs out;
-:meth:`Memory.restore` puts back what does not reach the model; :meth:`Memory.undo` takes the gradient of a
-thrown-away step out again. Nothing else changes a residual.
+A memory obeys the conservation law: a gradient is either sent or in the residual. Three operations change a
+residual. The fused pass adds the gradient and takes the selected pairs out. :meth:`Memory.restore` adds pairs
+back that do not reach the model. :meth:`Memory.undo` subtracts the gradient of a step that is thrown away.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Memory(ABC):
     table: ParameterMemory
 
     def __getstate__(self) -> dict[str, Any]:
-        # Parameters are never pickled. A state's state_dict carries their residuals.
+        # The table's keys are parameters, which are never pickled. state_dict() has the residuals by name.
         return {**self.__dict__, "table": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -39,14 +39,17 @@ class Memory(ABC):
 
     @abstractmethod
     def new_table(self) -> ParameterMemory:
-        """An empty table of what this memory keeps of every parameter."""
+        """Makes an empty table with the tensors (residual, velocity) that this memory keeps per parameter."""
 
     def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
-        """The bucket's memory, flat, and whether its layout is new. Parameters take their memory along."""
+        """Returns the bucket's flat memory, and whether the bucket's layout is new.
+
+        At a new layout every parameter's residual and velocity are copied into the bucket that now holds it.
+        """
         return self.table.for_bucket(bucket)
 
     def settings(self) -> dict[str, object]:
-        """What all ranks must share, by argument."""
+        """Returns the settings that must be equal on all ranks, by argument name."""
         return {}
 
     def __repr__(self) -> str:
@@ -54,26 +57,32 @@ class Memory(ABC):
 
     @abstractmethod
     def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
-        """What the fused pass works on, which corrects ``grad`` into ``held.residual`` and takes pairs out.
+        """Returns the operands of the fused pass for one bucket.
+
+        The pass adds ``grad`` to ``held.residual`` and takes the selected pairs out.
 
         Args:
-            held: the bucket's memory; the pass overwrites it.
-            grad: shape ``(n,)``; only read.
-            scale: one float32 element, a factor of the gradient; None: 1.
+            held: the bucket's memory. The pass overwrites it.
+            grad: shape ``(n,)``. The pass only reads it.
+            scale: one float32 element by which the gradient is multiplied. None: 1.
         """
 
     def accumulate(self, operands: Fused) -> int:
-        """Runs the pass and takes nothing out; returns how many elements of the gradient were not finite."""
+        """Adds the gradient to the memory and selects nothing.
+
+        Returns:
+            The number of elements of the gradient that were not finite.
+        """
         nothing = torch.empty(0, dtype=torch.int32, device=operands.grad.device)
         return int(ops.select_indices(operands, nothing).report[1])
 
     def restore(self, held: BucketMemory, pairs: SparseGrad) -> None:
-        """Puts pairs back that did not reach the model."""
+        """Adds pairs that did not reach the model back to the residual."""
         ops.scatter_add(held.residual, pairs.values, pairs.indices)
 
     def mask_velocity(self, held: BucketMemory, contributed: SparseGrad) -> None:
-        """Zeroes the velocity where a value contributed, if factor masking is on."""
+        """Sets the velocity to zero at the places of ``contributed``, if factor masking is on."""
 
     @abstractmethod
     def undo(self, held: BucketMemory, operands: Fused) -> None:
-        """Takes the gradient out of the memory again, to rounding, after its pairs were restored."""
+        """Takes the gradient out of the memory again, up to rounding. Its pairs must be restored before."""

@@ -15,22 +15,27 @@ from .parameter_memory import BucketMemory, ParameterMemory
 
 
 class ErrorFeedback(Memory):
-    """Residual ``u`` and optional velocity ``v``, both float32, per parameter.
+    """Keeps what was not sent and adds it to the next gradient, optionally with momentum.
 
-    ``v <- momentum * v + g``, ``c <- u + v``, ``u <- c`` where not sent: Algorithm 1 of M-DSGD (Zhao, Gao,
-    Li, arXiv:1905.12960). The memory belongs to parameters, not bucket numbers: DDP may re-lay its buckets at
-    any time.
+    Per parameter there is a residual ``u`` and, with momentum, a velocity ``v``, both float32. A step
+    computes ``v <- momentum * v + g`` and ``c <- u + v``, and then ``u <- c`` where nothing was sent and 0
+    elsewhere: Algorithm 1 of M-DSGD (Zhao, Gao, Li, arXiv:1905.12960). The memory belongs to parameters, not
+    to bucket numbers, because DDP may change its bucket layout.
 
     Args:
         momentum: beta in [0, 1). With momentum here the optimizer's own momentum must be 0.
-        factor_masking: zero the velocity where a value contributed (section 3.1; Deep Gradient Compression).
-            Not done at a step that sends everything (density 1, or the dense crossover): there it would turn
-            momentum off.
+        factor_masking: set the velocity to zero where this rank's value contributed (section 3.1; Deep
+            Gradient Compression). A step that sends everything (density 1, or the dense crossover) does not
+            mask, because that would turn momentum off.
         clip_norm: largest L2 norm of this rank's gradient per bucket, before it enters the memory. Clip here
-            and not the sparse average afterwards: what is cut off an average is in nobody's residual.
-        rescale_with_lr: an optimizer; the residual is then kept in parameter units (eq. 3 and 4): in gradient
-            units ``u <- (eta_{t-1} / eta_t) * u`` before it is used, by parameter group. A rate of 0 keeps
-            the last.
+            and not the sparse average: what is cut off the average is in no rank's residual and is lost.
+        rescale_with_lr: the optimizer. The residual is then constant in units of the parameters (eq. 3 and
+            4): when a parameter group's learning rate changes, ``u <- (eta_{t-1} / eta_t) * u`` before use.
+            A step with rate 0 does not rescale, and the rate before it is remembered.
+
+    Raises:
+        ValueError: a number out of range, or ``factor_masking`` without momentum.
+        TypeError: ``rescale_with_lr`` is not an optimizer.
     """
 
     def __init__(
@@ -100,7 +105,10 @@ class ErrorFeedback(Memory):
             held.velocity.copy_(torch.where(active, before, held.velocity))
 
     def _factor(self, grad: Tensor, scale: Tensor | None) -> Tensor | None:
-        """``scale`` times the factor that clipping asks for: one element, so that no device is waited for."""
+        """Returns ``scale`` times the clipping factor, or None for 1.
+
+        It is a tensor of one element on the gradient's device, so that the host need not wait for the norm.
+        """
         if self.clip_norm is None:
             return scale
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
@@ -110,7 +118,7 @@ class ErrorFeedback(Memory):
         return clip if scale is None else clip * scale
 
     def _follow_lr(self, held: BucketMemory) -> None:
-        """Multiplies residuals by (last rate / present rate), parameter by parameter."""
+        """Multiplies each parameter's residual by its last learning rate over its present one."""
         if self.optimizer is None:
             raise ValueError(
                 "rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading"
@@ -128,5 +136,6 @@ class ErrorFeedback(Memory):
 
 
 def _scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
+    """Returns a float32 copy of ``grad`` times ``scale``."""
     gradient = grad.to(torch.float32, copy=True)
     return gradient if scale is None else gradient * scale

@@ -1,4 +1,4 @@
-"""``NoMemory``: nothing is withheld, what is not sent is lost. For comparisons."""
+"""``NoMemory``: no error feedback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .parameter_memory import BucketMemory, ParameterMemory
 
 
 class NoMemory(Memory):
-    """No error feedback: what is not sent is lost, against the conservation law. For comparisons."""
+    """Drops what is not sent, against the conservation law. For comparisons, and for dense exchanges."""
 
     def __init__(self) -> None:
         self.table = self.new_table()

@@ -1,4 +1,4 @@
-"""Residuals and velocities: flat for each bucket, owned by the bucket's parameters."""
+"""Residuals and velocities: stored flat per bucket, carried over by parameter when the layout changes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class BucketMemory:
-    """One bucket's memory.
+    """Residual and velocity of one bucket of ``n`` elements, on the bucket's device. They start at zero.
 
     Attributes:
         keys, numels: the bucket's parameters and their numbers of elements, in the buffer's order.
-        segments: shape ``(parameters + 1,)``, int64: where each parameter begins, and ``n``.
+        offsets: where each parameter begins in the buffer, and ``n`` at the end.
+        segments: the offsets as a tensor, shape ``(parameters + 1,)``, int64.
         residual: shape ``(n,)``, float32.
-        velocity: the same, or None.
+        velocity: shape ``(n,)``, float32, or None.
     """
 
     def __init__(self, bucket: Bucket, with_velocity: bool) -> None:
@@ -37,7 +38,7 @@ class BucketMemory:
         self._can_recall = False
 
     def remember(self) -> None:
-        """Copies residual and velocity as they are, for :meth:`recall`."""
+        """Saves a copy of residual and velocity for :meth:`recall`."""
         now = [self.residual, *([] if self.velocity is None else [self.velocity])]
         self._before = self._before or [torch.empty_like(flat) for flat in now]
         for copy, flat in zip(self._before, now, strict=True):
@@ -45,7 +46,11 @@ class BucketMemory:
         self._can_recall = True
 
     def recall(self) -> bool:
-        """Goes back to what was last remembered, bit for bit, once. Returns whether there was anything."""
+        """Restores the copy that :meth:`remember` saved, bit for bit. A copy can be restored once.
+
+        Returns:
+            Whether there was a copy.
+        """
         if not self._can_recall:
             return False
         self.residual.copy_(self._before[0])
@@ -55,15 +60,19 @@ class BucketMemory:
         return True
 
     def residual_views(self) -> Iterator[Tensor]:
-        """Views of the residual, one per parameter."""
+        """Yields views of the residual, one per parameter."""
         return (self.residual[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
     def view(self, flat: Tensor, position: int) -> Tensor:
-        """The part of ``flat`` that belongs to the parameter at ``position``."""
+        """Returns the view of ``flat`` (n,) that belongs to the parameter at ``position``."""
         return flat[self.offsets[position] : self.offsets[position + 1]]
 
     def active(self, grad: Tensor) -> Tensor | None:
-        """Bool ``(n,)``: False where a parameter's whole gradient is zero; None when all take part."""
+        """Masks the parameters whose whole gradient is zero; they do not take part in this step.
+
+        Returns:
+            Bool ``(n,)``, False at these parameters; None when all parameters take part.
+        """
         idle = [i for i, n in enumerate(self.numels) if n and not bool(self.view(grad, i).any())]
         if not idle:
             return None
@@ -74,16 +83,20 @@ class BucketMemory:
 
 
 class ParameterMemory:
-    """Every parameter's residual and velocity.
+    """Table of every parameter's residual and velocity.
 
-    They lie in the memory of the parameter's bucket. What was loaded waits by name until its parameter is
-    first seen.
+    The tensors lie in the :class:`BucketMemory` of the parameter's bucket. Loaded tensors are kept by name
+    until their parameter is first seen.
+
+    Args:
+        with_velocity: whether velocities are kept.
+        with_residual: False for a memory that keeps nothing: loaded residuals are then dropped.
 
     Attributes:
-        names: of the parameters, for state dicts and messages.
-        last_lr: the learning rate whose units a parameter's residual has, where it follows the rate.
-        undoable: whether each step's beginning is remembered, for :meth:`discard`. It takes as much memory
-            again.
+        names: the parameters' names, for state dicts and messages.
+        last_lr: per parameter, the learning rate that its residual was last scaled for (``rescale_with_lr``).
+        undoable: whether :meth:`for_bucket` saves a copy for :meth:`discard`. The copies take as much memory
+            again as residuals and velocities.
     """
 
     def __init__(self, with_velocity: bool, with_residual: bool = True) -> None:
@@ -98,7 +111,10 @@ class ParameterMemory:
         self._loaded_lr: dict[str, float] = {}
 
     def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
-        """The bucket's memory, and whether its layout is new. A new one takes its parameters' memory over."""
+        """Returns the bucket's memory, and whether its layout is new.
+
+        At a new layout the parameters' residuals and velocities are copied into a new :class:`BucketMemory`.
+        """
         held = self._of_bucket.get(bucket.index)
         is_new = held is None or not _same_keys(held.keys, bucket.keys) or not self._owns(held, all)
         if held is None or is_new:
@@ -109,37 +125,37 @@ class ParameterMemory:
         return held, is_new
 
     def _laid_anew(self, bucket: Bucket) -> BucketMemory:
-        """New memory of a bucket, into which its parameters' memory has moved."""
+        """Makes the bucket's memory anew and copies its parameters' residuals and velocities into it."""
         self._check_loaded_names()
         held = BucketMemory(bucket, self.with_velocity)
         for position, key in enumerate(held.keys):
             self._claim(held, position, key)
         self._of_bucket[bucket.index] = held
-        # The new layout may have fewer buckets. Memory that no parameter lies in any more is dropped.
+        # The new layout may have fewer buckets. A BucketMemory that holds no parameter any more is dropped.
         self._of_bucket = {i: s for i, s in self._of_bucket.items() if self._owns(s, any)}
         return held
 
     def discard(self) -> None:
-        """Every bucket goes back to the beginning of the last step, bit for bit."""
+        """Restores every bucket's memory from before the last step, bit for bit."""
         for held in self._of_bucket.values():
             held.recall()
         self.last_lr = {**self._lr_before}
 
     def _owns(self, held: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
-        """Whether ``all`` or ``any`` of its parameters still lie in ``held``."""
+        """Whether ``all`` or ``any`` of the parameters of ``held`` still have their memory in it."""
         return not held.keys or how(self._place[key][0] is held for key in held.keys)
 
     def known(self, key: Hashable) -> bool:
-        """Whether the parameter has a place already."""
+        """Whether the table holds the parameter already."""
         return key in self._place
 
     def name_of(self, key: Hashable) -> str:
-        """The parameter's name for messages."""
+        """Returns the parameter's name for messages, or its shape where it has no name."""
         shape = tuple(key.shape) if isinstance(key, Tensor) else key
         return self.names.get(key, f"an unnamed parameter {shape}")
 
     def _check_loaded_names(self) -> None:
-        """What was loaded under a name that no parameter has would wait for ever."""
+        """Raises ``ValueError`` when a loaded name belongs to no parameter and would never be used."""
         known = set(self.names.values())
         lost = [name for name in self._loaded["residual"] if known and name not in known]
         if lost:
@@ -150,6 +166,7 @@ class ParameterMemory:
             )
 
     def _claim(self, held: BucketMemory, position: int, key: Hashable) -> None:
+        """Copies the parameter's loaded or former tensors into ``held`` and records its new place."""
         name = self.names.get(key, key if isinstance(key, str) else None)
         if name is None and any(self._loaded.values()):
             raise ValueError(
@@ -175,7 +192,7 @@ class ParameterMemory:
         self._place[key] = (held, position)
 
     def residual_norm(self) -> float:
-        """L2 norm of all residuals of this rank. Waits once for each device."""
+        """Returns the L2 norm of all residuals of this rank. The host waits once for each device."""
         squares: dict[torch.device, list[Tensor]] = {}
         for held in {id(held): held for held, _ in self._place.values()}.values():
             whole = self._owns(held, all)
@@ -195,8 +212,13 @@ class ParameterMemory:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies by parameter name: ``{"residual": {name: (n,)}, "velocity": ..., "last_lr": {name:
-        float}}``.
+        """Returns copies of all tensors by parameter name.
+
+        Returns:
+            ``{"residual": {name: (n,)}, "velocity": {name: (n,)}, "last_lr": {name: float}}``.
+
+        Raises:
+            ValueError: a parameter has no name.
         """
         state: dict[str, Any] = {kind: dict(loaded) for kind, loaded in self._loaded.items()}
         state["last_lr"] = dict(self._loaded_lr)
@@ -215,7 +237,7 @@ class ParameterMemory:
         return state
 
     def forget(self) -> None:
-        """Residuals and velocities become zero. The layout stays."""
+        """Sets residuals and velocities to zero and drops loaded tensors. The layout stays."""
         for held in self._of_bucket.values():
             held.residual.zero_()
             if held.velocity is not None:
@@ -225,7 +247,7 @@ class ParameterMemory:
         self._loaded_lr = {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Replaces everything: each tensor waits until its parameter is seen first."""
+        """Replaces the table by a :meth:`state_dict`. A tensor is used when its parameter is first seen."""
         self._of_bucket.clear()
         self._place.clear()
         self.last_lr.clear()
@@ -246,15 +268,15 @@ class ParameterMemory:
 
 
 def _take_over(view: Tensor, source: Tensor) -> None:
-    """Copies ``source`` into ``view`` (n,); ``source`` may be freed right afterwards."""
+    """Copies ``source`` into ``view`` (n,). The caller may free ``source`` right afterwards."""
     view.copy_(source.reshape(-1))
     if source.is_cuda:
-        # ``source`` was made on another stream: loaded tensors on the main one, a bucket's memory on an
-        # earlier thread's. The allocator must not hand its memory out on that stream before the copy on this
-        # stream is done.
+        # ``source`` was made on another stream: loaded tensors on the main stream, a bucket's memory on an
+        # earlier thread's stream. The allocator must not reuse its memory on that stream before the copy on
+        # this stream is done.
         source.record_stream(torch.cuda.current_stream(source.device))
 
 
 def _same_keys(a: tuple[Hashable, ...], b: tuple[Hashable, ...]) -> bool:
-    """Whether both name the same parameters; by hash, since == on Parameters compares elements."""
+    """Whether both hold the same parameters. Hashes are compared, since == on parameters is elementwise."""
     return len(a) == len(b) and all(hash(x) == hash(y) for x, y in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""Residuals of a run with P ranks for a run with Q ranks."""
+"""Turns the residuals of a run with P ranks into those of a run with Q ranks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from torch import Tensor
 def redistributed(
     states: Sequence[dict[str, Any]], rank: int, world_size: int
 ) -> dict[str, dict[str, Tensor]]:
-    """The residuals and velocities of ``rank`` out of all ranks' states of a run with another world size.
+    """Returns the residuals and velocities of one rank, from a run with another world size.
 
-    New rank q takes the old ranks p = q, q + Q, ... and their sum times Q / P, so that the average over
-    ranks, which is what enters the model, is kept exactly up to rounding.
+    New rank q sums the tensors of the old ranks p = q, q + Q, ... and multiplies the sum by Q / P. So the
+    average over ranks, which is what enters the model, is kept up to rounding.
 
     Args:
         states: state dicts of all P old ranks, in rank order.
         rank: q, the new rank.
         world_size: Q, the new number of ranks.
+
+    Returns:
+        ``{"residual": {name: tensor}, "velocity": {name: tensor}}``, in new memory. A name is missing where
+        rank q takes over no old rank (q >= P).
     """
     factor = world_size / len(states)
     result: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
@@ -32,7 +36,12 @@ def redistributed(
 
 
 def check_states(states: list[dict[str, Any]], is_list: bool, rank: int, world_size: int) -> None:
-    """Raises ``ValueError`` for states that do not belong together or not to this rank and world size."""
+    """Checks the argument of ``load_state_dict``.
+
+    Raises:
+        ValueError: a list that is not all ranks' states in rank order, or one state of another rank or world
+            size.
+    """
     if not states:
         raise ValueError("load_state_dict got an empty list")
     saved = int(states[0]["world_size"])

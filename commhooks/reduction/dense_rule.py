@@ -8,18 +8,18 @@ from ..exchange import Aggregator
 from ..exchange.dense import dense_wire_bytes
 
 Crossover = bool | Callable[[int, int, int], bool]
-"""A rule ``(numel, k, world_size) -> bool``.
+"""When a bucket goes dense: True: where that takes fewer bytes. False: never. Or a rule.
 
-True: where the dense exchange takes fewer bytes. False: never.
+A rule is a function ``(numel, k, world_size) -> bool``.
 """
 
 
 class DenseRule:
-    """Decides once for each size of bucket and k.
+    """Decides whether a bucket is sent densely. The answer is kept as long as k and world size do not change.
 
     Args:
         crossover: True, False, or a rule that depends on its arguments alone.
-        aggregator: what a bucket goes by otherwise.
+        aggregator: the sparse exchange, with whose bytes the dense exchange is compared.
     """
 
     def __init__(self, crossover: Crossover, aggregator: Aggregator) -> None:
@@ -27,7 +27,7 @@ class DenseRule:
         self._last: dict[int, tuple[int, int, bool]] = {}  # by elements: k, world size, the answer
 
     def goes_dense(self, numel: int, k: int, world_size: int) -> bool:
-        """Whether ``numel`` elements go by all-reduce instead of ``k`` pairs by the aggregator."""
+        """Whether to all-reduce ``numel`` elements instead of sending ``k`` pairs by the aggregator."""
         last = self._last.get(numel)
         if last is None or last[0] != k or last[1] != world_size:
             last = self._last[numel] = (k, world_size, self._decide(numel, k, world_size))

@@ -1,4 +1,4 @@
-"""``Reducer``: the one place that knows the whole pipeline, from a gradient to its average."""
+"""``Reducer``: runs the whole pipeline, from a gradient to its average."""
 
 from __future__ import annotations
 
@@ -29,32 +29,38 @@ _SETTINGS = (
 
 
 class Reducer:
-    """Replaces flat gradients by their average over ranks, of which only a sparse part travelled.
+    """Replaces flat gradients by the average over ranks of the part that was sent.
 
-    For every bucket and any world size P it conserves, per element,
-    ``sum_p residual_p + P * update = sum_p corrected_p``.
+    For every bucket, any world size P and each element,
+    ``sum_p residual_p + P * update = sum_p corrected_p``: what is not in the update is in a residual.
 
     Args:
-        selector: what to send; ``None`` only with the ``Dense`` aggregator.
-        aggregator: how selections become a sum, and over which transport.
-        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds
-        nothing.
-        average: divide the sum by the world size.
-        nonfinite: what NaN or Inf on any rank does, alike on all ranks. It never enters a memory.
-            ``"propagate"``: the bucket becomes NaN everywhere, as under plain DDP, so that a GradScaler
-            skips; the step's other buckets put back what they sent. ``"skip"``: the bucket's update is 0.
-            ``"error"``: ``NonFiniteGradientError`` on all ranks.
-        dense_crossover: True: a bucket is sent densely when that takes fewer bytes (early warm-up), and takes
-            its residual along. False: never. Or a rule ``(numel, k, world_size) -> bool``, the same on all
-            ranks.
-        delta_every: measure Assumption 1's delta every so many steps (one dense all-reduce each); 0: never.
+        selector: chooses the elements that are sent. ``None`` only with the ``Dense`` aggregator.
+        aggregator: sums the ranks' selections, over the transport that it names.
+        memory: keeps what is not sent. Default: ``ErrorFeedback()`` with a selector, ``NoMemory()`` with
+            ``Dense``, which sends everything.
+        average: whether to divide the sum by the world size.
+        nonfinite: what happens on all ranks when any rank's gradient holds NaN or Inf, which never enter a
+            memory. ``"propagate"``: the bucket becomes NaN on all ranks, as under plain DDP, so that a
+            GradScaler skips the step, and the step's other buckets put back what they sent. ``"skip"``: the
+            bucket's update is 0. ``"error"``: ``NonFiniteGradientError`` on all ranks.
+        dense_crossover: True: a bucket and its residual are sent densely when that takes fewer bytes (early
+            in a warm-up). False: never. Or a rule ``(numel, k, world_size) -> bool``, the same on all ranks.
+        delta_every: measure Assumption 1's delta every so many steps, by one dense all-reduce per sparse
+            bucket. 0: never.
         timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s
             without a group.
-        undoable: remember the memory from before each step, so that :meth:`discard` can go back. It takes as
-            much memory again as the residuals and velocities, and one copy of them a step.
+        undoable: copy the memory before each step, so that :meth:`discard` can restore it. The copy takes as
+            much memory again as residuals and velocities.
+
+    Attributes:
+        step: number of finished steps.
+        last_delta: the last measured delta, or None.
+        connection: opens the transport and holds it.
 
     Raises:
-        ValueError: an unknown policy, or a selector that does not fit the aggregator.
+        ValueError: an unknown policy, a number out of range, or a selector that does not fit the aggregator.
+        TypeError: an argument of the wrong kind.
     """
 
     @says_what_to_write
@@ -87,10 +93,16 @@ class Reducer:
         self.last_delta: float | None = None
         self._step = Step(nonfinite)
         self._sends_everything = self._can_discard = False
-        self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, which no memory knows
+        self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, by index
 
     def open(self, process_group: Any = None, device_type: str = "cpu") -> Transport:
-        """Opens the transport, once; a collective call. The first :meth:`reduce` does so by itself."""
+        """Opens the transport if it is not open yet. A collective call; :meth:`reduce` makes it too.
+
+        Args:
+            process_group: whose ranks take part, for the ``"distributed"`` transport. None: the
+                default group.
+            device_type: where gradients live, such as ``"cpu"`` or ``"cuda"``.
+        """
         return self.connection.open(
             timeout_s=self.timeout_s, process_group=process_group, device_type=device_type
         )
@@ -105,11 +117,12 @@ class Reducer:
         return self.connection.transport
 
     def reduce(self, bucket: Bucket, scale: float = 1.0) -> None:
-        """Overwrites ``bucket.buffer`` with the average; blocks until all ranks took part.
+        """Overwrites ``bucket.buffer`` with the average over ranks. A collective call.
 
         Args:
-            bucket: the gradient; the same indices, in the same order, on all ranks.
-            scale: loss scale the gradient carries. Memory is kept without it; the result carries it again.
+            bucket: the gradient. All ranks pass buckets of the same indices in the same order.
+            scale: the loss scale by which the gradient is multiplied. The memory is kept in unscaled units,
+                and the result is multiplied by the scale again.
 
         Raises:
             SettingsMismatchError: ranks disagree on settings or sizes.
@@ -137,7 +150,11 @@ class Reducer:
             self.finish_step()
 
     def finish_step(self) -> None:
-        """Ends the step: what was sent is final, or goes back when any bucket of the step was thrown away."""
+        """Ends the step: commits its exchanges, or rolls them back when a bucket was thrown away.
+
+        Under ``nonfinite="skip"`` the other buckets are committed all the same. :meth:`reduce` calls this
+        after a bucket whose ``is_last`` is True.
+        """
         if self._measures_delta:
             self.last_delta = self._step.figures.delta.value()
         self._step.finish()
@@ -145,10 +162,10 @@ class Reducer:
         self.step += 1
 
     def discard(self) -> None:
-        """The last step did not count: memory, step and schedules are again as before it, bit for bit.
+        """Undoes the last step: memory, step number and schedules are as before it, bit for bit.
 
-        It waits for no other rank, but all ranks must discard the same step. A rank that does so alone is a
-        ``SettingsMismatchError`` at the next one.
+        It is not collective, but all ranks must discard the same step. If only some do, the next step raises
+        ``SettingsMismatchError``.
 
         Raises:
             RuntimeError: the Reducer is not ``undoable``, a step is under way, or there is no step to
@@ -169,8 +186,9 @@ class Reducer:
         self.step -= 1
 
     def send_everything(self) -> None:
-        """Sends the rest of the step under way densely, or all of the next one, so that the residuals go
-        along.
+        """Sends the remaining buckets of this step densely, with their residuals.
+
+        Between steps it applies to all buckets of the next step.
         """
         self._sends_everything = True
 
@@ -181,16 +199,16 @@ class Reducer:
 
     @property
     def nonfinite_buckets(self) -> list[int]:
-        """Indices of the buckets that the last finished step threw away."""
+        """Indices of the buckets that were thrown away in the last finished step."""
         return self._step.last.nonfinite_buckets
 
     @property
     def remembers(self) -> bool:
-        """Whether anything is selected or kept. If not, the buffer itself is all-reduced."""
+        """Whether there is a selector or a memory. If neither, a float32 buffer itself is all-reduced."""
         return self.selector is not None or not isinstance(self.memory, NoMemory)
 
     def settings(self) -> dict[str, object]:
-        """All that ranks must share, by name."""
+        """Returns all settings that must be equal on all ranks, by name."""
         selector = {} if self.selector is None else self.selector.settings()
         return {
             **selector,
@@ -207,7 +225,7 @@ class Reducer:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the last finished step on this rank, and the norm of its residual now."""
+        """Returns figures of the last finished step on this rank, and the present norm of its residuals."""
         residual_norm = self.memory.table.residual_norm()
         return {
             "step": self.step,
@@ -217,7 +235,11 @@ class Reducer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory by parameter name, and the step; call it between steps."""
+        """Returns this rank's memory by parameter name, and the step. Call it between steps.
+
+        Raises:
+            ValueError: a parameter has no name.
+        """
         transport = self.transport if self.connection.is_open else None
         place = (transport.rank, transport.world_size) if transport else (0, 1)
         return {"version": 1, "rank": place[0], "world_size": place[1], "step": self.step} | (
@@ -225,14 +247,14 @@ class Reducer:
         )
 
     def restart(self, saved: dict[str, Any]) -> None:
-        """Goes back to this rank's own ``state_dict()`` and forgets a step that has begun; not collective."""
-        self._forget_step()  # what that step sent goes back nowhere: the memory is replaced
+        """Restores this rank's own ``state_dict()`` and forgets a step that has begun. Not collective."""
+        self._forget_step()  # no rollback is needed: the memory is replaced
         self._agreed.clear()
         self.step, self._can_discard = int(saved["step"]), False
         self.memory.table.load(saved)
 
     def reset(self) -> None:
-        """Forgets what is withheld and starts at step 0. All ranks must do so between the same steps."""
+        """Sets the memory to zero and starts at step 0. All ranks must do so between the same steps."""
         self._forget_step()
         self.step, self._can_discard = 0, False
         self.memory.table.forget()
@@ -241,8 +263,8 @@ class Reducer:
         """Loads this rank's state, or all ranks' states of a run with any world size.
 
         Args:
-            state: what this rank's :meth:`state_dict` gave; or the list of all ranks' in rank order, which is
-                redistributed so that ``sum_p residual_p / P`` is kept when the world size differs.
+            state: what this rank's :meth:`state_dict` returned, or the list of all ranks' in rank order. When
+                the world size differs the list is redistributed so that ``sum_p residual_p / P`` is kept.
 
         Raises:
             ValueError: one state of a run with another world size, or states that do not belong together.
@@ -268,7 +290,7 @@ class Reducer:
         self.step = state["step"]
 
     def _forget_step(self) -> None:
-        """The next bucket begins a step anew."""
+        """Forgets the step under way: the next bucket is a step's first."""
         self._step.forget()
         self._sends_everything = False
 
@@ -316,6 +338,7 @@ class Reducer:
 
 
 def _inverse(scale: float, like: Tensor) -> Tensor | None:
+    """Returns ``1 / scale`` as one float32 element on the device of ``like``; None for 1."""
     if scale == 1.0:
         return None
     return torch.tensor([1.0 / scale], dtype=torch.float32, device=like.device)

@@ -1,24 +1,28 @@
-"""The three routes of a bucket: plain, dense and sparse. Each is one exchange, with the same verbs.
+"""The three routes of a bucket: plain, dense and sparse. A route is one exchange; all have the same methods.
 
 ``correct``
-    brings gradient and memory together and takes out what is sent; sets ``bad`` to this rank's non-finite
-    elements.
+    adds the gradient to the memory and takes out what is sent. Sets ``bad``.
 ``exchange``
-    sums over ranks; returns whether any rank found NaN or Inf.
+    sums over ranks and returns whether any rank found NaN or Inf.
 ``write``
-    overwrites the gradient with the result.
-``commit`` or ``rollback``
-    end the exchange, when the step counts or when it does not (:class:`~commhooks.reduction.step.Step`).
+    overwrites the gradient with ``factor`` times the sum. Rounding errors are divided by ``share`` before
+    they return to the memory (``write_back.py``).
 ``take_back``
-    instead of ``write``: the memory becomes what it was before ``correct``.
+    is called instead of ``write`` when the bucket is thrown away. It restores the memory from before
+    ``correct``.
+``commit`` or ``rollback``
+    ends an exchange that was written: ``commit`` when the step counts, ``rollback`` when it does not
+    (:class:`~commhooks.reduction.step.Step`).
 
 Common attributes:
     buffer: shape ``(n,)``, the gradient.
     context: which exchange this is.
-    memory, held: corrects the gradient; the bucket's part of it.
-    operands: of the pass that corrects; ``operands.grad`` is the buffer.
-    bad: this rank's non-finite elements, and ``where`` they were counted, for messages.
-    misses: selections whose sampled guess did not hold.
+    memory: corrects the gradient.
+    held: the bucket's part of the memory.
+    operands: the operands of the fused pass. ``operands.grad`` is the buffer.
+    bad: the number of non-finite elements.
+    where: where they were counted, for messages.
+    misses: the number of selections whose sampled guess was wrong.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from .write_back import write_dense, write_sparse
 
 @dataclass(eq=False, slots=True)
 class PlainRoute:
-    """The buffer itself (float32) is all-reduced, as by DDP without a hook, without memory or vote."""
+    """All-reduces the float32 buffer itself, without memory or vote, as DDP does without a hook."""
 
     buffer: Tensor
     context: Context
@@ -51,17 +55,17 @@ class PlainRoute:
     where: str = field(default="in the sum over ranks", init=False)
 
     def correct(self) -> None:
-        """Nothing: the gradient is sent as it is."""
+        """Does nothing: the gradient is sent as it is."""
 
     def exchange(self, transport: Transport) -> bool:
         """All-reduces the buffer. NaN and Inf of any rank stay in the sum, where all ranks find them."""
         transport.all_reduce(self.buffer, tag=self.context.tag, what=str(self.context))
-        if not bool(self.buffer.sum().isfinite()):  # finite elements may have a sum that is not
+        if not bool(self.buffer.sum().isfinite()):  # the sum of finite elements may overflow: count
             self.bad = int((~self.buffer.isfinite()).sum())
         return self.bad > 0
 
     def take_back(self) -> None:
-        """Nothing: there is no memory."""
+        """Does nothing: there is no memory."""
 
     def write(self, factor: float, share: float) -> None:
         """The buffer becomes ``factor`` times the sum."""
@@ -76,7 +80,7 @@ class PlainRoute:
 
 @dataclass(eq=False, slots=True)
 class DenseRoute:
-    """The whole corrected gradient is all-reduced, so that the residual goes along."""
+    """All-reduces the whole corrected gradient, residual included."""
 
     memory: Memory
     held: BucketMemory
@@ -95,7 +99,7 @@ class DenseRoute:
         self._active = self.held.active(self.operands.grad)
 
     def exchange(self, transport: Transport) -> bool:
-        """All-reduces the corrected gradient, with the vote."""
+        """All-reduces the corrected gradient and the vote."""
         residual = self.held.residual
         sent = residual if self._active is None else residual * self._active
         self._values, thrown_away = summed(transport, sent, self.bad > 0, self.context)
@@ -112,29 +116,31 @@ class DenseRoute:
         self._values = None
 
     def commit(self) -> None:
-        """Leaves what was not sent in the residual, and what rounding kept. Until here it holds all that was
-        sent.
+        """Removes what was sent from the residual, and adds what rounding kept from the model.
+
+        Until the commit the residual still holds what was sent.
         """
         residual = self.held.residual
         kept = residual.new_zeros(()) if self._active is None else residual * ~self._active
         residual.copy_(kept if self._rounding is None else kept + self._rounding)
 
     def rollback(self) -> None:
-        """Nothing: the residual still holds what was sent."""
+        """Does nothing: the residual still holds what was sent."""
 
 
 @dataclass(eq=False, slots=True)
 class SparseRoute:
-    """``k`` pairs of the corrected gradient are sent; the rest stays in the residual.
+    """Sends ``k`` pairs of the corrected gradient. The rest stays in the residual.
 
     Attributes:
         selector: chooses the pairs.
-        k: places.
-        mask_key: tells masks of one step apart: see :meth:`~commhooks.selection.selectors.Selector.select`.
+        k: the number of pairs.
+        mask_key: makes the random masks of one step's buckets differ; see
+            :meth:`~commhooks.selection.selectors.Selector.select`.
         aggregator: sums the pairs over ranks. None: the caller exchanges ``pairs`` itself and sets ``out``.
         meter: measures Assumption 1's delta; or None.
-        pairs: what was selected.
-        out: the outcome, from ``exchange`` to ``write``.
+        pairs: the selected pairs.
+        out: the sum, from ``exchange`` until ``write``.
     """
 
     memory: Memory
@@ -164,7 +170,7 @@ class SparseRoute:
         )
 
     def exchange(self, transport: Transport) -> bool:
-        """Sums the pairs by the aggregator, which carries the vote."""
+        """Sums the pairs and the votes by the aggregator."""
         assert self.aggregator is not None
         self.out = out = self.aggregator.aggregate(transport, self.pairs, self.bad > 0, self.context)
         if self.meter is not None and not out.nonfinite:
@@ -177,7 +183,13 @@ class SparseRoute:
         self.memory.undo(self.held, self.operands)
 
     def write(self, factor: float, share: float, target: Tensor | None = None) -> None:
-        """Puts back what was refused; ``target`` (default: the buffer) becomes ``factor`` times the sum."""
+        """Puts refused pairs back and overwrites ``target`` with ``factor`` times the sum.
+
+        Args:
+            factor: as in :func:`~commhooks.reduction.write_back.write_sparse`.
+            share: likewise.
+            target: shape ``(n,)``. None: the buffer.
+        """
         assert self.out is not None
         out, self.out = self.out, None  # the rows of all ranks are not needed until the end of the step
         self._contributed = out.contributed
@@ -187,14 +199,17 @@ class SparseRoute:
         self._rounding = write_sparse(into, out.values, out.indices, factor, share)
 
     def commit(self) -> None:
-        """Masks the velocity where this rank contributed, and puts back what rounding kept."""
+        """Masks the velocity where this rank contributed, and adds what rounding kept to the residual.
+
+        A step that sends everything does not mask: that would turn momentum off.
+        """
         if self.k < self.operands.grad.numel():
             self.memory.mask_velocity(self.held, self._contributed)
         if self._rounding is not None:
             self.memory.restore(self.held, self._rounding)
 
     def rollback(self) -> None:
-        """Puts back what this rank contributed; before ``write`` that is all of its pairs."""
+        """Puts back what this rank contributed. Before ``write`` that is all of its pairs."""
         self.memory.restore(self.held, self._contributed)
 
 

@@ -1,4 +1,4 @@
-"""What a step's exchanges are counted by: traffic, seconds of each phase, and Assumption 1's delta."""
+"""The figures of a step: traffic, seconds of each phase, and Assumption 1's delta."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ PHASES = ("select", "exchange", "write_back")
 
 
 class DeltaMeter:
-    """Assumption 1 of the gTop-k paper, measured: does the selection beat a random one?
+    """Measures delta of Assumption 1 of the gTop-k paper: does the selection beat a random one?
 
-    ``delta = ||mean_p c_p - s / P||^2 / ((1 - k/n) ||mean_p c_p||^2)``, the denominator by eq. 15. The first
-    difference is the mean residual after the exchange, so one dense all-reduce of residuals per bucket
-    suffices. The theory holds while delta <= 1; it may fail, which is worth seeing. Norms are added over the
-    step's buckets.
+    ``delta = ||mean_p c_p - s / P||^2 / ((1 - k/n) ||mean_p c_p||^2)``, where ``c_p`` is rank p's corrected
+    gradient and ``s`` the exchanged sum. The denominator follows from eq. 15. The difference in the numerator
+    is the mean residual after the exchange, so one dense all-reduce of residuals per bucket suffices. The
+    theory assumes delta <= 1. Squared norms are added over the step's buckets.
     """
 
     def __init__(self) -> None:
         self._numerator = self._denominator = 0.0
 
     def add(self, transport: Transport, residual: Tensor, out: Aggregated, k: int, tag: int) -> None:
-        """Adds one bucket. ``residual`` (n,) is only read; it does not hold what the exchange refused."""
+        """Adds one bucket. A collective call.
+
+        ``residual`` (n,) is only read. It does not contain the pairs that the exchange refused.
+        """
         withheld = residual.clone()
         if out.refused is not None:
             ops.scatter_add(withheld, out.refused.values, out.refused.indices)
@@ -47,7 +50,7 @@ class DeltaMeter:
         ) ** 2
 
     def value(self) -> float:
-        """Delta of the step; 0 when nothing was withheld."""
+        """Returns the step's delta; 0 when everything was sent."""
         return self._numerator / self._denominator if self._denominator > 0.0 else 0.0
 
 
@@ -56,13 +59,13 @@ class StepFigures:
     """Figures of one step on this rank.
 
     Attributes:
-        bytes_sent: bytes this rank sent, headers included, settings checks and measurements not.
-        bytes_received: likewise.
+        bytes_sent: bytes this rank sent, headers included. Settings checks and measurements are not counted.
+        bytes_received: bytes this rank received, counted likewise.
         dense_bytes: bytes of the gradients themselves, in their own dtype.
-        seconds: wall-clock by phase.
+        seconds: wall-clock seconds by phase (:data:`PHASES`), measured on the host.
         nonfinite_buckets: indices of the buckets that were thrown away.
-        misses: selections whose sampled guess did not hold (they are exact all the same, but slower).
-        delta: what was measured of Assumption 1's delta.
+        misses: selections whose sampled guess was wrong. Their result is exact, but slower.
+        delta: measures Assumption 1's delta.
     """
 
     bytes_sent: int = 0
@@ -74,13 +77,14 @@ class StepFigures:
     delta: DeltaMeter = field(default_factory=DeltaMeter)
 
     def phase(self, name: str, counters: Counters | None = None) -> Phase:
-        """A ``with`` block whose time is added to ``seconds[name]``, and its traffic where ``counters`` are
-        given.
+        """Returns a ``with`` block whose time is added to ``seconds[name]``.
+
+        Where ``counters`` are given, the block's traffic is added too.
         """
         return Phase(self, name, counters)
 
     def report(self) -> dict[str, Any]:
-        """The figures by name, with the ratio of dense bytes to bytes sent."""
+        """Returns the figures by name, with the ratio of dense bytes to bytes sent."""
         ratio = self.dense_bytes / self.bytes_sent if self.bytes_sent else float("inf")
         return {
             "bytes_sent": self.bytes_sent,
@@ -96,7 +100,7 @@ class Phase:
     """One phase of one exchange, named ``commhooks.<name>`` in a profiler's trace."""
 
     __slots__ = ("_counters", "_figures", "_name", "_received", "_record", "_sent", "_start")
-    _record: Any  # torch's is not typed
+    _record: Any  # torch's record_function is not typed
 
     def __init__(self, figures: StepFigures, name: str, counters: Counters | None) -> None:
         self._figures, self._name, self._counters = figures, name, counters

@@ -1,4 +1,4 @@
-"""``Step``: the exchanges of one training step, until it is known whether the step counts."""
+"""``Step``: holds the exchanges of one training step until it is known whether the step counts."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ def check_nonfinite(policy: str) -> str:
 
 @dataclass(eq=False, slots=True)
 class Kept:
-    """One exchange that the end of the step finishes.
+    """One exchange that waits for the end of its step, which calls one of its two functions.
 
     Attributes:
-        rollback: puts back what the exchange sent, when the step is thrown away.
-        commit: what has to wait until the step is known to count. None: the result was never used, so the end
-            of the step rolls the exchange back.
+        rollback: puts back what the exchange sent. Called when the step is thrown away.
+        commit: makes the exchange final. Called when the step counts. None: the result was never used, so the
+            end of the step rolls the exchange back.
     """
 
     rollback: Callable[[], None]
     commit: Callable[[], None] | None
 
     def settle(self) -> None:
-        """Leaves nothing to do at the end of the step: the exchange was taken back already."""
+        """Leaves nothing to do at the end of the step, for an exchange that was taken back already."""
         self.commit = self.rollback = _nothing
 
 
 def _nothing() -> None:
-    """Neither commits nor rolls back."""
+    """Does nothing, in the place of commit and rollback."""
 
 
 class Step:
     """Collects a step's exchanges and their figures, and applies the policy on non-finite gradients.
 
     NaN and Inf are noticed bucket by bucket, but a GradScaler skips whole steps. So effects that cannot be
-    taken back (masking the velocity, returning what rounding kept) wait until the end of the step.
+    undone wait until the end of the step: masking the velocity, and returning what rounding kept.
 
     Args:
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.
 
     Attributes:
-        figures: of the step under way.
-        last: of the last finished step.
-        nonfinite_steps: steps in which a bucket was thrown away.
+        figures: figures of the step under way.
+        last: figures of the last finished step.
+        nonfinite_steps: number of steps in which a bucket was thrown away.
     """
 
     def __init__(self, nonfinite: str) -> None:
@@ -68,29 +68,29 @@ class Step:
         self._kept: list[Kept] = []
 
     def keep(self, commit: Callable[[], None] | None, rollback: Callable[[], None]) -> Kept:
-        """Adds an exchange; the end of the step calls one of the two. ``commit`` may be set later."""
+        """Adds an exchange, of which the end of the step calls one function. ``commit`` may be set later."""
         kept = Kept(rollback, commit)
         self._kept.append(kept)
         return kept
 
     @property
     def is_complete(self) -> bool:
-        """Whether no exchange waits for its result."""
+        """Whether every exchange has its ``commit``, so that none waits for its result."""
         return all(kept.commit is not None for kept in self._kept)
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a bucket of an unfinished step has been through."""
+        """Whether a bucket of an unfinished step has been exchanged."""
         return bool(self._kept or self.figures.nonfinite_buckets)
 
     def throw_away(self, result: Tensor, index: int, text: str, rank: int) -> None:
-        """Applies the policy to a bucket that some rank found non-finite and whose memory has been undone.
+        """Applies the policy to a bucket in which a rank found NaN or Inf. Its memory is restored already.
 
         Args:
-            result: what the bucket's gradient becomes: NaN, or 0 under ``"skip"``. Overwritten.
-            index: the bucket's.
+            result: the bucket's gradient, overwritten with NaN, or with 0 under ``"skip"``.
+            index: the bucket's index.
             text: which bucket, and how many elements were not finite.
-            rank: this rank's, for the error.
+            rank: this rank, for the error.
 
         Raises:
             NonFiniteGradientError: under ``"error"``, after the step's other exchanges are rolled back.
@@ -109,7 +109,10 @@ class Step:
             raise NonFiniteGradientError(f"rank {rank}, {text}")
 
     def finish(self) -> None:
-        """Ends the step: its exchanges are final, or go back when any bucket was thrown away."""
+        """Ends the step: commits its exchanges, or rolls them back when a bucket was thrown away.
+
+        Under ``"skip"`` the other buckets' exchanges are committed all the same.
+        """
         thrown_away = bool(self.figures.nonfinite_buckets) and self.nonfinite != "skip"
         for kept in self._kept:
             if thrown_away or kept.commit is None:
@@ -121,10 +124,10 @@ class Step:
         self.forget()
 
     def forget(self) -> None:
-        """The next exchange begins a step anew. What the exchanges so far sent is not put back."""
+        """Forgets the exchanges of the step under way, without commit or rollback, and its figures."""
         self._kept.clear()
         self.figures = StepFigures()
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the last finished step, and how many steps were thrown away."""
+        """Returns figures of the last finished step, and ``nonfinite_steps``."""
         return {**self.last.report(), "nonfinite_steps": self.nonfinite_steps}

@@ -1,4 +1,4 @@
-"""Writing an aggregated sum into the gradient buffer, and what rounding keeps from it."""
+"""Writes an aggregated sum into the gradient buffer, and returns the rounding error of half precision."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ..native.fused import PAD
 def write_sparse(
     buffer: Tensor, values: Tensor, indices: Tensor, factor: float, share: float
 ) -> SparseGrad | None:
-    """``buffer`` (n,) becomes ``factor`` times the sum of the rows, zero elsewhere.
+    """Overwrites ``buffer`` (n,) with ``factor`` times the sum of the rows, and with 0 elsewhere.
 
     Args:
         buffer: float32, bfloat16 or float16; overwritten. What overflows float16 is clamped.
         values: shape ``(m, k)``, float32, added row by row.
         indices: shape ``(m, k)``, int32.
-        factor: of the sum: loss scale, over the world size when it is averaged.
-        share: ``factor`` times world size. What is lost is divided by it, since every rank restores the same.
+        factor: the loss scale, divided by the world size when the sum is averaged.
+        share: ``factor`` times the world size. The rounding error is divided by it, because every rank adds
+            the same error to its residual.
 
     Returns:
-        What half precision kept from the model, in the memory's units, to be restored on every rank; None for
-        float32.
+        The rounding error of half precision (value minus what was written), in the memory's units, to be
+        added to the residual on every rank. None for float32.
     """
     if buffer.dtype == torch.float32:
         ops.write_back(buffer, values, indices, factor)
@@ -36,9 +37,16 @@ def write_sparse(
 
 
 def write_dense(buffer: Tensor, total: Tensor, factor: float, share: float) -> Tensor | None:
-    """``buffer`` (n,) becomes ``factor * total``; returns what rounding kept, None for float32.
+    """Overwrites ``buffer`` (n,) with ``factor * total``.
 
-    ``total`` (n,) float32 is overwritten.
+    Args:
+        buffer: float32, bfloat16 or float16; overwritten. What overflows float16 is clamped.
+        total: shape ``(n,)``, float32; overwritten.
+        factor: as for :func:`write_sparse`.
+        share: as for :func:`write_sparse`.
+
+    Returns:
+        The rounding error ``(n,)``, as :func:`write_sparse`; None for float32.
     """
     total.mul_(factor)
     if buffer.dtype == torch.float32:
@@ -50,7 +58,7 @@ def write_dense(buffer: Tensor, total: Tensor, factor: float, share: float) -> T
 
 
 def coalesced(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``(m, k)`` as one row with unique ascending indices, without padding; rows are added in order."""
+    """Adds rows ``(m, k)``, in order, into one row with unique ascending indices and without padding."""
     used = indices != PAD
     if values.shape[0] == 1:
         return values[used], indices[used]

@@ -1,1 +1,1 @@
-"""How pairs look on the network."""
+"""The message in which pairs of value and index are sent."""

@@ -1,6 +1,7 @@
-"""The one message in which pairs travel: a header of four words, k indices, k values.
+"""The message in which pairs are sent: a header of four words, k indices, k values, all as int32 words.
 
-The header's words (int32) are a mark, the bucket, the step with the sender's vote as its sign bit, and k.
+The header's words are a constant mark, the bucket, the step, and k. The sign bit of the step's word is the
+sender's vote: whether its gradient held NaN or Inf.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _TAGS = 32768 // ROUNDS_PER_BUCKET
 
 
 class Context(NamedTuple):
-    """Which exchange this is: the same on all ranks."""
+    """Identifies one exchange. It is the same on all ranks."""
 
     bucket: int
     step: int
 
     @property
     def tag(self) -> int:
-        """First of ``ROUNDS_PER_BUCKET`` message tags."""
+        """The first of the exchange's ``ROUNDS_PER_BUCKET`` message tags."""
         return self.bucket % _TAGS * ROUNDS_PER_BUCKET
 
     def __str__(self) -> str:
@@ -38,7 +39,16 @@ class Context(NamedTuple):
 
 
 def pack(pairs: SparseGrad, nonfinite: bool, context: Context) -> Tensor:
-    """A new message, shape ``(HEADER_WORDS + 2 k,)`` int32: header, indices, the values' bits."""
+    """Packs pairs into a new message on their device.
+
+    Args:
+        pairs: k pairs.
+        nonfinite: the vote: whether this rank's gradient held NaN or Inf.
+        context: which exchange this is.
+
+    Returns:
+        Shape ``(HEADER_WORDS + 2 k,)``, int32: header, indices, the values' bits.
+    """
     message = pairs.indices.new_empty(HEADER_WORDS + 2 * pairs.k)
     step = context.step & _STEP_BITS
     header = [_MARK, context.bucket, step | _VOTE if nonfinite else step, pairs.k]
@@ -49,7 +59,13 @@ def pack(pairs: SparseGrad, nonfinite: bool, context: Context) -> Tensor:
 
 
 def unpack(message: Tensor, numel: int, sender: int, context: Context) -> tuple[SparseGrad, bool]:
-    """The pairs (views of the message) and the vote of a message made by :func:`pack`.
+    """Returns the pairs and the vote of a message made by :func:`pack`. The host waits for the device.
+
+    Args:
+        message: shape ``(HEADER_WORDS + 2 k,)``, int32. The pairs are views of it.
+        numel: elements of the bucket.
+        sender: the sender's rank, for the error.
+        context: which exchange this is.
 
     Raises:
         SettingsMismatchError: the message is of another bucket or step, or holds another number of pairs.
@@ -62,14 +78,16 @@ def unpack(message: Tensor, numel: int, sender: int, context: Context) -> tuple[
 
 
 def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool]:
-    """Values and indices of all ranks' messages, and whether any rank voted. Waits for the device once.
+    """Returns values and indices of all ranks' messages, and whether any rank voted non-finite.
+
+    The host waits for the device once.
 
     Args:
         messages: shape ``(P, HEADER_WORDS + 2 k)``, int32, in rank order.
         context: which exchange this is.
 
     Returns:
-        values ``(P, k)`` float32 and indices ``(P, k)`` int32, contiguous, in new memory; the vote.
+        Values ``(P, k)`` float32 and indices ``(P, k)`` int32, contiguous, in new memory; the vote.
 
     Raises:
         SettingsMismatchError: as :func:`unpack`.
@@ -84,7 +102,7 @@ def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool
 
 
 def _read_header(header: list[int], words: int, sender: int, context: Context) -> bool:
-    """The vote. Raises unless the header fits ``context`` and a message of ``words`` words."""
+    """Returns the vote. Raises unless the header fits ``context`` and a message of ``words`` words."""
     mark, bucket, step, k = header
     if (mark, bucket, step & _STEP_BITS) != (_MARK, context.bucket, context.step & _STEP_BITS):
         raise SettingsMismatchError(
@@ -101,5 +119,5 @@ def _read_header(header: list[int], words: int, sender: int, context: Context) -
 
 
 def empty_message(k: int, device: torch.device) -> Tensor:
-    """Where a message of ``k`` pairs is received."""
+    """Returns an uninitialised buffer in which a message of ``k`` pairs can be received."""
     return torch.empty(HEADER_WORDS + 2 * k, dtype=torch.int32, device=device)
