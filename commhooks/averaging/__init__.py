@@ -1,4 +1,4 @@
-"""Communicate rarely: local steps, with models (and momenta) averaged now and then or among neighbours."""
+"""Averagers: ranks step locally, and average models (and momenta) at some steps, or among neighbours."""
 
 from . import topology
 from .averager import Averager

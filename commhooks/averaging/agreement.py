@@ -1,4 +1,4 @@
-"""What ranks tell each other before they average: what must be the same, by a checksum, and their votes."""
+"""The header that ranks exchange before they average: a checksum of their settings, and their votes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..exchange.agreement import compare, encode
 
 Gather = Callable[[Tensor], tuple[Tensor, list[int]]]
-"""Takes this rank's message ``(n,)`` uint8; returns those of the ranks that compare, and whose they are."""
+"""Takes this rank's message ``(n,)`` uint8; returns the messages ``(m, n)`` of m ranks, and these ranks."""
 
 _CHECKSUM_BYTES = 8
 _VOTES = 5  # numbers of 64 bits
@@ -20,16 +20,16 @@ VOTE_BYTES = 8 * _VOTES
 
 @dataclass(frozen=True)
 class Header:
-    """One rank's word before an averaging. Fingerprints are 0 where there is nothing to compare.
+    """What one rank says before an averaging. Fingerprints are 0 where there is nothing to compare.
 
     Attributes:
         settings: what must be the same on all ranks, by name.
         start: fingerprint of the starting point.
-        part: of who takes part.
-        model: of the model.
+        part: fingerprint of the numbers of the tensors that take part.
+        model: fingerprint of the model.
         nonfinite: whether this rank's tensors hold NaN or Inf.
-        spoiled: whether its buffers do.
-        weight: its share in averages, relative to the others'.
+        spoiled: whether this rank's buffers do.
+        weight: this rank's share in averages, relative to the others'.
     """
 
     settings: Mapping[str, object]
@@ -41,7 +41,7 @@ class Header:
     weight: float
 
     def votes(self) -> Tensor:
-        """``(40,)`` uint8."""
+        """All but the settings, as a message ``(40,)`` uint8."""
         flags = int(self.nonfinite) + 2 * int(self.spoiled)
         votes = torch.tensor([self.start, self.part, self.model, flags, 0], device="cpu")
         votes[4:].view(torch.float64)[0] = self.weight
@@ -50,15 +50,15 @@ class Header:
 
 @dataclass(frozen=True)
 class Ranks:
-    """What the ranks said.
+    """What the ranks said in their headers.
 
     Attributes:
-        weights: by rank.
+        weights: of the ranks that were heard, by rank.
         nonfinite: ranks whose tensors hold NaN or Inf.
         spoiled: whether any rank's buffers do.
-        starts_differ: whether their starting points differ.
-        part_differs: whether they differ in which tensors take part.
-        models_equal: whether all have the same model.
+        starts_differ: whether the ranks' starting points differ.
+        part_differs: whether the ranks differ in which tensors take part.
+        models_equal: whether all ranks have the same model.
     """
 
     weights: dict[int, float]
@@ -74,14 +74,14 @@ class Ranks:
         return len(set(self.weights.values())) == 1
 
     def share(self, rank: int) -> float | None:
-        """The rank's share of an average: 0 where it is left out; None where all have the same."""
+        """The rank's share of an average; 0 where the rank is left out; None where all shares are equal."""
         if self.uniform and not self.nonfinite:
             return None
         left = {r: w for r, w in self.weights.items() if r not in self.nonfinite}
         return left.get(rank, 0.0) / sum(left.values())
 
     def full_share(self, rank: int) -> float | None:
-        """The rank's share when none is left out; None where all have the same."""
+        """The rank's share of an average that leaves no rank out; None where all shares are equal."""
         return None if self.uniform else self.weights[rank] / sum(self.weights.values())
 
 
@@ -93,11 +93,11 @@ def agree(header: Header, gather: Gather, what: str, rank: int, *, at_once: bool
         gather: collects messages.
         what: names the averaging in errors.
         rank: this rank.
-        at_once: whether the settings themselves are sent, and not their checksum first: among neighbours a
-            difference is not seen by all.
+        at_once: send the settings themselves instead of their checksum first. Needed among neighbours, where
+            not all ranks see a difference and a second exchange would hang.
 
     Raises:
-        SettingsMismatchError: it names every setting that differs, with both values and ranks.
+        SettingsMismatchError: the message names every setting that differs, with both values and ranks.
     """
     message, votes = encode(header.settings), header.votes()
     sent = message if at_once else message[:_CHECKSUM_BYTES]

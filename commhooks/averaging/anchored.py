@@ -1,4 +1,4 @@
-"""Averagers that remember where the ranks' models were equal last, and send what has changed since."""
+"""Base of the averagers that remember the ranks' last common model and send the change since."""
 
 from __future__ import annotations
 
@@ -25,17 +25,23 @@ logger = logging.getLogger(__name__)
 
 
 class Anchored(Averager):
-    """Base of the averagers with an anchor: a point where all ranks were equal last.
+    """Base of the averagers with an anchor: the model that all ranks had in common last.
 
-    A tensor that joins later has no anchor yet. At its first synchronisation it is averaged plainly, and that
-    is its anchor. One that leaves loses it.
+    A tensor that joins later has no anchor yet. Its first synchronisation averages it plainly, and the result
+    is its anchor. A tensor that leaves loses its anchor.
 
     Args:
-        anchored: False: an averager that may have an anchor has none, and averages the models themselves.
+        period: as for :class:`Averager`.
+        known: the tensors, at the common starting point. They are the anchor.
+        anchored: False: have no anchor, and average the models themselves.
+        **options: of :class:`Averager`.
+
+    Raises:
+        ValueError: no tensor requires a gradient; what :class:`Averager` raises.
     """
 
     beside: ClassVar[tuple[str, ...]] = ()
-    """The algorithm's flat tensors in the order of the anchor, by name; zero at a start."""
+    """Attribute names of the algorithm's own flat tensors, laid out as the anchor; zero at a start."""
 
     def __init__(
         self,
@@ -60,7 +66,7 @@ class Anchored(Averager):
             setattr(self, name, tensor)
 
     def _mean_change(self, tensors: list[Tensor], ranks: Ranks) -> Tensor:
-        """The ranks' mean change since the anchor, ``(n,)``; by the reducer where there is one."""
+        """The ranks' mean change since the anchor, a new ``(n,)``; by the reducer where there is one."""
         change = self._change
         assert change is not None
         if self.reducer is not None:
@@ -95,7 +101,7 @@ class Anchored(Averager):
             self._relay(numbers)
 
     def _relay(self, numbers: list[int]) -> None:
-        """The anchor is of these tensors from now on."""
+        """Lays the anchor out anew for these tensors."""
         assert self._change is not None
         gone = [n for n in self._change.numbers if n not in numbers]
         if gone and self.reducer is not None:

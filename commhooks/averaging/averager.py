@@ -1,4 +1,4 @@
-"""What all averagers share: the step count, who takes part, agreement between ranks, state."""
+"""Base of all averagers: the step count, which tensors take part, agreement between ranks, state."""
 
 from __future__ import annotations
 
@@ -74,41 +74,45 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class Averager(ModelAverager):
-    """Base of the averagers: call :meth:`average_parameters` once after every local optimizer step, on every
-    rank.
+    """Base of the averagers, which average the ranks' models after some of the local optimizer steps.
 
-    All synchronise *after* the steps of their period: K, 2K, ... (torch's ``PeriodicModelAverager`` also does
-    so at its very first call). Before each synchronisation the ranks compare a small header: settings,
-    shapes, step, who takes part, and at the first one the starting point where the averager knows it. So
-    ranks that run different code, or different numbers of steps, end with
+    Call :meth:`average_parameters` once after every local optimizer step, on every rank. All averagers
+    synchronise *after* the steps of their period: K, 2K, ... (torch's ``PeriodicModelAverager`` also does so
+    at its very first call).
+
+    Before each synchronisation the ranks compare a small header: settings, shapes, step, and which tensors
+    take part. At the first synchronisation they also compare the starting point, where the averager knows it.
+    So ranks that run different code, or different numbers of steps, end with
     :class:`~commhooks.errors.SettingsMismatchError`.
 
-    A parameter takes part when it requires a gradient; when it did so at the last averaging, so that a layer
-    that is frozen in between is averaged once more; and when it moves although it requires none.
+    A parameter takes part in three cases. It requires a gradient. Or it did so at the last averaging: a layer
+    that was frozen since is averaged once more. Or it requires no gradient and has moved all the same.
 
     Args:
-        period: local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps
-            themselves (from 1). ``sync`` is its old name.
-        known: the tensors to average, where they are known already; else the first call tells.
+        period: local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+            themselves (from 1). ``sync=`` is its old name.
+        known: the tensors to average. Empty: the first call of :meth:`average_parameters` gives them.
         transport: ``"distributed"``, ``"mpi"`` or a :class:`~commhooks.transports.base.Transport`.
-        module: the model whose persistent buffers (BatchNorm statistics) are looked after; without it buffers
-            are left alone.
+        module: the model whose persistent buffers (BatchNorm statistics) are averaged or broadcast. None:
+            buffers are left alone.
         buffers: ``"average"`` (default: the floating ones, by the mean over ranks; integers such as
             ``num_batches_tracked`` stay), ``"broadcast"`` (all become rank 0's) or ``"leave"``.
-        also: more tensors to average at each synchronisation, plainly: the teacher of a moving average, say.
-        reducer: compresses what is sent: the model's change since the last synchronisation goes through it,
-            with error feedback, in place of the model. Belongs to this averager alone.
+        also: further tensors whose plain mean is taken at each synchronisation: the teacher of a moving
+            average, for instance.
+        reducer: compresses what is sent. The model's change since the last synchronisation goes through it,
+            with its memory, in place of the model. It belongs to this averager alone.
         nonfinite: what NaN or Inf in any rank's parameters does, alike on all ranks. ``"error"`` (default):
             ``NonFiniteGradientError`` on all ranks, before anything is averaged. ``"skip"``: those ranks are
             left out and take over the average of the others; with a reducer they count as not moved.
-            ``"propagate"``: the average becomes NaN everywhere. With a reducer the default is to leave it to
-            the reducer's own policy. A buffer's element is averaged over the ranks where it is finite, unless
-            the policy is ``"propagate"``.
-        timeout_s: for a transport given by name: seconds until a stalled peer is an error. None: the process
+            ``"propagate"``: the average becomes NaN everywhere. None: ``"error"``; with a reducer
+            ``"propagate"``, so that the reducer's own policy decides. A buffer's element is averaged over the
+            ranks where it is finite, unless the policy is ``"propagate"``.
+        timeout_s: seconds until a stalled peer is an error, for a transport given by name. None: the process
             group's timeout, or 300 s without a group.
-        process_group: for ``"distributed"``: whose ranks average, in a new group of ours; default: all.
-        device_type: from where the transport sends: ``"cuda"`` uses NCCL where the process group has it;
-            default: the device of the parameters.
+        process_group: whose ranks average, for ``"distributed"``. The transport makes a new group of these
+            ranks. None: all ranks.
+        device_type: the device that the transport sends from. ``"cuda"`` uses NCCL where the process group
+            has it. None: the device of the parameters.
 
     Attributes:
         sync: the set of steps after which it synchronises.
@@ -116,15 +120,16 @@ class Averager(ModelAverager):
         synchronisations: averagings so far.
 
     Raises:
+        TypeError: an option that does not exist.
         ValueError: an argument out of range, with its name and value; a reducer that another averager has.
     """
 
-    local = False  # whether a rank hears of its neighbours only
+    local = False  # whether a rank gets messages from its neighbours only
 
     def __init__(
         self, period: Period | None, known: Sequence[Tensor] = (), **options: Unpack[AveragerOptions]
     ) -> None:
-        # not super().__init__: it asks for a torch.distributed group, which "mpi" and in_process do without
+        # not super().__init__: it needs a torch.distributed group, which "mpi" and in_process do not have
         given: dict[str, Any] = {**_DEFAULTS, **options}
         self.sync = as_sync_set(period, given)
         unknown = set(given) - set(_DEFAULTS)
@@ -150,7 +155,7 @@ class Averager(ModelAverager):
         self._members = Members()
         self._members.see(known)
         self._figures = Figures()
-        self._start = 0  # fingerprint of the starting point, to be compared; 0: not known, or compared
+        self._start = 0  # fingerprint of the starting point, to be compared; 0: unknown or done
         self._called = self._hooked = False
         self._watched = list(known) or ([] if self.module is None else list(self.module.parameters()))
         if self._watched or given["device_type"] is not None:
@@ -160,7 +165,7 @@ class Averager(ModelAverager):
 
     @property
     def transport(self) -> Transport:
-        """The transport. Its first use opens it, a collective call, where the parameters were not known."""
+        """The transport. The first use, a collective call, opens it unless the constructor did."""
         return self._channel.transport
 
     @property
@@ -175,18 +180,18 @@ class Averager(ModelAverager):
 
     @property
     def period(self) -> int | None:
-        """Local steps between averagings, when the set is a plain period."""
+        """Local steps between averagings; None where the set of steps is no plain period."""
         return self.sync.period if isinstance(self.sync, Every) else None
 
     def average_parameters(self, params: Parameters) -> None:
-        """Counts one local step and synchronises when it is time to. Overwrites the parameters in place then.
+        """Counts one local step; after a step of the period averages the parameters, which are overwritten.
 
         Args:
             params: the model's parameters or the optimizer's parameter groups, the same on every call and
                 rank. Parameters whose ``grad`` is None take part.
 
         Raises:
-            ValueError: there is no tensor in it, as in a generator that was used before.
+            ValueError: ``params`` holds no tensor, as a generator that was used before does.
             NonFiniteGradientError: a rank's parameters hold NaN or Inf, and the policy is ``"error"``.
             PeerTimeoutError, PeerLostError: a peer is stalled or gone; the message names it and the step.
             SettingsMismatchError: ranks disagree on settings, shapes or the number of steps.
@@ -211,17 +216,17 @@ class Averager(ModelAverager):
                 self._start_from(numbers)
 
     def synchronise(self, params: Parameters) -> None:
-        """Synchronises now, whatever the step: after the last one, say, when it was not in the set."""
+        """Synchronises now, whatever the step: for instance after a last step that is not in the set."""
         self._synchronise(self._members.see(tensors_of(params)))
 
     def hook(self, optimizer: torch.optim.Optimizer) -> StepHook:
         """Calls :meth:`average_parameters` after every ``optimizer.step()`` from now on.
 
-        A ``GradScaler`` that skips a step on one rank skips the call too, and the ranks' counts drift apart:
-        take :class:`~commhooks.averaging.AveragedOptimizer` with one.
+        A ``GradScaler`` that skips a step on one rank skips the call too, and the ranks' counts drift apart.
+        With a ``GradScaler`` use :class:`~commhooks.averaging.AveragedOptimizer`.
 
         Returns:
-            What ends it: by ``remove()``, or by leaving its ``with`` block.
+            A handle. Its ``remove()``, or the end of its ``with`` block, ends the calls.
 
         Raises:
             RuntimeError: it is hooked already.
@@ -241,13 +246,13 @@ class Averager(ModelAverager):
 
     @abstractmethod
     def settings(self) -> str:
-        """What all ranks must have in common, as text."""
+        """The settings that must be the same on all ranks, as text."""
 
     def broadcast_parameters(self, params: Parameters, root: int = 0) -> None:
         """Makes all ranks start from rank ``root``'s parameters and persistent buffers, as DDP does.
 
-        Frozen parameters are sent too. What the averager remembers of an earlier start, momentum and withheld
-        changes, is forgotten.
+        Frozen parameters are sent too. The averager forgets its momentum and the changes it withheld. This is
+        a collective call.
         """
         given = tensors_of(params)
         numbers = self._members.see(given)
@@ -268,9 +273,10 @@ class Averager(ModelAverager):
     def stats(self) -> dict[str, Any]:
         """Figures of this rank so far.
 
-        ``step``; ``synchronisations``; ``bytes_sent`` and ``bytes_received`` in them, headers included;
-        ``seconds`` in them, and ``last_seconds`` in the last one; ``distance``: the L2 norm of this rank's
-        parameters minus the ranks' average before the last one (None before the first).
+        ``step`` and ``synchronisations`` are counts. ``bytes_sent``, ``bytes_received`` and ``seconds`` are
+        those of all synchronisations, headers included; ``last_seconds`` is that of the last one.
+        ``distance`` is the L2 norm of this rank's parameters minus the ranks' average, taken before the last
+        synchronisation (None before the first).
         """
         return {
             "step": self.step,
@@ -279,7 +285,7 @@ class Averager(ModelAverager):
         }
 
     def close(self) -> None:
-        """Frees the transport. Call it on all ranks."""
+        """Closes the transport. All ranks should call it; it waits for none of them."""
         self._channel.close()
 
     def __repr__(self) -> str:
@@ -317,7 +323,7 @@ class Averager(ModelAverager):
         logger.debug("%s: synchronised after step %d", type(self).__name__, self.step)
 
     def _agree(self, numbers: list[int], gather: Gather | None = None) -> tuple[Ranks, list[int]]:
-        """Compares settings, shapes and step with the other ranks; their votes, and who takes part."""
+        """Compares settings, shapes and step with the other ranks; returns votes and who takes part."""
         part = self._members.taking_part(numbers)
         if not (part or self._also or self.synchronisations):
             raise ValueError("params must hold at least one parameter that requires a gradient, got none")
@@ -341,7 +347,7 @@ class Averager(ModelAverager):
         return ranks, self._unite(numbers, part) if ranks.part_differs else part
 
     def _common(self, numbers: list[int], moving: list[Tensor]) -> dict[str, object]:
-        """What the ranks must have in common at this synchronisation."""
+        """What must be the same on all ranks at this synchronisation, by name."""
         return {
             "averager": type(self).__name__,
             "step": self.step,
@@ -352,7 +358,7 @@ class Averager(ModelAverager):
         }
 
     def _heed(self, ranks: Ranks) -> None:
-        """Acts on what the ranks said, before any data travels."""
+        """Warns or raises by the ranks' votes, before any data is sent."""
         if ranks.starts_differ:
             self._starts_differ()
         if ranks.models_equal and self.world_size > 1 and self.rank == 0:
@@ -370,7 +376,7 @@ class Averager(ModelAverager):
         logger.warning("%s, which are left out of the average", where)
 
     def _unite(self, numbers: list[int], part: list[int]) -> list[int]:
-        """The numbers of those that take part on any rank, where ranks differ."""
+        """The numbers of the tensors that take part on at least one rank; called where ranks differ."""
         votes = torch.tensor([int(n in part) for n in numbers], dtype=torch.int64)
         self._channel.total(votes, f"{self._what()}, who takes part")
         return [n for n, vote in zip(numbers, votes.tolist(), strict=True) if vote > 0]
@@ -393,28 +399,28 @@ class Averager(ModelAverager):
             ranks.spoiled and self._heals_buffers,
         )
 
-    # -- what an algorithm says ------------------------------------------------------------------------------
+    # -- what an algorithm overrides -------------------------------------------------------------------------
 
     @abstractmethod
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
-        """The algorithm, on the tensors that it moves."""
+        """One averaging by the algorithm; overwrites the tensors."""
 
     def _varying(self) -> str:
-        """What all ranks must have in common now, and may have otherwise later, as text."""
+        """Settings that must be the same on all ranks now but may change during a run, as text."""
         return ""
 
     def _divide(self, part: list[int]) -> tuple[list[int], list[int]]:
-        """Of those that take part the numbers that :meth:`_average` gets, and those averaged plainly."""
+        """Divides the numbers: those that :meth:`_average` gets, and those averaged plainly."""
         return part, []
 
     def _averaged(self, part: list[int]) -> None:
-        """Called after an averaging of these."""
+        """Called after the tensors of these numbers were averaged."""
 
     def _check_members(self, numbers: list[int]) -> None:
         """Raises ``ValueError`` when these are not the tensors that the averager remembers."""
 
     def _start_from(self, numbers: list[int]) -> None:
-        """Takes the tensors, as they are now, for the common starting point, and forgets an earlier one."""
+        """Makes the tensors, as they are now, the common starting point, and forgets an earlier one."""
         self._members.averaged(numbers)
         self._expect_steps()
 
@@ -434,20 +440,21 @@ class Averager(ModelAverager):
         )
 
     def _is_in_place(self) -> bool:
-        """Whether the model is where this averager left it; called before the first step of a block.
+        """Whether the model is as this averager left it; called before the first step of a block.
 
-        An averager that does not remember where that was notes the starting point, to be compared.
+        This base class does not remember the model and returns True. Before the first averaging it notes the
+        fingerprint of the starting point, which the ranks compare.
         """
         if self.synchronisations == 0 and self.world_size > 1:
             self._start = digest_of(self._watched)
         return True
 
     def _with_state(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The tensors, and the optimizer state that is averaged with them."""
+        """The tensors, followed by the optimizer state that is averaged with them."""
         return tensors
 
     def _state_layout(self, tensors: list[Tensor]) -> str:
-        """What ranks must share of that state."""
+        """The layout of that state, which must be the same on all ranks."""
         return ""
 
     def _weight(self) -> float:
@@ -460,17 +467,17 @@ class Averager(ModelAverager):
         return [self._members.tensors[n] for n in numbers]
 
     def _expect_steps(self) -> None:
-        """From here on the model should stay as it is until an optimizer steps."""
+        """Notes that the model should not change before the next optimizer step, and watches for it."""
         self._fresh = True
         if self._watched:
             watch.wait(self, self._before_step)
 
     def _before_step(self) -> None:
-        """Called by :mod:`.watch` before the first optimizer step of a block: has the model been changed?"""
+        """Checks whether the model was changed; called before a block's first optimizer step."""
         fresh, self._fresh = self._fresh, False
         if not fresh or self._is_in_place():
             return
-        if self.synchronisations == 0:  # weights were loaded after the averager was made: nothing is lost
+        if self.synchronisations == 0:  # weights were loaded after the averager was made
             logger.info("%s starts from the model as it is now, not as it was made", type(self).__name__)
             self._start_from(self._members.see(self._watched))
             self._fresh = False
@@ -489,7 +496,7 @@ class Averager(ModelAverager):
 
     @contextmanager
     def _communicating(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Opens the transport for these tensors. Inside it no graph is made, and a failure is reported."""
+        """Opens the transport for these tensors; in the block autograd is off and errors are reported."""
         self._channel.open_for(tensors)
         with torch.inference_mode(False), torch.no_grad(), reporting(*self._transports()):
             yield
@@ -498,7 +505,7 @@ class Averager(ModelAverager):
         return f"{type(self).__name__} after step {self.step}"
 
     def _gather(self, own: Tensor) -> tuple[Tensor, list[int]]:
-        """The messages ``(P, n)`` of all ranks, and whose they are."""
+        """The messages ``(P, n)`` of all ranks, and the rank of each row."""
         messages = own.new_empty((self.world_size, *own.shape))
         self.transport.all_gather(own, messages, tag=TAG, what=f"{self._what()}, agreement on settings")
         return messages, list(range(self.world_size))
@@ -508,8 +515,8 @@ class Averager(ModelAverager):
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: the counts, the algorithm's own tensors (copies) and the reducer's memory.
 
-        Save it with the model's and the optimizer's on every rank: loaded together at the same world size
-        they continue bit for bit. For another world size see
+        Save it with the model's and the optimizer's on every rank. Loaded together at the same world size,
+        they continue the run bit for bit. For another world size see
         :func:`~commhooks.averaging.average_checkpoints`.
         """
         return {
@@ -526,7 +533,7 @@ class Averager(ModelAverager):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state of this rank at this world size, or one that ``average_checkpoints`` made.
 
-        Where the saved settings are not this averager's, both are logged and the run goes on with the latter.
+        Where the saved settings differ from this averager's, both are logged, and this averager's are used.
 
         Raises:
             ValueError: the state is another rank's, or of another world size and not averaged.
@@ -549,7 +556,7 @@ class Averager(ModelAverager):
             self.reducer.load_state_dict(reducers[0] if saved != (None, None) else reducers)
 
     def _shared_state(self) -> dict[str, Any]:
-        """State that is the same on every rank, as new tensors and numbers."""
+        """The part of the state that is the same on every rank, as new tensors and numbers."""
         return {}
 
     def _load_shared_state(self, state: dict[str, Any]) -> None:
@@ -576,6 +583,6 @@ class StepHook:
 
 
 def _nonfinite(tensors: Sequence[Tensor]) -> bool:
-    """Whether NaN or Inf is among the elements: a sum of each tensor, and a closer look if it overflows."""
+    """Whether NaN or Inf is among the elements; looks at each only where a sum is not finite."""
     parts = [p for t in tensors for p in ([t.real, t.imag] if t.is_complex() else [t])]
     return not all(math.isfinite(float(p.sum())) for p in parts) and has_nonfinite(tensors)

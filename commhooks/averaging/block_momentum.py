@@ -19,24 +19,27 @@ if TYPE_CHECKING:
 
 
 class BlockMomentum(BlockAverager):
-    """Every ``period`` steps: ``a = mean_p w_p; d = a - w~; v = mu v + d; w~ = w~ + v``; all restart from
-    ``w~``.
+    """M-AVG: averages the models every ``period`` steps, with momentum on the mean change of a block.
 
-    ``mu=0`` is K-AVG. The local optimizer is free (SGD, momentum SGD, Adam). What becomes of its own momentum
-    at a restart the paper leaves open: it is kept, unless ``reset_optimizer`` names the optimizer.
+    ``a = mean_p w_p; d = a - w~; v = mu v + d; w~ = w~ + v``; all ranks restart from ``w~``. ``mu=0`` is
+    K-AVG.
+
+    The local optimizer is free (SGD, momentum SGD, Adam). The paper leaves open what becomes of its own
+    momentum at a restart. It is kept here, unless ``reset_optimizer`` names the optimizer.
     :class:`~commhooks.averaging.DiLoCo` takes any torch optimizer in place of the block momentum; with
     ``SGD(lr=1, momentum=mu)`` it is this algorithm.
 
     Args:
         mu: block momentum in [0, 1).
-        period: K, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`, or the steps.
-        params: the model's parameters. Needed at once: ``w~`` is where the first block starts, the same on
-            every rank; the first synchronisation checks that.
+        period: K, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+            themselves (from 1).
+        params: the model's parameters at the start of the first block: they are the first ``w~``. They must
+            be the same on every rank; the first synchronisation checks that.
         reset_optimizer: an optimizer whose state (momentum buffers, Adam's moments) is cleared at every
-            restart.
-        **options: of :class:`~commhooks.averaging.Averager`. With a reducer ``w_p - w~`` is what is
-            compressed, and ``d`` the mean of what was contributed; what was not waits in the reducer's
-            memory. Buffers get no momentum.
+            restart. None: no state is cleared.
+        **options: of :class:`~commhooks.averaging.Averager`. With a reducer ``w_p - w~`` is compressed, and
+            ``d`` is the mean of what was sent. The rest waits in the reducer's memory. Buffers get no
+            momentum.
 
     Example::
 
@@ -47,8 +50,8 @@ class BlockMomentum(BlockAverager):
             averager.average_parameters(model.parameters())
 
     Attributes:
-        anchor: w~, flat: the model at the start of this block, the same on every rank.
-        velocity: v, flat, in parameter units.
+        anchor: w~, ``(n,)``: the model at the start of this block, the same on every rank.
+        velocity: v, ``(n,)``, in parameter units.
 
     Raises:
         ValueError: ``mu`` or ``period`` out of range; no parameters.

@@ -1,4 +1,4 @@
-"""Averagers in blocks: the mean change of a block moves ``w~``, and all workers restart from there."""
+"""Base of the averagers in blocks: a rule moves ``w~`` by the mean change, and all ranks restart there."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class BlockAverager(Anchored):
-    """Base of M-AVG and its kin: after local steps from ``w~`` a rule moves it by ``d = mean_p w_p - w~``.
+    """Base of M-AVG, SlowMo and DiLoCo: after each block a rule moves ``w~`` by ``d = mean_p w_p - w~``.
 
     Args:
-        period: local steps between averagings.
+        period: local steps between averagings; a set; or the steps themselves.
         params: the model's parameters, at the common starting point ``w~``.
         reset_optimizer: an optimizer whose state is cleared at every restart.
         **options: of :class:`~commhooks.averaging.Averager`.
@@ -42,7 +42,7 @@ class BlockAverager(Anchored):
 
     @property
     def anchor(self) -> Tensor:
-        """w~, flat: the model at the start of this block, the same on every rank."""
+        """w~, ``(n,)``: the model at the start of this block, the same on every rank."""
         assert self._change is not None
         return self._change.anchor
 

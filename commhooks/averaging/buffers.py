@@ -1,4 +1,4 @@
-"""A module's buffers: which of them the ranks share, and their mean."""
+"""A module's buffers: which of them are averaged or broadcast, and an exact mean of them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Total = Callable[[Tensor], Tensor]
 
 
 class Buffers:
-    """The persistent buffers of a module: those that its ``state_dict`` holds.
+    """Finds the persistent buffers of a module: those that its ``state_dict`` holds.
 
     Non-persistent buffers are left alone. They are masks, tables and caches that each rank makes for itself,
     and a cache may have another size on another rank.
 
     Args:
-        module: the model; None: there are no buffers.
+        module: the model. None: there are no buffers.
         choice: ``"average"`` takes the floating and complex ones, ``"broadcast"`` all, ``"leave"`` none.
 
     Raises:
@@ -38,7 +38,7 @@ class Buffers:
         self.module, self.choice = module, choice
 
     def persistent(self) -> dict[str, Tensor]:
-        """All of them by name, each once, in the order of ``named_buffers``."""
+        """All persistent strided buffers by name, each once, in module order; none with ``"leave"``."""
         if self.module is None or self.choice == "leave":
             return {}
         temporary: set[str] = set()
@@ -49,18 +49,18 @@ class Buffers:
         return {n: b for n, b in found.items() if b is not None and b.layout == torch.strided}
 
     def averaged(self) -> list[Tensor]:
-        """Those that are averaged, as writable views: of an expanded buffer the elements it has in memory."""
+        """The buffers that are averaged, as writable views; of an expanded buffer its elements in memory."""
         if self.choice != "average":
             return []
         kept = (b for b in self.persistent().values() if b.is_floating_point() or b.is_complex())
         return [_in_memory(buffer) for buffer in kept]
 
     def broadcast(self) -> list[Tensor]:
-        """Those that become rank 0's at each averaging."""
+        """The buffers that become rank 0's at each averaging, as writable views."""
         return [_in_memory(b) for b in self.persistent().values()] if self.choice == "broadcast" else []
 
     def layout(self) -> str:
-        """What ranks must share of them, as text."""
+        """Choice, names and shapes, which must be the same on all ranks, as text."""
         named = self.persistent()
         return f"{self.choice}: {', '.join(named)}; {shown_layout(list(named.values()))}"
 
@@ -83,15 +83,15 @@ def average_exactly(
 ) -> None:
     """Each element becomes its mean over the ranks, or ``sum_p share_p x_p`` where shares are given.
 
-    The sums are made in float64, and of 64-bit tensors in two halves. So elements that are equal on all ranks
-    keep their bits (64-bit ones only in a plain mean), and nothing overflows: not a mask of the largest
-    finite number either.
+    Sums are made in float64; those of 64-bit tensors in two halves. So elements that are equal on all ranks
+    keep their bits (64-bit ones only in a plain mean). No sum overflows, not even that of a mask of the
+    largest finite number.
 
     Args:
         tensors: overwritten.
         total: the sum over the ranks.
         world_size: P.
-        share: this rank's; all ranks' add up to 1. None: 1 / P each.
+        share: this rank's share; the ranks' shares add up to 1. None: 1 / P each.
         spoiled: whether any rank has NaN or Inf among its elements. An element is then the mean over the
             ranks where it is finite, and stays as it is where it is finite on none, such as a mask of -inf.
     """

@@ -1,4 +1,4 @@
-"""The transport of an averager, and the few things it does over it."""
+"""An averager's transport: opened late, with sum, mean and broadcast of tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BROADCAST_BYTES = 64 << 20
 
 @contextmanager
 def reporting(*used: Transport) -> Iterator[None]:
-    """Tells the transports of an error inside it: an MPI process must then leave by Abort, not Finalize."""
+    """Reports an error inside the block to the transports: an MPI process must then leave by Abort."""
     try:
         yield
     except CommHooksError as error:
@@ -30,13 +30,13 @@ def reporting(*used: Transport) -> Iterator[None]:
 
 
 class Channel:
-    """A transport that opens when the device of the model is known.
+    """A transport that opens when the device of the model is known, and collectives over it.
 
     Args:
         transport: a name or a ready transport.
-        timeout_s: seconds until a stalled peer is an error; None: the process group's timeout.
-        process_group: whose ranks, of ``"distributed"``.
-        device_type: from where it sends; None: the device of the first tensors that :meth:`open_for` gets.
+        timeout_s: seconds until a stalled peer is an error; None: the process group's, or 300 s.
+        process_group: whose ranks take part, for ``"distributed"``; None: all.
+        device_type: the device it sends from; None: that of the first tensors that :meth:`open_for` gets.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Channel:
 
     @property
     def transport(self) -> Transport:
-        """The transport; the first use opens it, which is a collective call."""
+        """The open transport; the first use is a collective call that opens it."""
         return self._connection.open(
             timeout_s=self._timeout_s,
             process_group=self._process_group,
@@ -77,14 +77,14 @@ class Channel:
     def mean(self, flat: Tensor, what: str, share: float | None = None) -> Tensor:
         """The mean over ranks of ``flat`` (overwritten), or ``sum_p share_p * flat_p``.
 
-        The same bits everywhere. A share of 0 sends zeros, whatever ``flat`` holds.
+        All ranks get the same bits. A share of 0 sends zeros, whatever ``flat`` holds.
         """
         if share is None:
             return self.total(flat, what).div_(self.transport.world_size)
         return self.total(flat.mul_(share) if share != 0.0 else flat.zero_(), what)
 
     def broadcast(self, tensors: Sequence[Tensor], root: int, what: str) -> None:
-        """The tensors, of any dtype and device, become rank ``root``'s; several travel in one message."""
+        """Overwrites the tensors, of any dtype and device, with rank ``root``'s; batches them."""
         batch: list[Tensor] = []
         for position, tensor in enumerate(tensors, start=1):
             batch.append(tensor)

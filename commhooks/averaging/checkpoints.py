@@ -1,4 +1,4 @@
-"""One checkpoint from those of all ranks: how a run goes on with another number of workers."""
+"""Joins the ranks' checkpoints into one, so that a run can continue with another number of workers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .flat import real_view
 def average_checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Joins the ranks' checkpoints into one from which any number of workers can continue.
 
-    Between synchronisations the ranks' models differ, so one rank's file is not the run. The joined
-    checkpoint continues from the averaged model, as if the ranks had been averaged at that moment (plainly,
-    without weights and without block momentum; BlockMomentum's ``w~`` and ``v`` are kept, so that its block
-    goes on).
+    Between synchronisations the ranks' models differ, so one rank's file does not hold the run. The joined
+    checkpoint holds the plain mean of the models: without weights and without a step of block momentum.
+    ``BlockMomentum``'s ``w~`` and ``v`` are kept, so that its block continues.
 
     Args:
-        checkpoints: one per rank, in order of ranks; mappings with the same keys. Under any key: the state
-            dict of a model, an optimizer, an averager, an LR scheduler, or plain values.
+        checkpoints: one per rank, in order of ranks; mappings with the same keys. A value may be the state
+            dict of a model, an optimizer, an averager or an LR scheduler, or a plain value.
 
     Returns:
-        The same keys. Floating and complex tensors are averaged (in float64, rounded back): parameters,
-        BatchNorm statistics, momentum buffers and Adam's moments. Everything else is rank 0's. A tensor some
-        ranks lack (a momentum buffer whose parameter had no gradient there) counts as zero on them.
-        Averagers' states become loadable at any world size, with all ranks' reducer memories.
+        A new mapping with the same keys. Floating and complex tensors are averaged (in float64, rounded
+        back): parameters, BatchNorm statistics, momentum buffers and Adam's moments. Everything else is
+        rank 0's. A tensor that some ranks lack (a momentum buffer whose parameter had no gradient there)
+        counts as zero on them. Averagers' states hold all ranks' reducer memories, and can be loaded at any
+        world size.
 
     Raises:
         ValueError: no checkpoint, or keys or shapes differ.

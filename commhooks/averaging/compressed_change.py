@@ -1,4 +1,4 @@
-"""What tensors have changed since the ranks last agreed on them, and how that change travels."""
+"""The change of tensors since the ranks last had them in common, and its compressed mean."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ _owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDicti
 
 
 def claim(reducer: Reducer, owner: object) -> None:
-    """Notes whose reducer this is.
+    """Makes ``owner`` the only owner of a reducer.
+
+    Two owners would share one memory, and what one withheld would reach the other's model.
 
     Raises:
-        ValueError: it is another owner's. Two would share one memory, and what one withheld would reach the
-            other's model.
+        ValueError: it is another owner's.
     """
     other = _owners.get(reducer)
     if other is not None and other() not in (None, owner):
@@ -43,9 +44,9 @@ class CompressedChange:
 
     Args:
         reducer: belongs to one averager; it may serve several changes, one bucket each.
-        tensors: they stand at the anchor now.
-        numbers: one for each tensor, by which the memory knows it, as ``"parameter 3"``.
-        kind: the word before the number.
+        tensors: their present values are the anchor.
+        numbers: one for each tensor, ascending. The memory's key of a tensor is ``"parameter 3"``.
+        kind: the word before the number in that key.
 
     Attributes:
         anchor: ``(n,)`` float32, or float64 without a reducer and with 64-bit tensors.
@@ -66,7 +67,7 @@ class CompressedChange:
         self.start_from(tensors, numbers)
 
     def start_from(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
-        """Takes these tensors, as they are now, for the anchor."""
+        """Makes the present values of these tensors the anchor."""
         dtype = message_dtype(tensors)
         anchor = flatten(tensors, torch.float32 if self.reducer is not None else dtype)
         sizes = [numel(t) for t in tensors]
@@ -76,11 +77,11 @@ class CompressedChange:
             self.anchor, self.numbers, self._numels = anchor, list(numbers), sizes
 
     def relay(self, numbers: Sequence[int], tensors: Sequence[Tensor], *others: Tensor) -> list[Tensor]:
-        """From now on the anchor is of these tensors. New ones stand at it now, and missing ones leave it.
+        """Lays the anchor out for these tensors: new ones join at their present values, others leave.
 
         Args:
             numbers: ascending, one for each tensor.
-            tensors: read where they are new.
+            tensors: read only where they are new.
             *others: tensors ``(n,)`` in the order of the anchor.
 
         Returns:
@@ -107,7 +108,7 @@ class CompressedChange:
         return flatten(tensors, self.anchor.dtype).sub_(self.anchor)
 
     def is_at(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors are where the anchor is, rounded to their dtype, and on its device."""
+        """Whether the tensors equal the anchor, rounded to their dtype, and are on its device."""
         for tensor, piece in zip(tensors, pieces(self.anchor, tensors), strict=True):
             own = real_view(tensor).reshape(-1)
             if not torch.equal(own, piece.to(own.device, own.dtype)):
@@ -115,11 +116,17 @@ class CompressedChange:
         return not tensors or tensors[0].device == self.anchor.device
 
     def split(self, flat: Tensor) -> dict[int, Tensor]:
-        """Views of ``flat`` (n,), in the anchor's order, by number."""
+        """Views of ``flat`` ``(n,)``, which is laid out as the anchor, by number."""
         return dict(zip(self.numbers, split(flat, self._numels), strict=True))
 
     def reduce(self, change: Tensor, index: int = 0, is_last: bool = True) -> Tensor:
-        """``change`` becomes the mean over the ranks of what they contributed, by bucket ``index``."""
+        """Overwrites ``change`` ``(n,)`` with the mean of what the ranks contributed, and returns it.
+
+        Args:
+            change: this rank's; it is the reducer's bucket ``index``.
+            index: of the bucket.
+            is_last: whether the reducer's step ends with it.
+        """
         if self.reducer is None:
             raise RuntimeError("a change without a reducer is averaged by its averager")
         keys = tuple(f"{self.kind} {number}" for number in self.numbers)
@@ -133,14 +140,14 @@ class CompressedChange:
         return digest_of([self.anchor])
 
     def state_dict(self) -> dict[str, Any]:
-        """The anchor, a copy, and whose it is."""
+        """A copy of the anchor, and the numbers and sizes of its tensors."""
         return {"anchor": self.anchor.clone(), "numbers": list(self.numbers), "numels": list(self._numels)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a saved anchor.
 
         Raises:
-            ValueError: it has another number of elements than its tensors.
+            ValueError: the anchor has another number of elements than its tensors.
         """
         saved = state["anchor"]
         numbers, numels = state.get("numbers", self.numbers), state.get("numels", self._numels)
@@ -156,10 +163,10 @@ class CompressedChange:
 def reduce_together(
     changes: Sequence[CompressedChange], groups: Sequence[Sequence[Tensor]], silent: bool = False
 ) -> None:
-    """One step of the changes' common reducer, a bucket for each: every group ends at its new anchor.
+    """Averages several changes in one step of their common reducer; every group ends at its new anchor.
 
-    The anchors move once all are known to be good. Where one is not, the reducer takes back into its memory
-    what the others had sent, and these groups restart from their old anchors.
+    Each change is one bucket. The anchors move once all buckets are known to be finite. Where one is not, the
+    reducer takes what the others had sent back into its memory, and their groups return to their old anchors.
 
     Args:
         changes: of one reducer, in the order of the buckets.
@@ -167,7 +174,7 @@ def reduce_together(
         silent: this rank counts as not moved, whatever its tensors hold.
 
     Raises:
-        NonFiniteGradientError: by the reducer's policy.
+        NonFiniteGradientError: a bucket is not finite, and the reducer's policy is ``"error"``.
     """
     reducer = changes[0].reducer
     assert reducer is not None

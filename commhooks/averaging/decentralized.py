@@ -25,28 +25,31 @@ _TAG_HEADER, _TAG_DATA = TAG + 10, TAG + 11
 
 
 class DecentralizedMomentum(Averager):
-    """After every step parameters and momentum buffers are mixed with the neighbours': ``x_p = sum_j W[j, p]
-    x~_j``.
+    """Mixes parameters and momentum buffers with the neighbours' after every step.
 
-    Point-to-point messages to the neighbours only: ``degree`` messages of parameters + momentum buffers (+
-    floating buffers of ``module``) a step, with a header in front of each. Written as ``x_p + sum_j W[j, p]
-    (x_j - x_p)``, so that rounded weights cannot move workers that agree.
+    ``x_p = sum_j W[j, p] x~_j``, computed as ``x_p + sum_j W[j, p] (x_j - x_p)``, so that rounded weights
+    cannot move workers that agree.
 
-    The workers' models differ during training; :meth:`average_now` averages them, for evaluation at the end,
-    say. All should start equal (``broadcast_parameters``), though mixing brings any start together.
+    All messages go point to point to neighbours. A step has ``degree`` messages of parameters and momentum
+    buffers (and floating buffers of ``module``), with a header before each.
+
+    The workers' models differ during training. :meth:`average_now` averages them, for instance for an
+    evaluation at the end. All should start equal (``broadcast_parameters``), though mixing brings any start
+    together.
 
     Args:
         optimizer: the optimizer that steps: a ``torch.optim.SGD`` in the paper, whose ``nesterov`` chooses
             the option. ``momentum=0``, or ``moments="leave"`` with any optimizer, is D-PSGD.
-        topology: whom to talk to (:mod:`commhooks.averaging.topology`), for exactly the transport's ranks.
+        topology: the mixing weights (:mod:`commhooks.averaging.topology`), for exactly the transport's ranks.
         period: steps between mixings; the paper's is 1.
         moments: ``"mix"`` (default for SGD): the state that goes with a parameter is mixed too, of any torch
             optimizer: Adam's moments and step counts. ``"leave"``: it stays local.
         **options: of :class:`~commhooks.averaging.Averager`, but no ``reducer``, which reduces over all
-            ranks, and no ``buffers="broadcast"``. ``nonfinite`` goes by what a rank and its neighbours hold.
+            ranks, and no ``buffers="broadcast"``. ``nonfinite`` looks at a rank and its neighbours only.
 
     Raises:
-        ValueError: the topology's size is not the transport's, or one of the above.
+        ValueError: the topology's size is not the transport's; a ``reducer`` or ``buffers="broadcast"``; an
+            optimizer that is not SGD without ``moments``; ``dampening``.
     """
 
     local = True
@@ -86,7 +89,10 @@ class DecentralizedMomentum(Averager):
         return f"DecentralizedMomentum({self._moments.describe()}) at {self.sync!r} on {network}"
 
     def average_now(self, params: Parameters) -> None:
-        """Makes all ranks' parameters, optimizer state and floating buffers the plain average."""
+        """Overwrites all ranks' parameters, optimizer state and floating buffers with their plain average.
+
+        A collective call.
+        """
         numbers = self._members.see(tensors_of(params))
         with self._communicating(self._tensors(numbers)):
             ranks, part = self._agree(numbers, super()._gather)
@@ -95,7 +101,7 @@ class DecentralizedMomentum(Averager):
             super()._synchronise_buffers(ranks)
 
     def _everything(self, tensors: list[Tensor]) -> list[Tensor]:
-        """All that travels."""
+        """All tensors that are sent."""
         return [*self._with_state(tensors), *self._also, *self._buffers.averaged()]
 
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
@@ -126,10 +132,10 @@ class DecentralizedMomentum(Averager):
         unflatten_(everything, mixed)
 
     def _average_plainly(self, tensors: list[Tensor], ranks: Ranks) -> None:
-        """All has travelled already."""
+        """Does nothing: :meth:`_average` has sent everything already."""
 
     def _synchronise_buffers(self, ranks: Ranks) -> None:
-        """All has travelled already."""
+        """Does nothing: :meth:`_average` has sent everything already."""
 
     def _with_state(self, tensors: list[Tensor]) -> list[Tensor]:
         return [*tensors, *self._moments.of(tensors)]
@@ -141,7 +147,10 @@ class DecentralizedMomentum(Averager):
         return True  # mixing brings any start together
 
     def _gather(self, own: Tensor) -> tuple[Tensor, list[int]]:
-        """This rank's and its neighbours', in messages of fixed size: other data might not fit."""
+        """Gathers the headers ``(m, n)`` of this rank and its neighbours, and these ranks.
+
+        Headers have a message of their own, of fixed size: where ranks disagree, data may differ in size.
+        """
         sends, weights = self.topology.neighbours(self.rank, self.synchronisations)
         sources = [peer for peer, _ in weights if peer != self.rank]
         received = own.new_empty(len(sources), own.numel())
@@ -161,7 +170,7 @@ class DecentralizedMomentum(Averager):
 
 
 def _replaced(own: Tensor, rows: list[tuple[float, Tensor]], whole: bool) -> Tensor:
-    """``own`` whose non-finite elements, or the ``whole``, are the weighted mean of the finite rows."""
+    """``own`` with its non-finite elements (all with ``whole``) replaced by the rows' weighted mean."""
     total, weight = torch.zeros_like(own), torch.zeros_like(own)
     for w, row in rows:
         finite = row.isfinite()

@@ -1,4 +1,4 @@
-"""DiLoCo: any torch optimizer steps on the mean change of a block (Douillard et al., arXiv:2311.08105)."""
+"""DiLoCo: a torch optimizer steps on the mean change of a block (Douillard et al., arXiv:2311.08105)."""
 
 from __future__ import annotations
 
@@ -19,41 +19,44 @@ if TYPE_CHECKING:
     from .averager import AveragerOptions
 
 OuterOptimizer = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
-"""An optimizer of the model's parameters, or what makes one of the tensors it is given."""
+"""An optimizer of the model's parameters, or a function that makes one of a list of tensors."""
 
 _UNSAID = ("params", "lr", "initial_lr", "foreach", "fused")  # rates are compared as they are at the time
 _DEFAULT = (None, False, 0)
 
 
 class DiLoCo(BlockAverager):
-    """Every ``sync_every`` steps: ``Delta = w~ - mean_p w_p`` is the gradient on which ``outer_optimizer``
-    moves ``w~``; all restart from ``w~``.
+    """Every ``sync_every`` steps ``outer_optimizer`` steps on the mean change of the workers' models.
 
-    DiLoCo itself has AdamW inside and outside ``SGD(lr=0.7, momentum=0.9, nesterov=True)``, which is
-    ``b = m b + Delta; w~ = w~ - lr (Delta + m b)``; the paper has H = 30 to 500. Other outer optimizers make
-    other algorithms: ``SGD(lr=1, momentum=mu)`` M-AVG (:class:`~commhooks.averaging.BlockMomentum`, bit for
-    bit);
-    ``SGD(lr=zeta, momentum=eta, nesterov=True)`` BMUF with Nesterov block momentum and block rate zeta;
-    ``SGD(lr=1)`` with a reducer SparseLoCo's scheme without its decay. The names are torchft's.
+    ``Delta = w~ - mean_p w_p`` is the gradient with which ``outer_optimizer`` moves ``w~``. All ranks restart
+    from ``w~``. The names of the arguments are torchft's.
+
+    The paper uses AdamW as inner optimizer, H = 30 to 500, and as outer optimizer
+    ``SGD(lr=0.7, momentum=0.9, nesterov=True)``, which is ``b = m b + Delta; w~ = w~ - lr (Delta + m b)``.
+    Other outer optimizers give other algorithms:
+
+    - ``SGD(lr=1, momentum=mu)``: M-AVG (:class:`~commhooks.averaging.BlockMomentum`), bit for bit;
+    - ``SGD(lr=zeta, momentum=eta, nesterov=True)``: BMUF with Nesterov block momentum and block rate zeta;
+    - ``SGD(lr=1)`` with a reducer: SparseLoCo's scheme without its decay.
 
     The outer optimizer steps on float32 copies of the parameters, in which small steps of a half-precision
-    model add up. Given an optimizer of the model's parameters, its groups are pointed to these copies: its
+    model add up. If it was made of the model's parameters, its groups are changed to hold these copies. Its
     settings, state, ``state_dict`` and schedulers work as before, and its state is saved with the averager's.
-    A scheduler of the outer rate steps once a synchronisation with
-    ``outer_optimizer.register_step_post_hook(lambda *_: scheduler.step())``.
+    With ``outer_optimizer.register_step_post_hook(lambda *_: scheduler.step())`` a scheduler of the outer
+    rate steps once at each synchronisation.
 
     Args:
-        params: the model's parameters; needed at once, as ``w~`` is where the first block starts.
+        params: the model's parameters at the start of the first block: they are the first ``w~``.
         outer_optimizer: a torch optimizer of these parameters, or a function that makes one of a list of
             tensors.
-        sync_every: H, local steps between synchronisations; or a :class:`~commhooks.averaging.SyncSet`, or
-            the steps.
-        inner_optimizer: with it ``with DiLoCo(...):`` calls :meth:`average_parameters` after each of its
-            steps.
+        sync_every: H, local steps between synchronisations; or a :class:`~commhooks.averaging.SyncSet`; or
+            the steps themselves (from 1).
+        inner_optimizer: inside ``with DiLoCo(...):`` each of its steps is followed by
+            :meth:`average_parameters`.
         reset_optimizer: an optimizer whose state is cleared at every restart.
-        **options: of :class:`~commhooks.averaging.Averager`. With a reducer ``w_p - w~`` is what is
-            compressed; what was not sent waits in its memory. Its mean is over all workers, and the outer
-            rate enters once, at the outer step.
+        **options: of :class:`~commhooks.averaging.Averager`. With a reducer ``w_p - w~`` is
+            compressed, and what was not sent waits in the reducer's memory. The mean is over all workers. The
+            outer rate is applied once, at the outer step.
 
     Attributes:
         outer_optimizer: the optimizer, for schedulers.
@@ -135,7 +138,7 @@ class DiLoCo(BlockAverager):
     # -- the outer optimizer's tensors: parameters that share the anchor's memory ---------------------------
 
     def _make_copies(self) -> list[Tensor]:
-        """A parameter for each tensor of the anchor, over its memory; those that exist stay the same."""
+        """Makes a parameter in the anchor's memory for each of its tensors; existing ones are kept."""
         assert self._change is not None
         for number, piece in self._change.split(self._change.anchor).items():
             piece = piece.view(real_view(self._members.tensors[number]).shape)
@@ -146,7 +149,7 @@ class DiLoCo(BlockAverager):
         return [self._copies[number] for number in self._change.numbers]
 
     def _point_outer_optimizer(self) -> None:
-        """The outer optimizer holds the copies in place of the model's parameters."""
+        """Replaces the model's parameters by the copies in the outer optimizer's groups and state."""
         assert self._change is not None
         self._make_copies()
         copy_of = {id(self._members.tensors[n]): self._copies[n] for n in self._change.numbers}

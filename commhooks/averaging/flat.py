@@ -1,4 +1,4 @@
-"""Tensors as one flat message, and back; fingerprints of tensors.
+"""Packs tensors into one flat message and back; fingerprints of tensors.
 
 A complex tensor counts as its real and imaginary parts: it has twice as many elements in a message.
 """
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
-"""What ``model.parameters()`` and ``optimizer.param_groups`` are."""
+"""``model.parameters()`` or ``optimizer.param_groups``."""
 
 
 def tensors_of(params: Parameters) -> list[Tensor]:
     """The tensors of ``model.parameters()`` or of an optimizer's ``param_groups``, in order, each once.
 
-    Unlike torch's ``get_params_to_average`` it keeps parameters whose ``grad`` is None. They may have one on
-    another rank, and a rank that left them out would shift everybody else's message.
+    Unlike torch's ``get_params_to_average`` it keeps parameters whose ``grad`` is None. Such a parameter may
+    have a gradient on another rank, and the messages of the two ranks would then differ in layout.
 
     Raises:
         TypeError: an element is neither a tensor nor a parameter group.
@@ -49,14 +49,15 @@ def trainable(params: Parameters) -> list[Tensor]:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """The tensor without its graph; of a complex one real and imaginary parts in a last dimension of 2."""
+    """A view without graph; a complex tensor gets a last dimension of 2: real and imaginary part."""
     tensor = tensor.detach()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def message_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 when any tensor has 64 bits a number, else float32: a sum in half precision would lose what is
-    averaged.
+    """The dtype of a message: float64 when any tensor has 64 bits a number, else float32.
+
+    Half precision is never used, since its sums round too much.
 
     Raises:
         ValueError: a tensor is neither floating point nor complex.
@@ -69,7 +70,7 @@ def message_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A new contiguous ``(n,)`` tensor with all tensors' numbers, in order, on the first one's device."""
+    """A new contiguous ``(n,)`` tensor with all tensors' numbers in order, on the first tensor's device."""
     if not tensors:
         return torch.empty(0, dtype=dtype)
     device = tensors[0].device
@@ -77,7 +78,7 @@ def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def unflatten_(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    """Writes ``flat`` back into the tensors in place (storages stay), rounding to their dtype."""
+    """Overwrites the tensors in place with ``flat`` ``(n,)``, rounded to their dtype; storages stay."""
     with torch.no_grad():
         for tensor, piece in zip(tensors, pieces(flat, tensors), strict=True):
             target = real_view(tensor)
@@ -95,12 +96,12 @@ def split(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def numel(tensor: Tensor) -> int:
-    """Numbers of one tensor: a complex element is two."""
+    """How many numbers a tensor has in a message: a complex element counts as two."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def numel_of(tensors: Iterable[Tensor]) -> int:
-    """Numbers of all tensors together."""
+    """How many numbers all tensors together have in a message."""
     return sum(numel(t) for t in tensors)
 
 
@@ -124,7 +125,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def shown_layout(tensors: Sequence[Tensor]) -> str:
-    """What ranks must share before their messages are added up, in short: a checksum of shapes and dtypes."""
+    """A short text of the layout, which ranks must share: counts, and a checksum of shapes and dtypes."""
     layout = ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
     checksum = hashlib.blake2b(layout.encode(), digest_size=6).hexdigest()
     return f"{sum(t.numel() for t in tensors)} elements in {len(tensors)} tensors (checksum {checksum})"

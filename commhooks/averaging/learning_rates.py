@@ -1,4 +1,4 @@
-"""The learning rates of the theorems, as torch LR schedulers.
+"""The learning rates of the papers' theorems, as torch LR schedulers.
 
 Each sets the same absolute rate in every parameter group, whatever rate the optimizer was made with.
 ``last_epoch`` counts calls of ``scheduler.step()``, that is optimizer steps, from 0.
@@ -122,11 +122,10 @@ class NonConvexLR(ClosedFormLR):
 
 
 class PowerLR(ClosedFormLR):
-    """``eta_t = scale (1 / t^alpha - beta / (t + 1)^alpha)``, t from 1, alpha in [0.5, 1] (M-DSGD, section
-    5).
+    """``eta_t = scale (1 / t^alpha - beta / (t + 1)^alpha)``, t from 1, alpha in [0.5, 1].
 
-    The second strategy below Lemma 6; its printed ``rho_t`` and ``eta_t - rho_t`` are misprints (a factor
-    beta), the rate itself is as printed.
+    Source: M-DSGD, arXiv:1905.12960, section 5, the second strategy below Lemma 6. The printed ``rho_t`` and
+    ``eta_t - rho_t`` are misprints (a factor beta is wrong). The rate itself is as printed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""DDP communication hooks for local steps: none, or none from a step on.
+"""DDP communication hooks for local steps: no reduction of gradients, or none from some step on.
 
 (No ``from __future__ import annotations`` here: DDP inspects the annotations of hooks.)
 """
@@ -29,12 +29,12 @@ def local_hook(state: object, bucket: dist.GradBucket) -> Future[torch.Tensor]: 
         bucket: DDP's bucket.
 
     Returns:
-        A completed future with the bucket's own buffer.
+        A completed future with the bucket's own buffer, unchanged.
 
     Example::
 
         ddp.register_comm_hook(None, local_hook)
-        averager = LocalSGD(sync=8, module=ddp.module)
+        averager = LocalSGD(period=8, module=ddp.module)
     """
     future: Future[torch.Tensor] = Future()
     future.set_result(bucket.buffer())
@@ -42,24 +42,25 @@ def local_hook(state: object, bucket: dist.GradBucket) -> Future[torch.Tensor]: 
 
 
 class PostLocalState:
-    """Reduces gradients by another hook for ``start`` optimizer steps, then leaves them local (post-local
-    SGD).
+    """Post-local SGD: reduces gradients by another hook for ``start`` steps, then leaves them local.
 
-    Goes with ``LocalSGD(sync=Every(period, start=start))``, which leaves the model alone up to the same step.
-    Give that averager here: hook and averager then count the same steps. Without it a step is one of a torch
-    optimizer that holds the model's parameters, or any change of them in place, seen at the next backward
-    pass. Several backward passes between two steps (accumulation without ``no_sync``) are one step. A step
-    that a GradScaler skips is not seen: gradients are then reduced for one step more.
+    It is used with ``LocalSGD(period=Every(period, start=start))``, which averages nothing up to the same
+    step. Give that averager here: hook and averager then count the same steps.
 
-    A sparse hook's last step is sent densely and takes the whole residual along, so that nothing stays behind
-    in a memory that no step reads any more. What could not go (the step was thrown away, a parameter had no
-    gradient) is logged with its norm. The momentum of an ``ErrorFeedback(momentum=...)`` ends there.
+    Without an averager the state counts the steps of torch optimizers that hold the model's parameters. Any
+    other change of the parameters in place counts as a step too, and is seen at the next backward pass.
+    Several backward passes between two steps (accumulation without ``no_sync``) are one step. A step that a
+    GradScaler skips is not seen, so gradients are reduced for one step more.
+
+    The last step of a sparse hook is sent densely, together with the whole residual: no later step would read
+    the memory. What could not be sent (the step was thrown away, a parameter had no gradient) is logged with
+    its norm. The momentum of an ``ErrorFeedback(momentum=...)`` is not handed on.
 
     Args:
         start: optimizer steps with reduced gradients.
-        hook: the hook of those steps; default: DDP's plain average. commhooks' ``sparse_hook`` does as well.
-        hook_state: its state: a process group (None: the default one), or a ``SparseState``.
-        averager: the averager of the local steps, whose count of steps is taken.
+        hook: the hook of those steps, such as ``sparse_hook``. None: DDP's plain average.
+        hook_state: the hook's state: a process group (None: the default one), or a ``SparseState``.
+        averager: the averager of the local steps; its step count is used.
 
     Attributes:
         local: whether the gradients of the last backward pass stayed local.
@@ -100,9 +101,9 @@ class PostLocalState:
         return self._steps + changed
 
     def follow(self, bucket: dist.GradBucket) -> bool:  # type: ignore[name-defined]
-        """Notes a bucket of a backward pass; True if its gradient stays local.
+        """Notes a bucket of a backward pass; returns True if its gradient stays local.
 
-        For :func:`post_local_hook`.
+        :func:`post_local_hook` calls it.
         """
         if bucket.index() == 0:
             step = self.step
@@ -118,21 +119,22 @@ class PostLocalState:
         return self.local
 
     def _watch_optimizers(self) -> None:
-        """Notes steps of torch's optimizers, whose fused forms change no parameter's version."""
+        """Registers :meth:`note_step` with torch's optimizers: fused ones change no parameter's version."""
         if self.averager is None:
             me = weakref.ref(self)
             handle = register_optimizer_step_post_hook(lambda optimizer, *_: _note_step(me(), optimizer))
             weakref.finalize(self, handle.remove)
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer has stepped: a step if it holds one of the parameters of the last backward pass."""
+        """Counts an optimizer's step if it holds a parameter of the last backward pass."""
         mine = {id(parameter) for parameter, _ in self._seen}
         held = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         self._stepped = self._stepped or not mine.isdisjoint(held)
 
     def _warn_of_no_steps(self, step: int) -> None:
-        """What writes through ``parameter.data`` and is no torch optimizer is not seen: gradients are reduced
-        for ever.
+        """Warns when no step is seen for many passes: gradients would be reduced for ever.
+
+        An optimizer that is not torch's and writes through ``parameter.data`` is not seen.
         """
         self._passes = self._passes + 1 if step == self._steps else 0
         if self._passes == _MANY_PASSES and self.averager is None:
@@ -144,13 +146,13 @@ class PostLocalState:
             )
 
     def _hand_over(self) -> None:
-        """Makes the sparse hook send all it holds in this pass: the last step before local steps."""
+        """Makes the sparse hook send its whole memory in this pass, the last one before local steps."""
         if self._reducer is not None:
             self._handing_over = True
             self._reducer.send_everything()
 
     def _handed_over(self) -> None:
-        """Afterwards: logs what is left in the reducer's memory."""
+        """Logs what is left in the reducer's memory after :meth:`_hand_over`."""
         if not self._handing_over:
             return
         self._handing_over = False
@@ -161,7 +163,7 @@ class PostLocalState:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and what the hook's state withholds; call it between steps, on every rank.
+        """The step count and the state of the hook's state; call it between steps, on every rank.
 
         With a ``SparseState`` it has the form of an averager's state, and ``average_checkpoints`` joins it.
         """
@@ -211,7 +213,7 @@ def _note_step(state: PostLocalState | None, optimizer: torch.optim.Optimizer) -
 
 
 _MANY_PASSES = 128
-"""More backward passes than a step is made of without ``no_sync``."""
+"""So many backward passes without a step are no accumulation of gradients any more."""
 
 
 def post_local_hook(

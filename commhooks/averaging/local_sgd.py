@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 
 class LocalSGD(Anchored):
-    """After every step of ``period`` each worker's model becomes the (weighted) average of all.
+    """Local SGD: after every step of ``period`` each rank's model becomes the (weighted) average of all.
 
-    The paper's line 8 averages ``x_t``; its equation 4 averages the iterates *after* the update, which is
-    meant and done here. ``period=1`` is mini-batch SGD, :class:`~commhooks.averaging.OneShot` one-shot
-    averaging. The local optimizer is free; its own state stays local
-    (:class:`~commhooks.averaging.RestartedMomentum` averages momentum).
+    The paper's line 8 averages ``x_t``, its equation 4 the iterates *after* the update. The latter is meant
+    and done here. ``period=1`` is mini-batch SGD; :class:`~commhooks.averaging.OneShot` is one-shot
+    averaging. The local optimizer is free, and its state stays local
+    (:class:`~commhooks.averaging.RestartedMomentum` averages momentum too).
 
     Args:
-        period: H, a :class:`~commhooks.averaging.SyncSet`, or the steps themselves (from 1).
-        weight: this worker's share in the average, relative to the others' (its number of samples, say); may
-            be set anew before any synchronisation. Positive.
-        params: the parameters, needed with ``reducer`` only: compressed averaging sends the change since the
-            last synchronisation, so all ranks must start equal; the first synchronisation checks that.
+        period: H, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+            themselves (from 1).
+        weight: this worker's share in the average, relative to the others', such as its number of samples.
+            Positive. It may be changed before any synchronisation. Equal on all ranks with ``reducer``.
+        params: the parameters; needed with ``reducer`` only. Compressed averaging sends the change since the
+            last synchronisation, so all ranks must start equal. The first synchronisation checks that.
         **options: of :class:`~commhooks.averaging.Averager`.
 
     Example::

@@ -1,4 +1,4 @@
-"""M-AVG's bound and its conditions, in numbers (Cong and Liu, arXiv:2110.00625, Theorem 1, Lemmas 5 to 7)."""
+"""Evaluates M-AVG's bound and conditions (Cong and Liu, arXiv:2110.00625, Theorem 1, Lemmas 5 to 7)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MU_STEP = 1e-3
 
 @dataclass(frozen=True)
 class MAvgProblem:
-    """The constants of Assumption 1, and a run.
+    """The constants of Assumption 1 and the sizes of a run; evaluates the bound for them.
 
     Args:
         smoothness: L, of the gradient.
@@ -63,12 +63,15 @@ class MAvgProblem:
         return 1.0 >= x**2 * (period + 1) * (period - 2) / 2 + 2 * x * period and self.largest_delta(mu) > 0.0
 
     def bound(self, mu: float, period: int, delta: float | None = None) -> float:
-        """g of equation 3: above the mean squared gradient norm over ``N = S / K`` blocks.
+        """g of equation 3, an upper bound of the mean squared gradient norm over ``N = S / K`` blocks.
 
         Args:
             mu: block momentum.
             period: K.
-            delta: of the theorem; default: the largest allowed, less than 1.
+            delta: of the theorem, in (0, 1); None: the largest that is allowed.
+
+        Raises:
+            ValueError: ``mu`` or ``delta`` out of range.
         """
         delta = self._delta(mu, delta)
         length, rest = period - 1 + delta, 1.0 - mu
@@ -85,7 +88,7 @@ class MAvgProblem:
         return start + drift + sampling + momentum
 
     def condition_11(self, mu: float, delta: float | None = None) -> tuple[float, float]:
-        """Both sides of condition (11), which is (12) too: left above right means ``g(K = 2) < g(K = 1)``.
+        """Both sides of condition (11), the same as (12): left > right means ``g(K = 2) < g(K = 1)``.
 
         Then the best period is above 1 (Lemma 5), and by the paper not above that of ``mu = 0`` (Lemma 7).
         """
@@ -116,12 +119,12 @@ class MAvgProblem:
 
 @dataclass(frozen=True)
 class BlockAdvice:
-    """What the bound says, with its numbers.
+    """A suggested period and block momentum, with the values of the bound.
 
     Attributes:
         mu: block momentum.
         period: K.
-        bound: g there.
+        bound: g at this ``mu`` and period.
         plain: g of K-AVG with ``K = 1``, the bound of mini-batch SGD.
         condition_11: both sides of condition (11) at ``mu``.
     """
@@ -144,8 +147,8 @@ class BlockAdvice:
 def suggest_block_period(problem: MAvgProblem, mu: float = 0.0, delta: float | None = None) -> BlockAdvice:
     """The period with the least bound for this ``mu``, among those that Theorem 1 allows.
 
-    A statement about the bound, for constants that are seldom known; see ``docs/averaging.md`` for what was
-    seen in experiments.
+    It is a statement about the bound, for constants that are seldom known. ``docs/averaging.md`` has
+    experiments.
 
     Raises:
         ValueError: the theorem allows no period at this rate and ``mu``.

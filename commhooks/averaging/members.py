@@ -1,4 +1,4 @@
-"""Which of a model's tensors take part in an averaging, and by which number each is known."""
+"""Numbers a model's tensors, and decides which of them take part in an averaging."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Members:
     A tensor takes part in an averaging when one of these holds:
 
     - it requires a gradient;
-    - it did so at the averaging before, or when it was first seen: a layer that was frozen in between is
-      averaged once more;
-    - it has moved since, though it requires no gradient: the teacher of a moving average, for instance. That
-      is seen by 16 of its elements.
+    - it required a gradient at the averaging before, or when it was first seen: a layer that was frozen in
+      between is averaged once more;
+    - it has moved since, though it requires no gradient: the teacher of a moving average, for instance. 16 of
+      its elements are compared to find out.
 
-    The numbers are the order of messages, and the names in a reducer's memory.
+    Messages hold the tensors in the order of their numbers. A reducer's memory uses the numbers as keys.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Members:
         self._loaded: list[bool] = []  # of a saved state, for tensors not seen yet
 
     def see(self, given: Sequence[Tensor]) -> list[int]:
-        """The numbers of the tensors, ascending; new ones are added.
+        """The numbers of the tensors, ascending; tensors not seen before get new numbers.
 
         Tensors that replace known ones, shape by shape (``load_state_dict(..., assign=True)``), take over
         their numbers.
@@ -66,7 +66,7 @@ class Members:
         self.tensors[number] = tensor
 
     def taking_part(self, numbers: Sequence[int]) -> list[int]:
-        """Those of the numbers whose tensors take part now, by the rule above."""
+        """Those of the numbers whose tensors take part now, by the rule of this class."""
         return [n for n in numbers if self._trained[n] or self.tensors[n].requires_grad or self._moved(n)]
 
     def _moved(self, number: int) -> bool:
@@ -74,7 +74,7 @@ class Members:
         return now is not None and before is not None and not torch.equal(now, before)
 
     def averaged(self, numbers: Sequence[int]) -> None:
-        """Notes that an averaging of these has been made."""
+        """Notes that these tensors were averaged just now."""
         for number in numbers:
             tensor = self.tensors[number]
             self._trained[number] = tensor.requires_grad
@@ -89,7 +89,7 @@ class Members:
         return {"trained": list(self._trained)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues a saved state: of the tensors seen so far, and of those that are still to come."""
+        """Takes over a saved state, for the tensors seen so far and for those seen later."""
         self._loaded = list(state["trained"])
         self._trained[: len(self._loaded)] = self._loaded[: len(self._trained)]
 

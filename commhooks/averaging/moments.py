@@ -15,13 +15,15 @@ Choice = Literal["average", "mix", "leave"]
 class Moments:
     """Which tensors of an optimizer's state go with a parameter.
 
-    Of ``torch.optim.SGD``, and of optimizers with its ``momentum`` and ``nesterov``, the ``momentum_buffer``.
-    Of any other all floating tensors: Adam's ``exp_avg``, ``exp_avg_sq`` and ``step``. A parameter that had
-    no gradient yet on this rank has no state. It counts as zero, and gets one.
+    For ``torch.optim.SGD``, and for optimizers with its ``momentum`` and ``nesterov``, it is the
+    ``momentum_buffer``. For any other it is all floating and complex tensors: Adam's ``exp_avg``,
+    ``exp_avg_sq`` and ``step``. A parameter that had no gradient yet on this rank has no state; it gets one
+    of zeros.
 
     Args:
         optimizer: the one that steps.
-        choice: ``"average"`` or ``"mix"``; ``"leave"``: none; None: as ``"average"`` for SGD.
+        choice: ``"average"`` or ``"mix"``, which mean the same here; ``"leave"``: no state goes with a
+            parameter; None: as ``"average"``, for SGD only.
 
     Raises:
         ValueError: another choice; None for an optimizer that is not SGD; ``dampening``, which torch leaves
@@ -48,7 +50,7 @@ class Moments:
         return ["II" if group.get("nesterov", False) else "I" for group in self.optimizer.param_groups]
 
     def describe(self) -> str:
-        """What ranks must share, as text."""
+        """The settings that must be the same on all ranks, as text."""
         if not self.moves:
             return f"{type(self.optimizer).__name__}, moments left alone"
         if not self.is_sgd:
@@ -75,7 +77,7 @@ class Moments:
         return result
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The state tensors that go with these, in their order; missing ones are made, as zeros."""
+        """The state tensors that go with these, in their order; the optimizer gets zeros for missing ones."""
         kept = [t for t, has in zip(tensors, self.with_momentum(tensors), strict=True) if has]
         return [value for tensor in kept for value in self._of(tensor)]
 

@@ -1,4 +1,4 @@
-"""An optimizer that steps locally and averages afterwards, also when a GradScaler skips the step."""
+"""An optimizer whose ``step()`` calls an averager too, also when a GradScaler skips the local step."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from .averager import Averager
 
 
 class AveragedOptimizer(PostLocalSGDOptimizer):
-    """torch's ``PostLocalSGDOptimizer`` as a whole optimizer: schedulers, closures, hooks, ``GradScaler``.
+    """Wraps a local optimizer and an averager into one optimizer: each ``step()`` counts and averages too.
+
+    It is torch's ``PostLocalSGDOptimizer`` with support of schedulers, closures, hooks and ``GradScaler``.
 
     Its ``param_groups``, ``state`` and ``defaults`` are the local optimizer's own at all times, also after
     ``load_state_dict``, which gives an optimizer new groups. Hooks on steps see this optimizer; hooks on
     state dicts are the local optimizer's.
 
-    A scaler leaves out ``optimizer.step()`` on the rank whose gradients overflowed, and with torch's wrapper
-    the averager's call with it: the ranks' step counts drift apart. This wrapper tells the scaler that it
-    handles scaling itself, leaves out the *local* step only, and always counts. (In a plain loop with
-    ``averager.average_parameters(...)`` after ``scaler.step(optimizer)`` there is no such trap.)
+    A scaler leaves out ``optimizer.step()`` on the rank whose gradients overflowed. With torch's wrapper that
+    leaves out the averager's call too, and the ranks' step counts drift apart. This wrapper tells the scaler
+    that it handles scaling itself. It leaves out the *local* step only, and always counts. (A plain loop that
+    calls ``averager.average_parameters(...)`` after ``scaler.step(optimizer)`` has no such problem.)
 
     Args:
         optim: the local optimizer.
         averager: any averager of commhooks.
 
     Raises:
-        ValueError: ``averager`` is another thing.
+        ValueError: ``averager`` is not an averager of commhooks.
     """
 
     averager: Averager
@@ -50,7 +52,7 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The local optimizer's."""
+        """The local optimizer's parameter groups."""
         return self.optim.param_groups
 
     @param_groups.setter
@@ -59,12 +61,12 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The local optimizer's."""
+        """The local optimizer's defaults."""
         return self.optim.defaults
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The local optimizer's."""
+        """The local optimizer's state."""
         return self.optim.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -104,19 +106,19 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
             self.averager.load_state_dict(state_dict["averager"])
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """The local optimizer's."""
+        """Registers the hook on the local optimizer."""
         return self.optim.register_state_dict_pre_hook(hook, prepend)
 
     def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """The local optimizer's."""
+        """Registers the hook on the local optimizer."""
         return self.optim.register_state_dict_post_hook(hook, prepend)
 
     def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """The local optimizer's."""
+        """Registers the hook on the local optimizer."""
         return self.optim.register_load_state_dict_pre_hook(hook, prepend)
 
     def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """The local optimizer's."""
+        """Registers the hook on the local optimizer."""
         return self.optim.register_load_state_dict_post_hook(hook, prepend)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Averages of the iterates, which the convex theorems are about: the output is not the last model."""
+"""Weighted averages of the iterates: the convex theorems hold for these, not for the last model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TAG = TAG + 20
 
 
 class Weights(Protocol):
-    """Weight of iterate t, from 0."""
+    """Gives the weight of iterate t, from 0."""
 
     def __call__(self, step: int) -> float: ...
 
@@ -43,7 +43,7 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class Uniform:
-    """All iterates alike (the stages of stagewise M-DSGD)."""
+    """``w_t = 1``: all iterates alike (the stages of stagewise M-DSGD)."""
 
     def __call__(self, step: int) -> float:
         return 1.0
@@ -51,7 +51,10 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LastHalf:
-    """The last ``ceil(T / 2)`` of ``T = total_steps`` iterates (M-DSGD, arXiv:1905.12960, Theorem 8)."""
+    """Weight 1 for the last ``ceil(T / 2)`` of ``T = total_steps`` iterates, else 0.
+
+    Source: M-DSGD, arXiv:1905.12960, Theorem 8.
+    """
 
     total_steps: int
 
@@ -65,12 +68,12 @@ class LastHalf:
 class OutputAverage:
     """``x^ = sum_t w_t x_t / sum_t w_t`` over the iterates t = 0..T-1, and over the workers at the end.
 
-    Call :meth:`update` *before* each optimizer step: the theorems' sums hold the points where gradients were
-    taken, the start among them, and not the last iterate.
+    Call :meth:`update` *before* each optimizer step. The theorems sum over the points where gradients were
+    taken: the start is one of them, the last iterate is not.
 
     Args:
-        params: the model, or its parameters; kept by reference. Of a model they are looked up at each update,
-            so that ``load_state_dict(..., assign=True)`` may replace them.
+        params: the model, or its parameters; kept by reference. A model's parameters are looked up at each
+            update, so ``load_state_dict(..., assign=True)`` may replace them.
         weights: of iterate t, from 0; :class:`Quadratic`, :class:`Uniform`, :class:`LastHalf` or any
             callable.
 
@@ -110,9 +113,9 @@ class OutputAverage:
         return self._given if self.module is None else tensors_of(self.module.parameters())
 
     def _make_sums(self) -> None:
-        """Sums for the parameters that require a gradient now.
+        """Makes the sums of parameters that require a gradient now and have none yet.
 
-        One that did not before has not moved: its iterates so far were all what it is now.
+        Such a parameter has not moved so far, so all its iterates equal its present value.
         """
         tensors = self._all()
         self._sums += [None] * (len(tensors) - len(self._sums))
@@ -121,7 +124,7 @@ class OutputAverage:
                 self._sums[i] = real_view(tensor).double() * self.total_weight
 
     def update(self) -> None:
-        """Takes in the parameters as they are now, as iterate ``step``: one pass over them.
+        """Adds the present parameters to the average, as iterate ``step``.
 
         Raises:
             ValueError: the weight is negative or not finite.
@@ -142,8 +145,9 @@ class OutputAverage:
         """The average, ``(n,)`` float64.
 
         Args:
-            over: an averager, or a transport: over all its workers too (a collective call). The workers of an
-                averager with a ``weight`` count by it, those of a transport alike.
+            over: an averager or a transport: average over all its workers too, a collective call. An
+                averager's ``weight``, where it has one, is the worker's weight; workers of a transport count
+                alike. None: this worker alone.
 
         Raises:
             ValueError: no iterate with a positive weight was taken in.
@@ -170,9 +174,9 @@ class OutputAverage:
 
         Args:
             over: as for :meth:`result`.
-            batches: this rank's inputs, or tuples that begin with inputs. BatchNorm's statistics, which
-                belong to the last iterate, are made anew from them inside the block (torch's ``update_bn``),
-                and averaged over the workers.
+            batches: this rank's inputs, or tuples that begin with inputs. BatchNorm's statistics belong to
+                the last iterate. Inside the block they are computed anew from these inputs (torch's
+                ``update_bn``), and averaged over the workers of ``over``.
 
         Raises:
             ValueError: ``batches`` where not the model but its parameters were given.

@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 class RestartedMomentum(Anchored):
-    """After every step of ``period`` each worker's parameters and momentum buffers become the averages
-    (Algorithm 1).
+    """PR-SGD-Momentum: averages parameters and momentum buffers after every step of ``period``.
 
-    ``SGD(momentum=beta)`` is the paper's option I (Polyak), ``SGD(momentum=beta, nesterov=True)`` option II:
-    torch computes ``u = beta u + g`` and steps along ``g + beta u``, the paper's ``v``. With ``momentum=0``
-    only parameters are averaged.
+    This is the paper's Algorithm 1. ``SGD(momentum=beta)`` is its option I (Polyak).
+    ``SGD(momentum=beta, nesterov=True)`` is its option II: torch computes ``u = beta u + g`` and steps along
+    ``g + beta u``, the paper's ``v``. With ``momentum=0`` only parameters are averaged.
 
     Args:
         optimizer: the optimizer that steps; a ``torch.optim.SGD`` in the paper.
-        period: I, local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps.
+        period: I, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+            themselves (from 1).
         moments: ``"average"`` (default for SGD): the state that goes with a parameter is averaged too, of any
             torch optimizer: Adam's moments and step counts. ``"leave"``: it stays local.
-        **options: of :class:`~commhooks.averaging.Averager`. With a reducer both the parameters' and the
-            momentum buffers' changes since the last averaging are compressed, each with its own memory; all
-            ranks must start equal, which the first averaging checks. Moments of other optimizers than SGD are
-            averaged as they are: a second moment must not become negative.
+        **options: of :class:`~commhooks.averaging.Averager`. With a reducer the changes of the
+            parameters and of the momentum buffers since the last averaging are compressed, each as a bucket
+            of its own. All ranks must then start equal, which the first averaging checks. Moments of other
+            optimizers than SGD are averaged uncompressed: a second moment must not become negative.
 
     Example::
 
@@ -92,7 +92,7 @@ class RestartedMomentum(Anchored):
         self._figures.distance = float(torch.linalg.vector_norm(own.sub_(flatten(tensors, own.dtype))))
 
     def _average_together(self, tensors: list[Tensor], ranks: Ranks) -> None:
-        """One mean of all; step counts, single numbers that are equal on all ranks, stay exact."""
+        """Averages all tensors in one message, and step counts (scalars) in another of float64, exactly."""
         counts = [t for t in tensors if t.ndim == 0 and not self._moments.is_sgd]
         rest = [t for t in tensors if not any(t is count for count in counts)]
         for group, dtype in ((rest, None), (counts, torch.float64)):

@@ -20,26 +20,27 @@ if TYPE_CHECKING:
 
 
 class SlowMo(BlockAverager):
-    """Every ``period`` steps: ``u = beta u + (w~ - mean_p w_p) / gamma; w~ = w~ - alpha gamma u``; all
-    restart from ``w~``.
+    """SlowMo: averages the models every ``period`` steps, with slow momentum in units of the gradient.
 
+    ``u = beta u + (w~ - mean_p w_p) / gamma; w~ = w~ - alpha gamma u``; all ranks restart from ``w~``.
     ``gamma`` is the inner optimizer's learning rate at the synchronisation, by parameter group. So the slow
-    momentum is in units of the gradient, and goes through changes of the rate. While the rate stays the same
-    this is :class:`~commhooks.averaging.DiLoCo` with ``SGD(lr=alpha, momentum=beta)``, and with ``alpha=1``
+    momentum stays valid when the rate changes. While the rate is constant, this is
+    :class:`~commhooks.averaging.DiLoCo` with ``SGD(lr=alpha, momentum=beta)``, and with ``alpha=1``
     :class:`~commhooks.averaging.BlockMomentum`.
 
     Args:
         inner_optimizer: the optimizer that steps; its parameters are averaged. A group whose rate is 0 at a
             synchronisation keeps its ``u`` and takes no step there: its ``w~`` becomes the mean.
         beta: slow momentum in [0, 1).
-        period: tau, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`, or the steps.
-        alpha: slow learning rate; the paper has 1.
-        reset_optimizer: whether the inner optimizer's state is cleared at every restart (the paper's "reset"
-            of the fast momentum; else it is kept).
+        period: tau, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+            themselves (from 1).
+        alpha: slow learning rate; 1 in the paper.
+        reset_optimizer: whether the inner optimizer's state is cleared at every restart: the paper's "reset"
+            of the fast momentum.
         **options: of :class:`~commhooks.averaging.Averager`.
 
     Attributes:
-        momentum: u, flat, in units of the gradient.
+        momentum: u, ``(n,)``, in units of the gradient.
 
     Raises:
         ValueError: an argument out of range.

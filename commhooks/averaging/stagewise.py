@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Stagewise:
-    """Runs M-DSGD (the sparse hook, with its memory and momentum) in stages, on ``F(w) + ||w - w~_s||^2 / (2
-    gamma)``.
+    """Runs M-DSGD (the sparse hook, with its memory and momentum) in stages, with a proximal term.
+
+    The objective of stage s is ``F(w) + ||w - w~_s||^2 / (2 gamma)``.
 
     Stage s = 0, 1, ... starts from ``w~_s`` with fresh memory and velocity, takes ``T_s`` steps at the
     constant rate ``eta_s = eta0 / (s + 1)`` with ``eta_s T_s >= 12 gamma``, and ends at the average of its
@@ -30,16 +31,16 @@ class Stagewise:
     the proximal gradient enters the memory with the rest of the gradient, and call :meth:`step` after every
     optimizer step.
 
-    The fresh memory drops what was withheld, by the paper's definition; :attr:`withheld` says how much.
+    A new stage drops what was withheld, as the paper defines it; :attr:`withheld` records how much.
 
     Args:
-        optimizer: SGD without momentum (the memory has it); its ``lr`` is set here, stage by stage.
-        state: the ``SparseState`` of the hook, or a ``Reducer``, whose memory starts anew with each stage;
-            None: a dense run.
-        gamma: of the proximal term; below ``1 / c`` for a c-weakly convex F, the theorem takes ``1 / (2 c)``.
+        optimizer: SGD without momentum (the memory has it). Its ``lr`` is overwritten at each stage.
+        state: the ``SparseState`` of the hook, or a ``Reducer``. Its memory is emptied at the end of each
+            stage. None: a dense run.
+        gamma: of the proximal term; below ``1 / c`` for a c-weakly convex F. The theorem takes ``1 / (2 c)``.
         eta0: learning rate of the first stage.
-        stage_steps: T_s as a function of s; default: the smallest that the theorem allows.
-        weak_convexity: c, if known, to check ``gamma`` against.
+        stage_steps: T_s as a function of s. None: the smallest that the theorem allows.
+        weak_convexity: c; ``gamma`` is checked against it. None: unknown.
 
     Attributes:
         stage: s, the stage the next step belongs to.
@@ -111,8 +112,8 @@ class Stagewise:
     def penalty(self) -> Tensor:
         """``||w - w~_s||^2 / (2 gamma)``, a scalar with a graph; add it to this rank's loss.
 
-        DDP with ``find_unused_parameters=True`` would see parameters that only this term uses as unused:
-        leave that option off.
+        Leave DDP's ``find_unused_parameters=True`` off: DDP would take parameters that only this term uses
+        for unused.
         """
         if self._fresh:
             self._look_for_the_start()
@@ -138,9 +139,12 @@ class Stagewise:
         self._sum = flatten(self.tensors, torch.float64)
 
     def step(self) -> bool:
-        """Counts an optimizer step; at the end of a stage puts its average into the parameters. True then.
+        """Counts an optimizer step; at the end of a stage overwrites the parameters with its average.
 
-        The same on every rank without communication, as the ranks' parameters are equal.
+        It does not communicate: the ranks' parameters are equal, so their averages are too.
+
+        Returns:
+            Whether a stage ended.
         """
         self.stage_step += 1
         self._fresh = False
@@ -157,7 +161,7 @@ class Stagewise:
         return True
 
     def _forget(self) -> None:
-        """Fresh memory and velocity; notes the norm of what is dropped."""
+        """Empties memory and velocity, and records the norm of what is dropped."""
         if self._reducer is None:
             return
         table = self._reducer.memory.table
@@ -166,7 +170,7 @@ class Stagewise:
         logger.info("stage %d ends: a residual of norm %.3g is dropped", self.stage, self.withheld[-1])
 
     def apply_rate(self) -> None:
-        """Puts the stage's rate into the optimizer: at each stage's start, and after a foreign scheduler."""
+        """Sets the optimizer's ``lr`` to the stage's rate. Call it after another scheduler changed it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 

@@ -1,4 +1,4 @@
-"""What an averager counts: bytes, seconds, and how far apart the ranks were."""
+"""Figures of an averager: bytes, seconds, and how far apart the ranks were."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Figures:
         bytes_sent: in synchronisations so far, headers included.
         bytes_received: likewise.
         seconds: wall-clock time in synchronisations so far.
-        last_seconds: of the last one.
+        last_seconds: wall-clock time of the last synchronisation.
         distance: L2 norm of this rank's own tensors minus the average, before the last synchronisation. The
             root of the mean of its square over the ranks is the consensus distance.
     """
@@ -32,7 +32,7 @@ class Figures:
 
     @contextmanager
     def of(self, transports: Callable[[], Sequence[Transport]]) -> Iterator[None]:
-        """Adds the time of the block, and what it adds to the transports' counters, opened in it or not."""
+        """Counts the time of the block and the traffic in it, also of transports that open in it."""
         sent, received = _traffic(transports())
         begun = time.perf_counter()
         yield
@@ -43,7 +43,7 @@ class Figures:
         self.bytes_received += now_received - received
 
     def as_dict(self) -> dict[str, Any]:
-        """All of them by name."""
+        """All figures by name."""
         return asdict(self)
 
 

@@ -107,11 +107,10 @@ class OneShot(SyncSet):
 
 @dataclass(frozen=True)
 class Growing(SyncSet):
-    """Often at first, then ever more rarely: the gaps are ``first * factor**i``, rounded down, up to
-    ``maximum``.
+    """Often at first, then ever more rarely: the gaps grow geometrically up to ``maximum``.
 
-    The paper's section 3 ("adaptive communication frequency") suggests growing gaps and leaves the rule open;
-    this geometric one is ours.
+    Gap i is ``first * factor**i``, rounded down, and at most ``maximum``. The paper's section 3 ("adaptive
+    communication frequency") suggests growing gaps and leaves the rule open; this geometric one is ours.
     """
 
     first: int
@@ -170,14 +169,17 @@ Period = int | SyncSet | Iterable[int]
 
 
 def as_sync_set(period: Period | None, options: dict[str, Any] | None = None) -> SyncSet:
-    """A set from a period, a set or the steps themselves.
+    """The set that a ``period=`` argument means.
 
     Args:
-        period: what was given under that name.
-        options: further keywords, of which ``sync`` is taken out: the old name of ``period``.
+        period: a number of steps, a set, or the steps themselves.
+        options: further keywords. ``sync``, the old name of ``period``, is removed from them.
+
+    Warns:
+        DeprecationWarning: ``sync`` is given.
 
     Raises:
-        ValueError: neither, both, or something else.
+        ValueError: neither ``period`` nor ``sync`` is given, or both are, or it is something else.
     """
     if options is not None and "sync" in options:
         if period is not None:
@@ -194,13 +196,15 @@ def as_sync_set(period: Period | None, options: dict[str, Any] | None = None) ->
 
 
 def suggest_period(total_steps: int, world_size: int, batch_size: int = 1, scale: float = 1.0) -> int:
-    """``H = scale * sqrt(T / (P b))``, at least 1: as rare as costs nothing asymptotically (section 2.2).
+    """The longest period without asymptotic cost: ``H = scale * sqrt(T / (P b))``, at least 1.
+
+    Source: arXiv:1805.09767, section 2.2.
 
     Args:
         total_steps: T, local steps of each worker.
         world_size: P.
         batch_size: b, samples of each worker's mini-batch.
-        scale: the constant the O(.) hides; the paper's includes sigma / G.
+        scale: the constant of the O(.); the paper's includes sigma / G.
     """
     for name, value in (("total_steps", total_steps), ("world_size", world_size), ("batch_size", batch_size)):
         positive_int(name, value)
@@ -210,10 +214,16 @@ def suggest_period(total_steps: int, world_size: int, batch_size: int = 1, scale
 
 
 def suggest_restart_period(total_steps: int, world_size: int, *, iid: bool = True, scale: float = 1.0) -> int:
-    """PR-SGD-Momentum's I: ``T**(1/2) / P**(3/2)`` on i.i.d. data, ``T**(1/4) / P**(3/4)`` otherwise, at
-    least 1.
+    """A period for ``RestartedMomentum``, by the paper's main results; at least 1.
 
-    Source: arXiv:1905.03817, main results.
+    ``I = scale * T**(1/2) / P**(3/2)`` on i.i.d. data, ``scale * T**(1/4) / P**(3/4)`` otherwise, rounded
+    down. Source: arXiv:1905.03817.
+
+    Args:
+        total_steps: T, local steps of each worker.
+        world_size: P.
+        iid: whether the workers' data are identically distributed.
+        scale: the constant of the O(.).
     """
     positive_int("total_steps", total_steps)
     positive_int("world_size", world_size)

@@ -1,8 +1,8 @@
-"""Networks for decentralized averaging: who talks to whom, and with which weights.
+"""Topologies for decentralized averaging: which ranks exchange messages, and with which weights.
 
-A topology is one mixing matrix W, or several that take turns. ``x_p <- sum_j W[j, p] x_j`` (PR-SGD-Momentum,
-arXiv:1905.03817, Algorithm 2). The paper asks for no more than W; a static W must here be doubly stochastic
-and connected, with ``max(|lambda_2|, |lambda_n|) < 1``, and symmetric unless it is said to be directed.
+A topology is one mixing matrix W, or several that take turns. An averaging is ``x_p <- sum_j W[j, p] x_j``
+(PR-SGD-Momentum, arXiv:1905.03817, Algorithm 2). The paper leaves W open. Here a static W must be doubly
+stochastic and connected, with ``max(|lambda_2|, |lambda_n|) < 1``, and symmetric unless ``directed=True``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Topology:
     Attributes:
         name: for messages.
         matrices: ``(P, P)`` float64 each; matrix ``i % len(matrices)`` serves the ``i``-th averaging, from 0.
-        spectral_gap: ``1 - max(|lambda_2|, |lambda_n|)`` of W; for several matrices ``1 - rho**(1 /
-            len(matrices))`` with rho the largest singular value of their product away from consensus: the
-            mean rate per averaging. The consensus distance falls at least by the factor ``1 - spectral_gap``.
+        spectral_gap: ``1 - max(|lambda_2|, |lambda_n|)`` of a symmetric W. Otherwise ``1 - rho**(1 / m)`` for
+            m matrices, where rho is the largest singular value of their product away from consensus. Each
+            averaging multiplies the consensus distance by at most ``1 - spectral_gap`` (mean over m).
     """
 
     name: str
@@ -49,11 +49,11 @@ class Topology:
         return digest_of(self.matrices)
 
     def matrix(self, averaging: int) -> Tensor:
-        """W of the ``averaging``-th averaging, from 0."""
+        """The matrix W of the ``averaging``-th averaging, from 0."""
         return self.matrices[averaging % len(self.matrices)]
 
     def neighbours(self, rank: int, averaging: int) -> tuple[list[int], list[tuple[int, float]]]:
-        """Whom ``rank`` sends to, and whom it receives from with weights (its own included), ascending."""
+        """The ranks that ``rank`` sends to; those it receives from (and itself), with weights. Ascending."""
         matrix = self.matrix(averaging)
         row, column = matrix[rank].tolist(), matrix[:, rank].tolist()
         sends = [peer for peer, weight in enumerate(row) if weight != 0.0 and peer != rank]
@@ -76,12 +76,12 @@ def from_matrix(
     Args:
         matrix: ``(P, P)``, anything ``torch.as_tensor`` takes; ``W[j, p]`` is the weight of rank j at rank p.
         name: for messages.
-        directed: W need not be symmetric. It must be doubly stochastic all the same, or the mixing would not
-            keep the mean. Its gap is of its singular values.
+        directed: W need not be symmetric. It must still be doubly stochastic, or the mixing would not keep
+            the mean. The gap is then computed from singular values.
 
     Raises:
         ValueError: not square, negative, not doubly stochastic, not connected, not symmetric unless directed,
-            or bipartite without self-weights (lambda_n = -1: the ranks would swap for ever); the message
+            or bipartite without self-weights (lambda_n = -1: the ranks would swap for ever). The message
             names the place and the value.
     """
     w = torch.as_tensor(matrix, dtype=torch.float64)
@@ -130,7 +130,7 @@ def from_edges(world_size: int, edges: Iterable[tuple[int, int]], name: str = "e
 
 
 def ring(world_size: int) -> Topology:
-    """Each rank and its two neighbours, one third each."""
+    """A ring: each rank and its two neighbours have weight 1/3 each (1/2 with two ranks)."""
     positive_int("world_size", world_size)
     return from_edges(
         world_size, ((i, (i + 1) % world_size) for i in range(world_size) if world_size > 1), "ring"
@@ -181,7 +181,7 @@ def exponential(world_size: int) -> Topology:
 
 
 def complete(world_size: int) -> Topology:
-    """Everybody with everybody, ``W = 1/P``: PR-SGD-Momentum with a period of 1."""
+    """All ranks with all ranks, ``W = 1/P``: PR-SGD-Momentum with a period of 1."""
     positive_int("world_size", world_size)
     return from_matrix(
         torch.full((world_size, world_size), 1.0 / world_size, dtype=torch.float64), "complete"
@@ -189,12 +189,11 @@ def complete(world_size: int) -> Topology:
 
 
 def one_peer_exponential(world_size: int) -> Topology:
-    """Time-varying: in turn ``j`` each rank sends to the one ``2**j`` ahead and averages with the one
-    ``2**j`` behind.
+    """Time-varying, one message per rank and averaging: distances 1, 2, 4, ... around the ring in turn.
 
-    One message per rank and averaging. Each matrix is doubly stochastic but not symmetric; for P a power of
-    two the ``log2 P`` turns together average exactly (spectral_gap 1), otherwise they contract (Assran et al.
-    2019, Ying et al. 2021).
+    In turn ``j`` each rank sends to the rank ``2**j`` ahead, and averages with the rank ``2**j`` behind. Each
+    matrix is doubly stochastic but not symmetric. For P a power of two the ``log2 P`` turns together average
+    exactly (spectral_gap 1), otherwise they contract (Assran et al. 2019, Ying et al. 2021).
     """
     positive_int("world_size", world_size)
     hops = [1 << b for b in range(world_size.bit_length()) if (1 << b) < world_size] or [0]
@@ -203,7 +202,11 @@ def one_peer_exponential(world_size: int) -> Topology:
 
 
 def time_varying(matrices: Sequence[Any], name: str = "time_varying") -> Topology:
-    """Matrices that take turns; each doubly stochastic, symmetric or not, connected together.
+    """A topology of matrices that take turns; each doubly stochastic, and connected together.
+
+    Args:
+        matrices: ``(P, P)`` each, symmetric or not; anything ``torch.as_tensor`` takes.
+        name: for messages.
 
     Raises:
         ValueError: no matrix, sizes differ, a matrix is not doubly stochastic, or all turns together do not

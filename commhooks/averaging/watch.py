@@ -1,4 +1,4 @@
-"""Tells averagers that an optimizer is about to move their model."""
+"""Calls averagers before the first optimizer step after an averaging, so that they can check the model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _hook: Any = None
 
 
 def watch(tensors: Sequence[Tensor], listener: object) -> None:
-    """Names the tensors whose optimizer steps ``listener`` can wait for, by :func:`wait`.
+    """Registers the tensors whose optimizer steps ``listener`` can wait for by :func:`wait`.
 
-    The listener is held weakly. It must hold the tensors, so that their ids stay theirs.
+    The listener is held weakly. It must hold the tensors, so that no other object gets their ids.
     """
     global _hook
     if _hook is None:
@@ -30,7 +30,7 @@ def watch(tensors: Sequence[Tensor], listener: object) -> None:
 
 
 def wait(listener: object, call: Callable[[], None]) -> None:
-    """Calls ``call``, a method of the listener's, once: before an optimizer with one of its tensors steps."""
+    """Calls ``call``, a method of the listener, once: before an optimizer of one of its tensors steps."""
     _waiting[listener] = weakref.WeakMethod(call)
 
 

@@ -1,4 +1,4 @@
-"""The way to Horovod: import, version, session, process sets."""
+"""Access to Horovod: import, version check, session, process sets, waiting with a deadline."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def horovod() -> Any:
 
 
 def is_supported() -> bool:
-    """Whether Horovod is 0.28.x, whose parts that are not public we know."""
+    """Whether Horovod is 0.28.x, the version whose private parts this package was written against."""
     return _version().split("+")[0].split(".")[:2] == SUPPORTED.split(".")
 
 
 def require_version() -> None:
-    """Raises ``RuntimeError`` unless Horovod is 0.28.x: some parts of it that we use are not public."""
+    """Raises ``RuntimeError`` unless Horovod is 0.28.x: this package uses private parts of it."""
     if not is_supported():
         raise RuntimeError(
             f"commhooks.horovod.DistributedOptimizer supports Horovod {SUPPORTED}.x, found {_version()}: it "
@@ -52,7 +52,7 @@ def _version() -> str:
 
 
 def session() -> object:
-    """An object that lives from one ``hvd.init()`` to the next: an elastic reset makes a new one."""
+    """An object that identifies the current Horovod session; an elastic reset replaces it."""
     return importlib.import_module("horovod.torch.mpi_ops")._handle_map
 
 
@@ -65,7 +65,7 @@ def check_process_set(process_set: Any) -> Any:
     """``process_set``, or the global one for None.
 
     Raises:
-        ValueError: Horovod does not know it.
+        ValueError: Horovod is not initialized, or the process set is not registered.
     """
     hvd = horovod()
     chosen = hvd.global_process_set if process_set is None else process_set
@@ -77,7 +77,12 @@ def check_process_set(process_set: Any) -> Any:
 
 
 def wait_for(handle: int, timeout_s: float, what: str) -> Any:
-    """The result of an asynchronous Horovod operation.
+    """Waits for an asynchronous Horovod operation and returns its result.
+
+    Args:
+        handle: of the operation.
+        timeout_s: seconds until the wait is given up.
+        what: names the operation in errors.
 
     Raises:
         PeerTimeoutError: it is not complete after ``timeout_s`` seconds.

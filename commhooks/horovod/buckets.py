@@ -1,4 +1,4 @@
-"""Fused buckets in a fixed order: the partition, and the flat buffers gradients are gathered in."""
+"""Fused buckets: how parameters are divided among them, and the flat buffers for their gradients."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _FIRST_CAP_MB = 1.0  # small, as in DDP: communication starts early in backward
 
 
 class FusedBucket:
-    """Gradients of some parameters behind one another in a flat buffer.
+    """Gradients of some parameters, one after another in a flat buffer.
 
     Attributes:
         parameters: in the buffer's order.
         buffer: shape ``(n,)``, the parameters' dtype.
-        views: parts of the buffer in the parameters' shapes.
+        views: by parameter, its part of the buffer in the parameter's shape.
         missing: parameters whose gradient has not arrived yet.
-        future: of the exchange, once it was started.
+        future: of the exchange; None before it was started.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -37,7 +37,7 @@ class FusedBucket:
         self.future: Any = None
 
     def fill(self, parameter: Tensor) -> None:
-        """Copies the parameter's gradient in; zeros when it has none."""
+        """Copies the parameter's gradient into the buffer, or zeros when it has none."""
         view, grad = self.views[parameter], parameter.grad
         if grad is None:
             view.zero_()
@@ -47,16 +47,18 @@ class FusedBucket:
 
 
 def partition(parameters: Sequence[Tensor], bucket_cap_mb: float, groups: Any) -> list[FusedBucket]:
-    """Buckets over ``parameters`` (in the model's order), in the order in which they are exchanged.
+    """Divides parameters into buckets, in the order in which they are exchanged.
 
     Args:
-        parameters: all that require gradients, in the same order on all ranks.
-        bucket_cap_mb: largest size in MiB; the first bucket gets 1 MiB. A larger parameter has its own.
+        parameters: all that require gradients, in the model's order, the same on all ranks.
+        bucket_cap_mb: largest size in MiB; of the first bucket at most 1 MiB. A parameter larger than that
+            has a bucket of its own.
         groups: None; or a number of buckets; or a list of lists of parameters, each a bucket, exchanged in
-            this order. What no list names follows in buckets by size.
+            this order. Parameters that no list names follow in buckets by size.
 
     Raises:
-        ValueError: a group holds what is no parameter here, one twice, or several dtypes or devices.
+        ValueError: ``bucket_cap_mb`` is not positive; a group holds something else than one of the
+            parameters, holds one twice, or mixes dtypes or devices.
     """
     if not bucket_cap_mb > 0:
         raise ValueError(f"bucket_cap_mb must be positive, got {bucket_cap_mb!r}")
@@ -88,7 +90,7 @@ def _trains(parameter: Any) -> bool:
 
 
 def _uniform(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parts of one dtype and device each, in order of first appearance."""
+    """The parameters divided by dtype and device, in order of first appearance."""
     parts: dict[Any, list[Tensor]] = {}
     for p in parameters:
         parts.setdefault((p.dtype, p.device), []).append(p)

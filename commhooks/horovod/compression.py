@@ -26,35 +26,47 @@ _VOTE = 4096.0  # added to the marker by a rank that found NaN or Inf
 class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[misc]
     """A compression object for ``hvd.DistributedOptimizer``: error feedback per parameter, a sparse exchange.
 
-    Horovod calls ``compress(p.grad)`` when a gradient is ready and ``decompress`` in ``synchronize()``, where
-    the result replaces the gradient. One object serves one optimizer. Made by :class:`Compression`.
+    Horovod calls ``compress(p.grad)`` when a gradient is ready. It calls ``decompress`` in
+    ``synchronize()``, where the result replaces the gradient. One object serves one optimizer.
+    :class:`Compression` makes these objects.
     """
 
     def __init__(self, core: CompressorCore) -> None:
         self.core = core
-        self._averages: bool | None = None  # which op the optimizer uses, read off the first result
+        self._averages: bool | None = None  # op is Average (True) or Sum; None: not known yet
 
     @abstractmethod
     def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
-        """What Horovod is to all-reduce, and what :meth:`decompress` needs.
+        """Selects what is sent; returns what Horovod is to all-reduce, and what :meth:`decompress` needs.
+
+        Args:
+            tensor: ``p.grad`` itself, dense, not a copy of it. It is not changed.
+
+        Returns:
+            A float32 tensor ``(m,)``, and the record of this gradient.
 
         Raises:
-            ValueError: ``tensor`` is the gradient of no parameter; the message names the option that causes
-                it.
+            ValueError: ``tensor`` is sparse, or the gradient of no parameter. The message names the option
+                of Horovod's optimizer that leads here.
         """
 
     @abstractmethod
     def decompress(self, tensor: Tensor, ctx: PendingGradient) -> Tensor:
-        """The reduced gradient, in the parameter's shape and dtype.
+        """The reduced gradient, a new tensor in the gradient's shape and dtype.
+
+        Args:
+            tensor: Horovod's result for what :meth:`compress` returned.
+            ctx: the record that :meth:`compress` returned.
 
         Raises:
             SettingsMismatchError: ranks disagree on settings or parameters.
+            PeerTimeoutError: a rank has not sent its settings or its pairs after ``timeout_s`` seconds.
             NonFiniteGradientError: with ``nonfinite="error"``.
             ValueError: the optimizer's ``op`` is neither Average nor Sum.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals, velocities and step counts by parameter name; save one per rank."""
+        """This rank's residuals, velocities and step counts by parameter name. Each rank saves its own."""
         return self.core.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -66,11 +78,11 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         return self.core.stats()
 
     def _marker(self) -> float:
-        """Rank 0 gives 3 and the others 1: sum, average, minimum, maximum and product all differ."""
+        """3 on rank 0, 1 elsewhere: so sum, average, minimum, maximum and product differ."""
         return 3.0 if self.core.process_set.rank() == 0 else 1.0
 
     def _read_marker(self, reduced: float) -> tuple[bool, bool]:
-        """(some rank voted, all ranks took part) from the reduced marker; learns the op at the first call."""
+        """Reads (some rank voted, all ranks took part) off the reduced marker; the first call learns op."""
         world_size = self.core.process_set.size()
         for averages in (True, False) if self._averages is None else (self._averages,):
             total = round(reduced * world_size if averages else reduced)
@@ -87,7 +99,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
 
 
 class RandomKCompressor(SparseCompressor):
-    """k values are all-reduced, under a mask that all ranks derive from seed, step and name."""
+    """Random-k: all-reduces k values under a mask that all ranks derive from seed, step and name."""
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
         pending = self.core.begin(tensor)
@@ -103,8 +115,8 @@ class RandomKCompressor(SparseCompressor):
         core = self.core
         core.check_agreement()
         voted, complete = self._read_marker(float(tensor[-1]))
-        # After hvd.join() some ranks send zeros and draw no mask: the count stands still, so that masks stay
-        # shared.
+        # After hvd.join() some ranks send zeros and draw no mask. The step count then stands still on all
+        # ranks, so that they go on to draw the same masks.
         ctx.entry.step += complete
         share = 1.0 if self._averages else float(core.process_set.size())
         indices = ctx.route.pairs.indices[None]
@@ -112,7 +124,7 @@ class RandomKCompressor(SparseCompressor):
 
 
 class TopKCompressor(SparseCompressor):
-    """Each rank's own k largest, all-gathered beside Horovod's all-reduce of one element."""
+    """Top-k: all-gathers each rank's own k largest, beside Horovod's all-reduce of one element."""
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
         core = self.core
@@ -163,18 +175,20 @@ class Compression:
     ) -> SparseCompressor:
         """Random-k with a mask all ranks share; Horovod all-reduces ``k + 1`` floats per parameter.
 
-        Works with tensor groups, ``backward_passes_per_step``, process sets, ``gradient_predivide_factor``,
-        op Average and Sum, and ``hvd.join()``. Not with Adasum and ``sparse_as_dense``: ``ValueError``.
+        It works with tensor groups, ``backward_passes_per_step``, process sets, op Average and Sum,
+        ``gradient_predivide_factor``, and ``hvd.join()``. Adasum and ``sparse_as_dense`` are a ``ValueError``
+        at the first gradient.
 
         Args:
             density: k/n in (0, 1], or a schedule; k is at least 1 for each parameter.
             named_parameters: the ones given to the optimizer.
             seed: of the masks, the same on all ranks.
-            memory: default ``ErrorFeedback()``. One object per compression.
+            memory: None: ``ErrorFeedback()``; ``NoMemory()`` for none. One object per compression.
             nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as for :class:`commhooks.SparseState`.
             process_set: the one given to the optimizer.
-            timeout_s: seconds until a missing rank is an error, where the wait is ours. Horovod's own waits
-                end by ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and that under MPI alone: see docs/horovod.md.
+            timeout_s: seconds until a missing rank is an error, in the waits of commhooks. Horovod's own
+                waits end after ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and only under MPI: see
+                docs/horovod.md.
         """
         selector = RandomK(density, seed)
         core = CompressorCore(selector, named_parameters, memory, nonfinite, process_set, timeout_s)
@@ -190,10 +204,11 @@ class Compression:
         process_set: Any = None,
         timeout_s: float = 60.0,
     ) -> SparseCompressor:
-        """Exact top-k of every rank and parameter, by named all-gathers launched as gradients become ready.
+        """Exact top-k of each rank and parameter; a named all-gather starts as soon as a gradient is ready.
 
-        A one-element dummy takes the all-reduce's place. Works where :meth:`randomk` does, except
-        ``hvd.join()``, which Horovod itself refuses beside an all-gather. Arguments as there.
+        Horovod's own all-reduce carries one element. It works where :meth:`randomk` does, except with
+        ``hvd.join()``, which Horovod itself refuses beside an all-gather. The arguments are those of
+        :meth:`randomk`.
         """
         core = CompressorCore(TopK(density), named_parameters, memory, nonfinite, process_set, timeout_s)
         return TopKCompressor(core)

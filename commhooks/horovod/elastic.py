@@ -14,10 +14,10 @@ _elastic = importlib.import_module("horovod.torch.elastic.state")
 
 
 class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[misc,name-defined]
-    """Commit and restore take each rank's residuals along; sync leaves them where they are.
+    """Commits, restores and synchronises our optimizer: each rank keeps its own residuals.
 
-    A new worker starts with an empty residual and takes the step count from rank 0 (warm-up and masks depend
-    on it).
+    Commit and restore include the residuals; sync does not change them. A new worker starts with an empty
+    residual and takes the step count from rank 0, since warm-up and masks depend on it.
 
     Raises:
         ValueError: the optimizer serves a process set that lacks some ranks.
@@ -28,7 +28,7 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
         super().__init__(optimizer)
 
     def restore(self) -> None:
-        """Back to the commit, without talking to anybody: a peer may be the reason."""
+        """Goes back to the commit. It does not communicate, since a lost peer may be the reason."""
         saved = dict(self._saved_optimizer_state)
         residuals = saved.pop("commhooks")
         self.value.load_state_dict(saved)
@@ -45,7 +45,7 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
 
 
 class CompressorHandler(_elastic.StateHandler):  # type: ignore[misc,name-defined]
-    """The same for a compression object, given as ``TorchState(..., compression=compression)``."""
+    """Does the same for a compression object, given as ``TorchState(..., compression=compression)``."""
 
     def __init__(self, value: Any) -> None:
         _check_all_ranks(value.core.process_set)
@@ -66,8 +66,10 @@ class CompressorHandler(_elastic.StateHandler):  # type: ignore[misc,name-define
 
 
 def _check_all_ranks(process_set: Any) -> None:
-    """Handlers talk to all ranks, and Horovod forgets process sets when it resets: each rank refuses by
-    itself.
+    """Raises ``ValueError`` unless the process set holds all ranks.
+
+    Handlers communicate with all ranks, and Horovod forgets process sets when it resets. The check needs no
+    communication, so every rank refuses by itself.
     """
     size = horovod().size()
     if process_set is None or len(process_set.ranks) < size:
@@ -76,7 +78,7 @@ def _check_all_ranks(process_set: Any) -> None:
 
 
 def register_handlers() -> None:
-    """Makes ``hvd.elastic.TorchState`` use the handlers; ours must come before the one for all optimizers."""
+    """Makes ``hvd.elastic.TorchState`` use our handlers, which must precede its handler of all optimizers."""
     registry = list(_elastic.get_handler_registry())
     ours = [(SparseOptimizer, SparseOptimizerHandler), (SparseCompressor, CompressorHandler)]
     _elastic.set_handler_registry(ours + [pair for pair in registry if pair not in ours])

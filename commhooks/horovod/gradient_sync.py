@@ -1,4 +1,4 @@
-"""``GradientSync``: from autograd's hooks to the worker, bucket by bucket in a fixed order."""
+"""``GradientSync``: passes gradients from autograd's hooks to the state's thread, in ordered buckets."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _all: weakref.WeakSet[GradientSync] = weakref.WeakSet()
 
 
 class GradientSync:
-    """Watches the parameters, submits full buckets in order, hands the averages back.
+    """Watches the parameters, submits full buckets in order, and writes the averages into the gradients.
 
     Args:
-        state: selector, aggregator, memory and worker.
+        state: selector, aggregator, memory and communication thread.
         buckets: the partition, in the order of exchange.
-        names: of the parameters.
+        names: by parameter.
         passes: backward passes per step.
         sums: give the sum instead of the average.
         process_set: whose ranks take part; this rank is one of them.
@@ -63,20 +63,20 @@ class GradientSync:
         self.touched = False
         for p in self._bucket_of:
             p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
-        if not is_elastic():  # there a new worker must meet the others in hvd.elastic's own sync first
+        if not is_elastic():  # in an elastic job a new worker must first pass hvd.elastic's own sync
             self.open()
         _all.add(self)
         _close_at_exit(self)
 
     def open(self) -> None:
-        """Opens the transport, again after an elastic reset. A collective call of the process set."""
+        """Opens the transport unless this session has it open. A collective call of the process set."""
         if self._session is session():
             return
         state, connection = self.state, self.state.reducer.connection
         if self._session is not None or connection.is_open:
             _close_stale()
             _quietly(state.close)
-            state.restart(state.state_dict())  # new places for all: a new rank will ask for agreement on each
+            state.restart(state.state_dict())  # a new rank asks for agreement on each layout
         try:
             transport, state.process_group = open_transport(
                 connection.requested, self.process_set, state.reducer.timeout_s or DEFAULT_TIMEOUT_S
@@ -112,7 +112,7 @@ class GradientSync:
                 self._submit_full()
 
     def _submit_full(self) -> None:
-        """Submits the buckets whose turn it is and whose gradients are all there."""
+        """Submits buckets in their order, up to the first one that lacks a gradient."""
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             self.open()
             bucket = self.buckets[self._next]
@@ -121,7 +121,7 @@ class GradientSync:
             self._next += 1
 
     def synchronize(self) -> None:
-        """Completes the step's exchange and overwrites all gradients, also those of parameters not used here.
+        """Completes the step's exchange and overwrites all gradients, also of parameters not used here.
 
         Raises:
             CommHooksError: what made the exchange fail.
@@ -146,7 +146,7 @@ class GradientSync:
             self._raise(error)
 
     def reset(self) -> None:
-        """Forgets which gradients have arrived, after waiting for what is on its way: it uses the memory."""
+        """Forgets which gradients have arrived. First waits for running exchanges, which use the memory."""
         for bucket in self.buckets:
             if bucket.future is not None:
                 _quietly(bucket.future.wait)
@@ -158,14 +158,14 @@ class GradientSync:
     def rewind(self, residuals: dict[str, Any]) -> None:
         """Puts this rank's memory back to a state dict of its own, and forgets a failed step.
 
-        Not collective; what is on its way may take until its timeout.
+        It is not collective. It waits for running exchanges, which may take until their timeout.
         """
         self.reset()
         self.state.restart(residuals)
 
     def _hand_back(self, bucket: FusedBucket) -> None:
         for parameter, view in bucket.views.items():
-            if parameter.grad is None:  # some other rank used it: all ranks take the same update
+            if parameter.grad is None:  # another rank may have used it, and all ranks take the same update
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad.is_sparse:
                 parameter.grad = view.clone().to_sparse(parameter.grad.sparse_dim())
@@ -173,18 +173,20 @@ class GradientSync:
                 parameter.grad.copy_(view)
 
     def _raise(self, error: BaseException) -> NoReturn:
-        """Under an elastic launcher a lost peer is Horovod's own error, which it answers by restoring a
-        commit.
+        """Raises the error; under an elastic launcher a lost peer as Horovod's own error type.
+
+        Horovod answers that type by restoring a commit.
         """
         if is_elastic() and isinstance(error, (PeerLostError, PeerTimeoutError)):
             raise horovod().HorovodInternalError(str(error)) from error
         raise error
 
     def leave(self) -> None:
-        """Joins the worker and closes the transport, when all ranks have come that far.
+        """Waits for all ranks, then joins the communication thread and closes the transport.
 
-        The first rank whose ``hvd.shutdown()`` runs shuts Horovod down on all ranks, and MPI with it where
-        Horovod has started it: nobody may still be exchanging.
+        The first rank whose ``hvd.shutdown()`` runs shuts Horovod down on all ranks, and MPI too where
+        Horovod has started it. No rank may still be exchanging then. If the other ranks do not come within
+        10 s, nothing is closed.
         """
         state, connection = self.state, self.state.reducer.connection
         if state.error is None and connection.is_open and self._next == 0:
@@ -199,7 +201,7 @@ class GradientSync:
 
 
 def _close_stale() -> None:
-    """Closes what all optimizers had open before Horovod's reset: their groups share one default group."""
+    """Closes all optimizers' transports of an earlier session: their groups share one default group."""
     for sync in list(_all):
         if sync._session is not session() and sync.state.reducer.connection.is_open:
             _quietly(sync.state.close)
@@ -213,7 +215,10 @@ def _quietly(action: Any) -> None:
 
 
 def _close_at_exit(sync: GradientSync) -> None:
-    """Before Horovod's own exit handler, which was registered earlier and therefore runs later."""
+    """Registers :meth:`GradientSync.leave` to run at exit.
+
+    Horovod's own exit handler was registered earlier and therefore runs later.
+    """
     reference = weakref.ref(sync)
 
     def close() -> None:
@@ -222,8 +227,8 @@ def _close_at_exit(sync: GradientSync) -> None:
             return
         connection = alive.state.reducer.connection
         if hasattr(sys, "last_value") and connection.is_open and connection.transport.name == "mpi":
-            # An exception ends this process, and Horovod would finalize MPI on ranks that still exchange:
-            # they hang or crash.
+            # An exception ends this process. Horovod would finalize MPI on ranks that still exchange, and
+            # these would hang or crash.
             sys.stdout.flush()
             load_mpi().COMM_WORLD.Abort(1)
         alive.leave()

@@ -20,7 +20,7 @@ from .parameters import check_named
 
 
 class SparseOptimizer:
-    """What :func:`DistributedOptimizer` adds to the user's optimizer class; never made by itself."""
+    """The methods that :func:`DistributedOptimizer` adds to the user's optimizer class."""
 
     _sync: GradientSync | None  # None on ranks outside the process set
     _synchronized = False
@@ -37,11 +37,11 @@ class SparseOptimizer:
         return self._sync
 
     def synchronize(self) -> None:
-        """Waits until all gradients are averaged; then they may be clipped, and stepped in
-        `skip_synchronize`.
+        """Waits until all gradients are averaged, and overwrites them with the averages.
 
-        Clipping here loses mass: what is cut off an average is in nobody's residual. ``clip_norm`` of
-        ``ErrorFeedback`` clips before the memory.
+        They may be clipped afterwards; then call ``step()`` inside :meth:`skip_synchronize`. Clipping here
+        loses mass: what is cut off an average is in nobody's residual. ``clip_norm`` of ``ErrorFeedback``
+        clips before the memory.
 
         Raises:
             CommHooksError: the exchange failed.
@@ -52,7 +52,7 @@ class SparseOptimizer:
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """Within it ``step()`` takes the gradients as they are, after an explicit ``synchronize()``."""
+        """Inside the ``with`` block ``step()`` does not synchronize: for use after ``synchronize()``."""
         self._should_synchronize = False
         try:
             yield
@@ -60,10 +60,10 @@ class SparseOptimizer:
             self._should_synchronize = True
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """As the optimizer's own.
+        """The optimizer's own ``zero_grad``.
 
         Raises:
-            RuntimeError: gradients are on their way, so that zeroing them would race with the exchange.
+            RuntimeError: gradients are being exchanged, and zeroing them would race with the exchange.
         """
         if self._sync is not None and self._sync.touched:
             raise RuntimeError(
@@ -72,21 +72,21 @@ class SparseOptimizer:
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
 
     def set_backward_passes_per_step(self, passes: int) -> None:
-        """Changes how many backward passes are accumulated per step; between steps."""
+        """Changes how many backward passes are accumulated per step. Call it between steps."""
         _check_passes(passes)
         if self._sync is not None:
             self._sync.set_passes(passes)
 
     def close(self) -> None:
-        """Joins the worker and closes the transport, on all ranks.
+        """Joins the communication thread and closes the transport. Call it on all ranks.
 
-        The end of the process does it by itself.
+        The exit of the process does it too.
         """
         if self._sync is not None:
             self._sync.leave()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, and under ``"commhooks"`` this rank's residuals: every rank saves its own."""
+        """The optimizer's state, and under ``"commhooks"`` this rank's residuals: each rank saves its own."""
         state: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         if self._sync is not None:
             state["commhooks"] = self._sync.state.state_dict()
@@ -125,10 +125,10 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 ) -> Any:
     """Wraps an optimizer: gradients are averaged sparsely over Horovod's ranks before ``step()``.
 
-    Gradients gather in fused buckets of a fixed order; each full bucket goes to the state's own thread while
-    backward goes on. The exchange runs beside Horovod: over MPI when MPI started the job, else over a gloo
-    group that is opened here. Making one is a collective call of the process set (under an elastic launcher
-    the first exchange is).
+    Gradients are copied into fused buckets of a fixed order. The state's thread exchanges each full bucket
+    while backward goes on. The exchange runs beside Horovod: over MPI when MPI started the job, else over a
+    gloo group that is opened here. This is a collective call of the process set; under an elastic launcher
+    the first exchange is, instead.
 
     Example:
         >>> state = SparseState.gtopk(0.001)
@@ -136,9 +136,9 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; the result shares its parameter groups and its state.
-        named_parameters: the model's; names for ``state_dict`` and messages. Default: numbered names.
-        state: scheme and memory, one for each optimizer. The launcher chooses between its transports.
-        compression: must be None: the state is the compression.
+        named_parameters: the model's. The names appear in ``state_dict`` and messages. None: numbered names.
+        state: scheme and memory, one for each optimizer. The launcher decides between MPI and gloo.
+        compression: must be None (or ``hvd.Compression.none``): the state is the compression.
         backward_passes_per_step: gradients accumulate locally (as a sum) over so many backward passes.
         op: ``hvd.Average`` (default) or ``hvd.Sum``.
         gradient_predivide_factor: must be 1: the average is divided once, in float32.
@@ -155,6 +155,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
     Raises:
         ValueError: an option that is not supported, or a bad value; the message names it.
+        TypeError: ``optimizer`` or ``state`` is of another type.
         RuntimeError: Horovod is not 0.28.x.
     """
     hvd = horovod()
@@ -190,13 +191,14 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 def _wrap(optimizer: torch.optim.Optimizer) -> Any:
     """An instance of a subclass of the optimizer's own class that shares all its attributes.
 
-    ``hvd.broadcast_optimizer_state`` recognises Horovod's optimizers by their ``__module__`` and then
-    initialises the state by the parent class's ``step``, without communication: so ours says the same.
+    ``hvd.broadcast_optimizer_state`` recognises Horovod's optimizers by their ``__module__``. It then
+    initialises the state by the parent class's ``step``, without communication. So our class has the same
+    ``__module__``.
     """
     base = type(optimizer)
 
     def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        """Averages what is not averaged yet, then the optimizer's own step."""
+        """Averages the gradients unless told not to, then takes the optimizer's own step."""
         if self._should_synchronize:
             if self._synchronized:
                 warnings.warn(
@@ -210,7 +212,7 @@ def _wrap(optimizer: torch.optim.Optimizer) -> Any:
 
     members = {"step": step, "__module__": "horovod.torch.optimizer", "__doc__": base.__doc__}
     wrapped: Any = object.__new__(type(base.__name__, (SparseOptimizer, base), members))
-    # an LR scheduler may have replaced the instance's step, which would go past ours
+    # An LR scheduler may have replaced the instance's step. That one would bypass ours.
     wrapped.__dict__ = {name: value for name, value in optimizer.__dict__.items() if name != "step"}
     return wrapped
 

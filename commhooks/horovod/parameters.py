@@ -1,4 +1,4 @@
-"""Which parameter is behind a gradient: found by identity, the only key that holds."""
+"""Finds the parameter that a gradient belongs to, by the identity of ``p.grad``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Entry:
         name: its name, the same on all ranks.
         parameter: the Parameter itself.
         index: its place in the names' alphabetical order, the same on all ranks.
-        mask_key: 63 bits of the name's hash. It tells masks of one step apart.
+        mask_key: 63 bits of the name's hash. It makes the parameters' random masks of one step differ.
         step: exchanges of this parameter so far.
     """
 
@@ -32,9 +32,9 @@ class Entry:
 class ParameterTable:
     """Finds the entry whose parameter's ``grad`` is a given tensor object.
 
-    Horovod calls ``compress(p.grad)`` in the order in which gradients become ready, which differs between
-    ranks; shapes repeat and addresses are reused. What holds is ``p.grad is tensor``. Call order only says
-    where the search begins.
+    Horovod calls ``compress(p.grad)`` in the order in which gradients become ready. That order differs
+    between ranks, shapes repeat, and addresses are reused, so ``p.grad is tensor`` is the only safe test. The
+    search begins behind the entry that was found last.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -48,7 +48,7 @@ class ParameterTable:
         """The entry of the parameter whose gradient ``tensor`` is.
 
         Raises:
-            ValueError: there is none; names the option of Horovod's optimizer that leads here.
+            ValueError: there is none. The message names the option of Horovod's optimizer that leads here.
         """
         count = len(self.entries)
         for offset in range(count):
@@ -86,7 +86,7 @@ def check_named(named_parameters: Any) -> list[tuple[str, Tensor]]:
     """``named_parameters`` as a list.
 
     Raises:
-        ValueError: it is empty, holds other things than (name, Tensor), or names twice the same.
+        ValueError: it is empty, holds something else than (name, Tensor), or holds a name twice.
     """
     pairs = list(named_parameters)
     for pair in pairs:
@@ -106,5 +106,5 @@ def check_named(named_parameters: Any) -> list[tuple[str, Tensor]]:
 
 
 def mask_key_of(name: str) -> int:
-    """63 bits that depend on the name alone."""
+    """63 bits of a hash of the name, the same on all ranks."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1

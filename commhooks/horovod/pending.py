@@ -37,7 +37,7 @@ class PendingGradient:
         shape: of the gradient.
         route: gradient, memory and pairs.
         kept: the step's record of it. A gradient that never comes to ``decompress`` is rolled back.
-        handle: of an asynchronous operation, or None.
+        handle: of the all-gather (top-k), or None.
     """
 
     entry: Entry
@@ -53,10 +53,10 @@ class CompressorCore:
     Args:
         selector: what is sent of each parameter's gradient; at least one element of each.
         named_parameters: the ones given to the optimizer.
-        memory: error feedback.
+        memory: what is withheld; None: ``ErrorFeedback()``.
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.
         process_set: the one given to the optimizer.
-        timeout_s: seconds until a missing rank is an error, where the wait is ours and not Horovod's.
+        timeout_s: seconds until a missing rank is an error, in the waits of commhooks, not in Horovod's.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class CompressorCore:
         self.timeout_s, self._process_set = float(timeout_s), process_set
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})
-        self._begun: set[Entry] = set()  # parameters whose gradients are in the step
+        self._begun: set[Entry] = set()  # parameters whose gradients are in the present step
         self._name = f"commhooks.agreement.{next(_numbers[tuple(getattr(process_set, 'ranks', None) or ())])}"
         self._agreement: int | None = None  # handle of the exchange of settings
         self._agreed = False
@@ -86,7 +86,16 @@ class CompressorCore:
         return check_process_set(self._process_set)
 
     def begin(self, tensor: Tensor) -> PendingGradient:
-        """Selects from the gradient ``tensor`` and its memory; the first call of a step ends the last one."""
+        """Selects what is sent of a gradient and its memory.
+
+        A parameter that comes a second time begins a new step, so the step before it is ended here.
+
+        Args:
+            tensor: the gradient, dense; not changed.
+
+        Raises:
+            ValueError: it is sparse, or the gradient of no parameter.
+        """
         if tensor.is_sparse:
             raise ValueError(
                 "sparse gradients are not supported (sparse_as_dense): use nn.Embedding(sparse=False)"
@@ -118,7 +127,8 @@ class CompressorCore:
             rows: shape ``(m, k)`` float32; the sum of the rows times ``factor`` is the result.
             indices: shape ``(m, k)`` int32.
             factor: of the sum.
-            share: units of the result that a rank's memory answers for: 1 for an average, P for a sum.
+            share: 1 for an average, P for a sum: the result is so many times the ranks' average. The memory
+                needs it to take back what rounding kept.
             bad: whether any rank voted non-finite.
 
         Raises:
@@ -146,9 +156,9 @@ class CompressorCore:
             raise
 
     def finish_step(self) -> None:
-        """Ends the step: what was sent is final, or goes back when any gradient of the step was thrown away.
+        """Ends the step: what was sent is committed, or rolled back if any gradient was thrown away.
 
-        A gradient whose result was never asked for (the user gave up on the step) goes back too.
+        A gradient whose result was never asked for (the user gave up on the step) is rolled back too.
         """
         if self._begun:
             self._begun.clear()
@@ -160,7 +170,7 @@ class CompressorCore:
         self.step.figures.bytes_received += bytes_each_way
 
     def settings(self) -> dict[str, object]:
-        """All that ranks must share, by name."""
+        """All settings that must be the same on all ranks, by name."""
         names = sorted((e.name, tuple(e.parameter.shape), str(e.parameter.dtype)) for e in self.table.entries)
         return {
             **self.selector.settings(),
@@ -174,7 +184,7 @@ class CompressorCore:
 
     @property
     def last_step(self) -> int:
-        """Exchanges so far of the parameter that was exchanged most often."""
+        """The largest step count of any parameter."""
         return max(entry.step for entry in self.table.entries)
 
     def stats(self) -> dict[str, Any]:
@@ -196,7 +206,7 @@ class CompressorCore:
         self.memory.table.load(state)
 
     def load_steps(self, steps: dict[str, int]) -> None:
-        """Takes over another rank's step counts (elastic), and compares settings anew at the next step."""
+        """Takes over step counts by name (elastic). Settings are compared anew at the next step."""
         for entry in self.table.entries:
             entry.step = int(steps.get(entry.name, entry.step))
         self._agreed, self._agreement = False, None
@@ -210,7 +220,7 @@ class CompressorCore:
             self.finish_step()
 
     def _start_agreement(self) -> None:
-        """Sends the settings; the answer is read in :meth:`check_agreement`, before any data is used.
+        """Starts to gather the ranks' settings; :meth:`check_agreement` reads them before any data is used.
 
         Waiting here, inside backward, could deadlock with collectives of the model's own (SyncBatchNorm).
         """

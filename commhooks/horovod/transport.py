@@ -1,4 +1,4 @@
-"""A transport beside Horovod, between the ranks of a process set: MPI when MPI started the job, else gloo."""
+"""Opens a transport beside Horovod for a process set: MPI when MPI started the job, else gloo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .api import horovod, session, wait_for
 logger = logging.getLogger(__name__)
 
 _NO_GROUP, _COVERED, _REFUSED = range(3)  # what a rank votes before a gloo group of a process set is opened
-# If torch's default process group was opened here: Horovod's ranks in it, and the session it belongs to.
+# Horovod's ranks in torch's default process group, and the session it belongs to, if it was opened here.
 _opened: tuple[list[int], object] | None = None
 
 
@@ -28,10 +28,9 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
     """Opens a transport between the ranks of ``process_set``. A collective call of those ranks.
 
     Args:
-        requested: a name, or a ready transport that is taken as it is. Between ``"mpi"`` and
-            ``"distributed"`` the launcher decides: over MPI under ``mpirun`` and ``horovodrun --mpi`` (where
-            Horovod itself has started MPI), over a gloo group of our own otherwise. Asking for ``"mpi"``
-            without MPI is an error.
+        requested: a name, or a ready transport, which is taken as it is. For ``"distributed"`` the launcher
+            decides: MPI under ``mpirun`` and ``horovodrun --mpi`` (where Horovod itself has started MPI),
+            otherwise a gloo group of our own. ``"mpi"`` without MPI is an error. ``"gloo"`` is always gloo.
         process_set: a registered process set that includes this rank.
         timeout_s: seconds until a missing peer is an error.
 
@@ -39,9 +38,9 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
         The transport, and the torch process group it uses (None for MPI).
 
     Raises:
-        ValueError: ``"mpi"`` in a job that MPI did not start, or an overlap of process sets that gloo cannot
-            do (on all ranks of the set).
-        PeerTimeoutError: over gloo, a rank of the set has not come after ``timeout_s`` seconds.
+        ValueError: ``"mpi"`` in a job that MPI did not start; ``"nccl"``; a ready transport of other ranks;
+            or, on all ranks of the set, an overlap of process sets that gloo cannot do.
+        PeerTimeoutError: over gloo, a rank of the set has not called this after ``timeout_s`` seconds.
         PeerLostError: gloo's connections could not be made.
     """
     hvd = horovod()
@@ -96,7 +95,7 @@ def _open_mpi(process_set: Any, timeout_s: float) -> Transport | None:
 
 
 def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
-    """A gloo group of the set's ranks beside Horovod."""
+    """Opens a gloo group of the set's ranks beside Horovod."""
     from ..transports.distributed import DistributedTransport
 
     if _opened is not None and _opened[1] is not session():
@@ -128,7 +127,7 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
 
 
 def _default_group_ranks() -> list[int] | None:
-    """Horovod's ranks in torch's default process group; empty if it is the user's and numbered otherwise."""
+    """Horovod's ranks in torch's default group; None: no group; empty: the user's, numbered otherwise."""
     if not dist.is_initialized():
         return None
     if _opened is not None:
@@ -139,8 +138,10 @@ def _default_group_ranks() -> list[int] | None:
 
 
 def _votes(vote: int, process_set: Any, timeout_s: float) -> list[int]:
-    """Every rank's vote, so that all ranks of the set raise alike; the wait for a rank that never comes ends
-    here.
+    """Gathers every rank's vote, so that all ranks of the set raise alike.
+
+    Raises:
+        PeerTimeoutError: a rank has not voted after ``timeout_s`` seconds.
     """
     message = torch.tensor([vote], dtype=torch.int32)
     handle = horovod().allgather_async(message, name="commhooks.open", process_set=process_set)
@@ -149,10 +150,13 @@ def _votes(vote: int, process_set: Any, timeout_s: float) -> list[int]:
 
 
 def open_default_group(process_set: Any, timeout_s: float) -> None:
-    """Opens torch's default process group, gloo, over the ranks of ``process_set``; a collective call of
-    them.
+    """Opens torch's default process group, gloo, over the ranks of ``process_set``.
 
-    The first rank opens a TCP store on a free port, which travels by Horovod's ``broadcast_object``.
+    It is a collective call of these ranks. The first of them opens a TCP store on a free port. The others
+    learn its address by Horovod's ``broadcast_object``.
+
+    Raises:
+        PeerLostError: the connections could not be made.
     """
     global _opened
     hvd = horovod()
