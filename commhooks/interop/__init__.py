@@ -1,1 +1,1 @@
-"""Arrays of other libraries."""
+"""Top-k selection and sparse merging for arrays of other libraries."""

@@ -1,9 +1,9 @@
 """Top-k with error feedback and sparse merging on arrays of any library, without a copy.
 
 An array may be a torch tensor, a numpy array, or anything that exports DLPack or ``__cuda_array_interface__``
-(CuPy, JAX for reading, Numba). Results are arrays of the library of the first argument (torch tensors when it
-cannot take them back). CuPy arrays are worked on in CuPy's current stream, all others on a GPU in torch's
-current stream, which waits for the stream that ``__cuda_array_interface__`` names.
+(CuPy, JAX for reading, Numba). Results are arrays of the first argument's library, or torch tensors when that
+library cannot import them. CuPy arrays are processed on CuPy's current stream. All other arrays on a GPU are
+processed on torch's current stream, which first waits for the stream named by ``__cuda_array_interface__``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,26 @@ __all__ = ["MergedArrays", "Pairs", "merge", "topk"]
 
 
 class Pairs(NamedTuple):
-    """``values`` float32 ``(k,)``; ``indices`` int32 ``(k,)``, ascending; unused places: 0 and 2**31 - 1."""
+    """The pairs of a sparse gradient.
+
+    Attributes:
+        values: ``(k,)``, float32; 0 at unused places.
+        indices: ``(k,)``, int32, ascending; 2**31 - 1 at unused places, which are at the end.
+    """
 
     values: Any
     indices: Any
 
 
 class MergedArrays(NamedTuple):
-    """``Pairs``, and for each entry of both inputs whether its index is in the result (bool)."""
+    """The pairs of a merged sparse gradient, and which entries of the inputs are in it.
+
+    Attributes:
+        values: ``(k,)``, float32; 0 at unused places.
+        indices: ``(k,)``, int32, ascending; 2**31 - 1 at unused places, which are at the end.
+        survives_a: bool, as long as input a: whether the index of each entry is in the result.
+        survives_b: the same for input b.
+    """
 
     values: Any
     indices: Any
@@ -45,26 +57,27 @@ def topk(
     scale: float = 1.0,
     threads: int | None = None,
 ) -> Pairs:
-    """The ``k`` largest magnitudes of ``residual + scale * grad``, taken out of the residual.
+    """Takes out the ``k`` largest magnitudes of ``residual + scale * grad``; the rest stays in ``residual``.
 
     Args:
         grad: ``(n,)``, float32, float16 or bfloat16, contiguous; only read.
         k: number of places, in [0, n].
-        residual: ``(n,)``, float32; what is not taken stays here for the next call. None: nothing is kept.
-        velocity: ``(n,)``, float32, updated to ``momentum * velocity + scale * grad``, which then takes the
-            place of the gradient. None: no momentum.
+        residual: ``(n,)``, float32, overwritten with the sum, 0 where an element is taken. None: starts at 0
+            and is not returned.
+        velocity: ``(n,)``, float32, overwritten with ``momentum * velocity + scale * grad``, which replaces
+            ``scale * grad`` in the sum. None: no momentum.
         momentum: factor of the old velocity.
         scale: factor of the gradient.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
-        Exactly ``k`` places, sorted by index; ties go to the lower index, zeros are not taken.
+        ``k`` places, sorted by index. Ties go to the lower index. Zeros are not taken: with fewer than ``k``
+        nonzero elements the remaining places are unused.
 
     Raises:
         TypeError: not an array, or a wrong dtype.
-        ValueError: sizes, devices, layout, ``k``, or a residual or velocity that is read-only, as far as that
-            can be known: by numpy's and DLPack's flags, the CUDA array interface's, and for all arrays of JAX
-            and TensorFlow.
+        ValueError: sizes, devices, layout, ``k``, or a residual or velocity that is known to be read-only: by
+            the flags of numpy, DLPack or the CUDA array interface, or because it is of JAX or TensorFlow.
 
     Example:
         >>> residual = numpy.zeros_like(grad)
@@ -83,14 +96,20 @@ def topk(
 
 
 def merge(values_a: Any, indices_a: Any, values_b: Any, indices_b: Any, k: int) -> MergedArrays:
-    """The ``k`` largest magnitudes of the sum of two sparse gradients (gTop-k's operator).
+    """The ``k`` largest magnitudes of the sum of two sparse gradients.
+
+    This is gTop-k's operator (eq. 6 of Shi et al., IJCAI 2019). Inputs are not changed.
 
     Args:
         values_a: ``(m,)``, float32.
         indices_a: ``(m,)``, int32, ascending and unique, unused places (2**31 - 1) at the end.
         values_b: like ``values_a``, of any length.
         indices_b: like ``indices_a``.
-        k: number of places of the result.
+        k: number of places in the result.
+
+    Returns:
+        ``k`` places, sorted by index, and which entries of each input are among them. Ties go to the lower
+        index.
 
     Raises:
         TypeError: not an array, or a wrong dtype.

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as tensors over the same memory, and back, with their streams."""
+"""Converts arrays of other libraries to tensors over the same memory and back, and orders their streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 _IMMUTABLE = ("jax", "jaxlib", "tensorflow")
-"""Libraries that export memory which must never change; their exports do not always say so."""
+"""Libraries whose arrays must never be written; their exports are not always marked read-only."""
 
 _ON_CUDA = (2, 13)  # DLDeviceType: kDLCUDA, kDLCUDAManaged
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
@@ -33,17 +33,17 @@ class _VersionedHead(ctypes.Structure):
 
 
 def module_of(array: Any) -> str:
-    """The name of the library whose type ``array`` has."""
+    """The top-level package that defines the type of ``array``."""
     return type(array).__module__.split(".")[0]
 
 
 @contextlib.contextmanager
 def stream_of(array: Any) -> Iterator[None]:
-    """Makes CuPy's current stream on the array's device torch's too, for as long as the context lasts.
+    """Makes CuPy's current stream on the array's device torch's current stream within the block.
 
-    Nothing for arrays of other libraries. CuPy's default streams, the legacy one (0, 1) and the one per
-    thread (2), become torch's default stream: CUDA keeps these in order with one another, and torch knows no
-    stream per thread.
+    Does nothing for arrays of other libraries. CuPy's default streams, the legacy one (0, 1) and the
+    per-thread one (2), become torch's default stream. CUDA keeps these in order with one another, and torch
+    has no per-thread default stream.
     """
     if module_of(array) != "cupy":
         yield
@@ -55,7 +55,10 @@ def stream_of(array: Any) -> Iterator[None]:
 
 
 def _stream(pointer: int, device: torch.device, *, per_thread: bool) -> torch.cuda.Stream:
-    """torch's name for a ``cudaStream_t``; ``per_thread``: 2 stands for itself, not the default stream."""
+    """The torch stream for a ``cudaStream_t``.
+
+    With ``per_thread``, 2 is the per-thread default stream, else torch's default stream.
+    """
     if pointer in (0, 1) or (pointer == 2 and not per_thread):
         default: torch.cuda.Stream = torch.cuda.default_stream(device)
         return default
@@ -67,14 +70,14 @@ def to_tensor(name: str, array: Any, *, written: bool = False) -> Tensor:
     """A tensor over the memory of ``array``.
 
     Args:
-        name: of the argument, for messages.
-        array: a torch tensor, a numpy array, or what exports DLPack or ``__cuda_array_interface__``.
+        name: name of the argument, for messages.
+        array: a torch tensor, a numpy array, or anything that exports DLPack or ``__cuda_array_interface__``.
         written: whether the memory will be overwritten.
 
     Raises:
         TypeError: not an array.
-        ValueError: read-only memory that is to be written, memory that torch cannot share, or that lies on a
-            GPU which is not the current one (``__cuda_array_interface__`` only).
+        ValueError: read-only memory that is to be written, memory that torch cannot share, or memory on a GPU
+            that is not the current one (``__cuda_array_interface__`` only).
     """
     if isinstance(array, Tensor):
         return array
@@ -87,7 +90,7 @@ def to_tensor(name: str, array: Any, *, written: bool = False) -> Tensor:
             raise ValueError(f"{name} must be writeable, got a read-only array ({type(array).__name__})")
         try:
             tensor: Tensor = from_dlpack(array)
-        except BufferError as error:  # DLPack's way to say no: read-only memory by its old form, for example
+        except BufferError as error:  # a refused export, for example of read-only memory before DLPack 1.0
             raise ValueError(f"{name} cannot be shared by DLPack: {error}") from error
         return tensor
     if hasattr(array, "__cuda_array_interface__"):
@@ -101,19 +104,19 @@ def _from_numpy(name: str, array: Any, written: bool) -> Tensor:
     if any(stride < 0 for stride in array.strides):
         raise ValueError(f"{name} must be contiguous, got strides {array.strides}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about read-only arrays: those are only read here
+        warnings.simplefilter("ignore")  # torch warns of read-only arrays, which are only read here
         return torch.from_numpy(array)
 
 
 def _says_read_only(array: Any) -> bool:
-    """Whether a DLPack export of ``array`` bears the flag "read only"; before DLPack 1.0 unknown: False."""
+    """Whether a DLPack export of ``array`` is marked read-only; False before DLPack 1.0, without marks."""
     options: dict[str, Any] = {"max_version": (1, 0)}
     try:
         if array.__dlpack_device__()[0] in _ON_CUDA:
             options["stream"] = -1  # the memory is not touched: no need to order streams
         capsule = array.__dlpack__(**options)
     except (AttributeError, BufferError, TypeError, ValueError):
-        return False  # an exporter that cannot be asked; whether it exports at all is seen later
+        return False  # no answer; to_tensor finds out whether the array can be exported at all
     api = ctypes.pythonapi
     api.PyCapsule_IsValid.argtypes = [ctypes.py_object, ctypes.c_char_p]
     api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -125,10 +128,10 @@ def _says_read_only(array: Any) -> bool:
 
 
 def _from_cuda_interface(name: str, array: Any, written: bool) -> Tensor:
-    """By the CUDA array interface, up to version 3: torch's current stream waits for the one that it names.
+    """A tensor over an array that exports the CUDA array interface, up to version 3.
 
-    Nothing tells the producer of our writes: whoever uses the memory afterwards on another stream waits for
-    torch's.
+    torch's current stream waits for the stream that the interface names. The producer is not told of our
+    writes: a later user of the memory on another stream must wait for torch's stream itself.
     """
     interface = array.__cuda_array_interface__
     pointer, read_only = interface["data"]
@@ -143,7 +146,7 @@ def _from_cuda_interface(name: str, array: Any, written: bool) -> Tensor:
         )
     tensor = torch.as_tensor(array, device="cuda")
     if tensor.numel() and tensor.data_ptr() != pointer:
-        # What is on another GPU torch copies to the current one: results would be written into the copy.
+        # torch copies memory of another GPU to the current one. Results would be written into the copy.
         raise ValueError(
             f"{name} is not on the current GPU, cuda:{torch.cuda.current_device()}: "
             "call this within torch.cuda.device(...) of its own"
@@ -155,10 +158,10 @@ def _from_cuda_interface(name: str, array: Any, written: bool) -> Tensor:
 
 
 class _InOrder:
-    """Exports a tensor without ordering streams: CuPy's current stream is torch's, or both are default
-    streams.
+    """Exports a tensor to CuPy by DLPack without ordering streams.
 
-    torch refuses to export for the default stream per thread (2), which CuPy would ask for.
+    Ordering is not needed: CuPy's current stream is torch's too, or both are default streams. It is avoided
+    because torch refuses to export for the per-thread default stream (2), which CuPy may ask for.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -172,10 +175,9 @@ class _InOrder:
 
 
 def like(array: Any, tensor: Tensor) -> Any:
-    """``tensor`` as an array of the library of ``array`` over the same memory; within :func:`stream_of`
-    ``array``.
+    """``tensor`` as an array of the library of ``array``, over the same memory.
 
-    A tensor when that library cannot take it back.
+    The tensor itself when that library cannot import it. Call this within :func:`stream_of` ``array``.
     """
     if isinstance(array, Tensor):
         return tensor
@@ -185,7 +187,7 @@ def like(array: Any, tensor: Tensor) -> Any:
     namespace: Any = sys.modules.get(module)
     if not hasattr(namespace, "from_dlpack"):
         return tensor
-    # Not every library takes booleans through DLPack.
+    # Not every library imports booleans by DLPack.
     plain = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     result = namespace.from_dlpack(_InOrder(plain) if module == "cupy" else plain)
     return result.view("bool") if tensor.dtype == torch.bool else result

@@ -1,7 +1,7 @@
-"""``Connection``: a transport that was asked for by name and opens when it is first needed.
+"""``Connection``: a transport that is requested by name and opened when it is first needed.
 
-What every user of a transport needs is decided here, once: which name stands for what, how long a wait may
-be, and whether the ranks that a transport connects are those of the job.
+This module decides for all users of transports what each name stands for, what the timeout is, and whether a
+transport connects the ranks of the job.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .base import DEFAULT_TIMEOUT_S, Transport
 from .launcher import launched
 
 NAMES = ("distributed", "gloo", "nccl", "mpi")
-"""``"gloo"`` and ``"nccl"`` are ``"distributed"``, and an error where the other one runs."""
+"""The accepted names. ``"gloo"`` and ``"nccl"`` are ``"distributed"`` with that backend required."""
 OVER_TORCH = NAMES[:3]
 
 
@@ -32,19 +32,22 @@ def make(
     process_group: Any = None,
     device_type: str = "cpu",
 ) -> Transport:
-    """Opens a transport by name (a collective call), or returns the one that is given.
+    """Opens a transport by name, which is collective, or returns the transport that is given.
 
     Args:
         transport: one of ``NAMES``, or a ready ``Transport``.
         timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s
             without a group.
-        process_group: ranks of a new ``"distributed"`` transport; default: all.
-        device_type: ``"cuda"`` asks ``"distributed"`` for NCCL, when the process group has it, and ``"mpi"``
-            to send from GPU memory, when its library can.
+        process_group: the process group whose ranks a new ``"distributed"`` transport connects. None: all
+            ranks.
+        device_type: where the gradients are. With ``"cuda"``, ``"distributed"`` uses NCCL if the process
+            group has it, and ``"mpi"`` sends from GPU memory if the MPI library can.
 
     Raises:
-        ValueError: ``"gloo"`` or ``"nccl"`` where the other one runs, or MPI connects other ranks than the
-            job has.
+        ValueError: an unknown name, ``"gloo"`` or ``"nccl"`` where the other one is in use, or MPI connects
+            another number of ranks than the job has.
+        RuntimeError: ``"distributed"`` before ``init_process_group``.
+        ImportError: ``"mpi"`` without mpi4py or an MPI library.
     """
     if isinstance(transport, Transport):
         return transport
@@ -69,10 +72,10 @@ def make(
 
 
 def _check_ranks(transport: Transport, process_group: Any) -> None:
-    """Raises ``ValueError`` where MPI connects other ranks than the job has; closes the transport then.
+    """Closes the transport and raises ``ValueError`` when its number of ranks is not the job's.
 
-    A process group that is named must have as many. Otherwise what started the process tells, or the default
-    process group: one that agrees suffices, since a job over MPI may have smaller process groups.
+    A given ``process_group`` must have as many ranks as the transport. Without one, the launcher or the
+    default process group must. One of the two is enough: a job over MPI may have smaller process groups.
     """
     told = []
     if dist.is_available() and dist.is_initialized():
@@ -92,13 +95,15 @@ def _check_ranks(transport: Transport, process_group: Any) -> None:
 
 
 class Connection:
-    """Opens a transport once, hands it out, closes it. After :meth:`close` it can be opened again by name.
+    """Opens a transport once, returns it to its users and closes it.
+
+    After :meth:`close` a transport that was requested by name can be opened again.
 
     Args:
         requested: one of ``NAMES``, or a ready ``Transport``, which is open from the start.
 
     Attributes:
-        requested: what was asked for. Pickled as a name; a pickled connection is closed.
+        requested: what was requested. It is pickled as a name, and an unpickled connection is closed.
     """
 
     def __init__(self, requested: str | Transport = "distributed") -> None:
@@ -119,13 +124,19 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Whether the transport is open. One opened here is not once its process group was destroyed."""
+        """Whether the transport is open.
+
+        One that was opened here counts as closed once its process group was destroyed.
+        """
         return self._transport is not None and (self._transport.is_alive or not self._opened_here)
 
     def open(
         self, *, timeout_s: float | None = None, process_group: Any = None, device_type: str = "cpu"
     ) -> Transport:
-        """The open transport; the first call, a collective one, opens it. Arguments as for :func:`make`."""
+        """Returns the open transport; opens it first if it is closed, which is collective.
+
+        Arguments and errors are those of :func:`make`.
+        """
         if not self.is_open:
             self.close()
             self._transport = make(
@@ -135,12 +146,12 @@ class Connection:
         return self.transport
 
     def adopt(self, transport: Transport) -> None:
-        """Takes a transport that the caller opened; :meth:`close` closes it. ``requested`` stays as it is."""
+        """Takes over an open transport of the caller, for :meth:`close` to close; keeps ``requested``."""
         self._transport, self._opened_here = transport, False
 
     def close(self) -> None:
         """Closes the transport, if it is open. Call it on all ranks."""
-        transport, self._transport = self._transport, None  # forgotten even if closing it fails
+        transport, self._transport = self._transport, None  # dropped even if closing it fails
         if transport is not None:
             transport.close()
 

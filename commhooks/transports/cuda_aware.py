@@ -7,14 +7,14 @@ import os
 from typing import Any
 
 VARIABLE = "COMMHOOKS_MPI_CUDA_AWARE"
-"""``1`` or ``0`` overrules what the library says of itself: some are aware and do not say so."""
+"""``1`` or ``0`` overrides the library's own answer: some libraries are CUDA-aware and do not report it."""
 
 
 def is_cuda_aware(mpi: Any) -> bool:
     """Whether the MPI library can send from GPU memory.
 
-    ``COMMHOOKS_MPI_CUDA_AWARE`` decides, else ``MPIX_Query_cuda_support`` of Open MPI, MPICH or
-    MVAPICH, else no.
+    The variable ``COMMHOOKS_MPI_CUDA_AWARE`` decides when it is set. Otherwise ``MPIX_Query_cuda_support`` of
+    Open MPI, MPICH or MVAPICH does. A library without this function counts as not CUDA-aware.
 
     Args:
         mpi: the module ``mpi4py.MPI``, initialised.

@@ -1,6 +1,6 @@
 """Copies between the device of a caller's tensors and the device a transport sends from.
 
-Between a GPU and the host they go through page-locked memory. Both directions are queued on the current
+Copies between a GPU and the host use page-locked host memory. Both directions are queued on the current
 stream and run on the GPU's copy engine. Torch's caching host allocator owns the page-locked memory: it keeps
 blocks by size between steps, and hands a block out again only after the copies queued on it are done.
 """
@@ -38,7 +38,10 @@ class Copies:
         self._devices: set[torch.device] = set()  # GPUs on whose streams copies to the host are queued
 
     def outgoing(self, buffer: Tensor) -> Tensor:
-        """A copy of ``buffer``, of the same shape. It is complete after :meth:`wait`."""
+        """A copy of ``buffer`` on the transport's device, complete after :meth:`wait`.
+
+        ``buffer`` itself when it is there already.
+        """
         if not is_foreign(buffer, self._device_type):
             return buffer
         if self._device_type != "cpu":
@@ -49,7 +52,10 @@ class Copies:
         return copy
 
     def incoming(self, buffer: Tensor) -> Tensor:
-        """Memory of ``buffer``'s shape to receive in; :meth:`give_back` copies it into ``buffer``."""
+        """A tensor on the transport's device to receive in; :meth:`give_back` copies it into ``buffer``.
+
+        ``buffer`` itself when it is there already.
+        """
         if not is_foreign(buffer, self._device_type):
             return buffer
         if self._device_type == "cpu":
@@ -60,20 +66,24 @@ class Copies:
         return copy
 
     def both(self, buffer: Tensor) -> Tensor:
-        """A copy of ``buffer`` that the transport overwrites and :meth:`give_back` copies back."""
+        """A copy of ``buffer`` for the transport to overwrite; :meth:`give_back` copies it back.
+
+        ``buffer`` itself when it is on the transport's device already.
+        """
         copy = self.outgoing(buffer)
         if copy is not buffer:
             self._returns.append((buffer, copy))
         return copy
 
     def wait(self) -> None:
-        """Waits until the outgoing copies are complete: one wait for each GPU."""
+        """Waits until the outgoing copies are complete, once for each GPU."""
         for device in self._devices:
             _wait_for_stream(device)
 
     def give_back(self) -> None:
-        """Copies what was received into the caller's buffers; on a GPU complete for what its stream does
-        next.
+        """Copies what was received into the caller's buffers.
+
+        On a GPU the copies are queued: they are complete for later work on the current stream.
         """
         for buffer, copy in self._returns:
             if self._device_type == "cpu":

@@ -1,4 +1,4 @@
-"""torch.distributed (gloo for CPU tensors, NCCL for CUDA tensors) over a process group of our own."""
+"""The torch.distributed transport, over a process group of its own: gloo on the CPU, NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -23,25 +23,31 @@ from .stragglers import Stragglers
 
 _POLL_S = 1e-4
 _HOT_POLL_S = 5e-5
-"""A poll does not sleep so long: a sleep takes longer than most exchanges of NCCL."""
-_ROTATION_RANKS = 3  # with so few gloo's own all-gather takes 1.5 (2 ranks) and 1.2 times as long
+"""Seconds of polling without sleep, since a sleep takes longer than most exchanges of NCCL."""
+_ROTATION_RANKS = 3
+"""All-gather is pairwise up to here. gloo's own takes 1.5 (2 ranks) and 1.2 times (3 ranks) as long."""
 _LONG_WAIT_S = 1.0
-"""A rank that waits this long in a collective (or a quarter of the timeout, if that is less) tells the
-others.
+"""Seconds of waiting in a collective after which a rank reports its wait to the others.
+
+It is a quarter of the timeout if that is less.
 """
 
 
 class DistributedTransport(Transport):
-    """A new process group over the ranks of ``process_group`` (default: all), with a timeout of its own.
+    """Sends over a new process group with the ranks of ``process_group`` and a timeout of its own.
 
-    DDP issues broadcasts and bitmaps on its own group from other threads; ours never meet them. Making one is
-    collective over those ranks.
+    Creating a transport is collective over those ranks. DDP broadcasts buffers and bitmaps on its own group
+    from other threads. On a group of our own, our operations cannot be confused with these.
 
     Args:
-        process_group: whose ranks take part.
+        process_group: the group whose ranks take part. None: all ranks.
         backend: ``"gloo"`` (CPU tensors) or ``"nccl"`` (CUDA tensors).
-        timeout_s: seconds until a missing peer is an error. Under NCCL best effort: the wait on the device is
-            polled, the communicator itself is watched by torch.
+        timeout_s: seconds until a missing peer is an error. With NCCL this holds for the wait on the device,
+            which polls. torch watches the communicator itself.
+
+    Raises:
+        RuntimeError: ``init_process_group`` has not been called.
+        ValueError: an unknown ``backend``, or ``timeout_s`` is not positive.
     """
 
     name = "distributed"
@@ -63,7 +69,7 @@ class DistributedTransport(Transport):
         self.device_type = "cpu" if backend == "gloo" else "cuda"
         self._ranks = dist.get_process_group_ranks(parent)
         self._own = OwnGroup(self._ranks, backend, _group_timeout_s(backend, timeout_s))
-        # A transport that nobody closes must not keep its connections and threads.
+        # A transport that is garbage-collected without close() must not keep its connections and threads.
         weakref.finalize(self, self._own.leave_as_garbage).atexit = False
         if backend == "nccl":
             _warn_of_launch_order()
@@ -131,9 +137,10 @@ class DistributedTransport(Transport):
         )
 
     def _collective(self, start: Callable[[], Any], what: str, operation: str) -> None:
-        """Starts and finishes a collective; an error under gloo names the ranks that did not come to it.
+        """Starts a collective and waits for its end. With gloo, an error names the ranks that did not join.
 
-        A rank that gives up breaks the others' connections, so these look for the late ranks too.
+        The late ranks are looked up after a broken connection too: the first rank that gives up breaks the
+        connections of the others.
         """
         self._check_alive(what)
         deadline, told = time.monotonic() + self.timeout_s, False
@@ -150,10 +157,10 @@ class DistributedTransport(Transport):
         self._wait_for_device(what)
 
     def _ends_soon(self, work: Any) -> bool:
-        """False if a collective is still under way after a long wait, or has failed."""
+        """Whether a collective completes without a long wait; False also when it fails."""
         try:
             work.wait(timedelta(seconds=min(_LONG_WAIT_S, self.timeout_s / 4)))
-        except RuntimeError:  # a failed one raises again at the next wait
+        except RuntimeError:  # after a failure the next wait raises again
             return False
         return True
 
@@ -164,7 +171,10 @@ class DistributedTransport(Transport):
             work.wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
 
     def _wait_for_device(self, what: str) -> None:
-        """NCCL's wait only orders streams: poll the stream itself, so that a stall is seen in time."""
+        """Polls the current stream until it is done, within the timeout; does nothing with gloo.
+
+        ``work.wait()`` of NCCL only orders streams. It returns at once and notices no stalled peer.
+        """
         if self.backend != "nccl":
             return
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -203,7 +213,7 @@ class DistributedTransport(Transport):
 
 
 def _store_of(group: Any) -> Any:
-    """The store of a process group, or None; torch has no public way to it."""
+    """The store of a process group, or None when torch, which has no public way to it, does not give it."""
     find = getattr(dist.distributed_c10d, "_get_process_group_store", None)
     return None if find is None else find(group)
 
@@ -211,8 +221,8 @@ def _store_of(group: Any) -> Any:
 def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> str:
     """``"nccl"`` for CUDA tensors when ``process_group`` sends them by NCCL, else ``"gloo"``.
 
-    ``init_process_group()`` without a backend gives each device its own: the name of the group itself does
-    not tell.
+    The backend is looked up by device: ``init_process_group()`` without a backend chooses one for each
+    device.
     """
     if device_type != "cuda" or not dist.is_initialized():
         return "gloo"
@@ -221,8 +231,9 @@ def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> st
 
 
 def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
-    """Seconds after which ``process_group`` (None: the default one) gives up; None without a group. torch has
-    no public way.
+    """The timeout of ``process_group`` (None: the default one) in seconds; None without a group.
+
+    The timeout is read from the backend's options, since torch has no public way to it.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -239,15 +250,19 @@ def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
 
 
 def _group_timeout_s(backend: str, timeout_s: float) -> float:
-    """The process group's own timeout. NCCL's watchdog ends the process there, long after our error."""
+    """Timeout of our process group in seconds.
+
+    With NCCL it is longer than ours, since torch's watchdog ends the process when it expires. Our error must
+    come first.
+    """
     return 2 * timeout_s + 60 if backend == "nccl" else timeout_s
 
 
 def _warn_of_launch_order() -> None:
-    """Warns of variables that serialise NCCL's launches.
+    """Warns of environment variables that serialise NCCL's launches.
 
-    Two communicators then deadlock when they launch in another order on another rank.
-    DDP launches on its own communicator from backward's thread, and the hook on ours from the state's.
+    DDP launches on its own communicator from backward's thread, and the hook launches on ours from the
+    state's thread. The order of the two may differ between ranks. Serialised launches may then deadlock.
     """
     risky = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_LAUNCH_ORDER_IMPLICIT": "1"}
     for name, value in risky.items():

@@ -1,4 +1,4 @@
-"""Duplicates of MPI communicators: counted, and used again, since freeing one would need all ranks."""
+"""Duplicates of MPI communicators, reused instead of freed, since freeing one needs all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CommHooksError, PeerLostError
 
-_COLLECT_FROM = 8  # with so many in use some of their transports may be garbage that waits for the collector
+_COLLECT_FROM = 8  # with so many in use, some of their transports may be garbage that is not yet collected
 
 _pools: dict[tuple[int, ...], list[Duplicate]] = defaultdict(list)
 
@@ -19,8 +19,8 @@ _pools: dict[tuple[int, ...], list[Duplicate]] = defaultdict(list)
 class Duplicate:
     """A communicator of our own over the ranks of a parent.
 
-    A library has about two thousand communicators. A transport that is closed, or that is garbage on every
-    rank, leaves its duplicate to the next transport of the same ranks.
+    An MPI library has about two thousand communicators. The duplicate of a transport that is closed or
+    garbage-collected on every rank is reused by the next transport of the same ranks.
 
     Attributes:
         comm: the mpi4py communicator.
@@ -31,20 +31,20 @@ class Duplicate:
         self.comm, self.in_use = comm, False
 
     def release(self) -> None:
-        """Leaves it to the next transport; local. Safe in a finalizer, on any thread."""
+        """Marks the duplicate as unused by this rank. Local, and safe in a finalizer on any thread."""
         self.in_use = False
 
 
 def duplicate(mpi: Any, parent: Any, complete: Callable[[Callable[[], Any]], Any]) -> Duplicate:
-    """The first duplicate of ``parent`` that no transport uses on any rank, or a new one. Collective.
+    """Returns the first duplicate of ``parent`` that is unused on every rank, or a new one. Collective.
 
     Args:
         mpi: the module ``mpi4py.MPI``.
-        parent: whose ranks take part; an intracommunicator.
-        complete: starts an operation, given as a function that returns its request, and waits for it.
+        parent: the communicator whose ranks take part, an intracommunicator.
+        complete: starts an operation and waits for it. The operation is a function that returns its request.
 
     Raises:
-        CommHooksError: MPI has no communicator left; the message tells how many are in use.
+        CommHooksError: MPI has no communicator left. The message says how many are in use.
     """
     ranks = _world_ranks(mpi, parent)
     pool = [] if mpi.UNDEFINED in ranks else _pools[ranks]
@@ -79,7 +79,10 @@ def _new(parent: Any, complete: Callable[[Callable[[], Any]], Any], used: int) -
 def _first_free(
     mpi: Any, parent: Any, pool: list[Duplicate], complete: Callable[[Callable[[], Any]], Any]
 ) -> Duplicate | None:
-    """The ranks made the same duplicates in the same order, and each knows which of them it uses."""
+    """The first duplicate in ``pool`` that is unused on every rank, or None. Collective.
+
+    All ranks made the same duplicates in the same order, so that the ranks can vote by position.
+    """
     if not pool:
         return None
     free = np.array([not d.in_use for d in pool], dtype=np.int32)
@@ -88,7 +91,7 @@ def _first_free(
 
 
 def _world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
-    """The ranks of ``comm`` in COMM_WORLD. Communicators of the same ranks in one order are alike."""
+    """The ranks of ``comm`` in COMM_WORLD. Communicators with the same tuple share their duplicates."""
     group, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
     ranks = tuple(mpi.Group.Translate_ranks(group, list(range(group.Get_size())), world))
     group.Free()

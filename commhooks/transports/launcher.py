@@ -1,4 +1,4 @@
-"""What started this process, and which of how many ranks it is: read from the environment alone."""
+"""Reads from the environment which launcher started this process, its rank and the number of ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 
 class Launched(NamedTuple):
-    """This process among those that one launcher started."""
+    """The launcher of this process, and the process's place in the job.
+
+    Attributes:
+        launcher: name of the launcher, for messages.
+        rank: this process's rank.
+        world_size: number of processes that the launcher started.
+    """
 
     launcher: str
     rank: int
@@ -21,18 +27,17 @@ _VARIABLES = (
     ("mpiexec", "PMI_RANK", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
-"""From the launcher that is started last to the one that may have started it: srun may start mpiexec, and
-either torchrun.
+"""Launcher, variable of the rank, variable of the number of ranks. The innermost launcher is first.
 
-``SLURM_NTASKS`` is not read: it belongs to the allocation, so that a single process of a batch script sees it
-too.
+Launchers nest: srun may start mpiexec, and either may start torchrun. ``SLURM_NTASKS`` is not read. It
+belongs to the allocation, so that a single process of a batch script sees it too.
 """
 
 
 def launched() -> Launched | None:
-    """The launcher's name with this process's rank and the number of ranks; None where no launcher is known.
+    """The innermost launcher, this process's rank and the number of ranks; None if none is known.
 
-    A pair of variables of which one is missing or no number is passed over.
+    A pair of variables is ignored when one of them is missing or not a number.
     """
     for launcher, rank, size in _VARIABLES:
         found = os.environ.get(rank, ""), os.environ.get(size, "")

@@ -1,5 +1,4 @@
-"""MPI point-to-point and collectives on buffers, by mpi4py (installed on demand: ``pip install
-commhooks[mpi]``)."""
+"""The MPI transport, by mpi4py, which ``pip install commhooks[mpi]`` installs."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ from .cuda_aware import is_cuda_aware
 from .deadline import Deadline
 from .duplicates import duplicate
 
-_SPIN_POLLS = 200  # polls that only yield the core, before a waiting rank starts to sleep between them
+_SPIN_POLLS = 200  # after so many polls a waiting rank sleeps between polls; before, it only yields the core
 _SLEEP_S = 5e-5
-_ROTATION_BYTES = 16384  # less is a matter of rounds, of which MPI's own all-reduce has fewer
+_ROTATION_BYTES = 16384  # below, the number of rounds decides, and MPI's own all-reduce has fewer
 _serialized = threading.Lock()
 
 
@@ -54,22 +53,27 @@ def load_mpi() -> Any:
 
 
 class MpiTransport(Transport):
-    """A duplicate of ``comm`` (default: ``COMM_WORLD``), so no message of ours meets one of the user's.
+    """Sends over a duplicate of an MPI communicator, so that our messages cannot meet the user's.
 
-    A closed or forgotten transport leaves its duplicate to the next one of the same ranks. Making one is
-    collective. Every wait polls against a deadline. After a time-out the process leaves through
-    ``comm.Abort``: ``MPI_Finalize`` would wait for the stalled rank.
+    Creating a transport is collective. A closed or garbage-collected transport leaves its duplicate to the
+    next transport of the same ranks. Every wait polls against a deadline. After :meth:`fail` the process
+    exits through ``COMM_WORLD.Abort``, since ``MPI_Finalize`` would wait for the stalled rank.
 
     Args:
-        comm: an mpi4py communicator whose ranks take part.
+        comm: an mpi4py communicator whose ranks take part. None: ``COMM_WORLD``.
         timeout_s: seconds until a missing peer is an error.
-        device_type: ``"cuda"``: tensors on GPUs are sent from where they are, if the MPI library is
-            CUDA-aware (:mod:`~commhooks.transports.cuda_aware`); else the transport stays one of CPU tensors,
-            and pairs are copied through page-locked memory.
+        device_type: with ``"cuda"``, tensors are sent from GPU memory if the MPI library is CUDA-aware
+            (:mod:`~commhooks.transports.cuda_aware`). Otherwise the transport sends from CPU memory, and
+            tensors on a GPU are copied through page-locked memory.
+
+    Raises:
+        ImportError: mpi4py or the MPI library is absent.
+        RuntimeError: MPI was initialised below ``MPI_THREAD_SERIALIZED``.
+        CommHooksError: MPI has no communicator left.
     """
 
     name = "mpi"
-    sends_early = True  # libfabric's TCP provider streams a message whether or not it is received yet
+    sends_early = True  # libfabric's TCP provider sends a message even before its receive is posted
 
     def __init__(
         self, comm: Any = None, timeout_s: float = DEFAULT_TIMEOUT_S, device_type: str = "cpu"
@@ -115,7 +119,7 @@ class MpiTransport(Transport):
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
         if self.world_size & (self.world_size - 1) and nbytes(buffer) >= _ROTATION_BYTES:
-            # MPICH folds the ranks beyond a power of two in and out again, whole buffers at a time.
+            # MPICH sends whole buffers from and back to the ranks beyond a power of two.
             pairwise.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
             return
         self._finish_kernels()
@@ -124,7 +128,10 @@ class MpiTransport(Transport):
         self._wait([request], f"{what}, all-reduce", "any rank")
 
     def _wait(self, requests: list[Any], what: str, peers: list[str] | str) -> None:
-        """Polls until all requests are complete; on time-out names the peers of those that are not."""
+        """Polls until all requests are complete; a timeout error names the peers of the incomplete ones.
+
+        ``peers`` is a list with one name per request, or one text for all.
+        """
         deadline, polls = Deadline(self.timeout_s), 0
         while not self._tested(lambda: self._mpi.Request.Testall(requests), what):
             polls += 1
@@ -138,7 +145,7 @@ class MpiTransport(Transport):
                 )
 
     def _finish_kernels(self) -> None:
-        """MPI knows nothing of streams: what is to be sent must have been written."""
+        """Waits for the current stream, on which the tensors to be sent are written: MPI ignores streams."""
         if self.device_type == "cuda":
             torch.cuda.current_stream().synchronize()
 
@@ -152,20 +159,20 @@ class MpiTransport(Transport):
     def fail(self, error: BaseException) -> None:
         if not self._failed and self.world_size > 1:
             self._failed = True
-            self._release.detach()  # messages may still be on their way in it
+            self._release.detach()  # messages may still be under way in the duplicate
             atexit.register(self._mpi.COMM_WORLD.Abort, 1)  # runs before mpi4py's own Finalize
 
     def close(self) -> None:
-        """Leaves the duplicate to the next transport of the same ranks; freeing it would need all of them."""
+        """Leaves the duplicate to the next transport of the same ranks; freeing it would need all ranks."""
         self._release()
         self._comm = self._mpi.COMM_NULL
 
 
 def _bytes(buffer: Tensor) -> Any:
-    """The tensor's memory as a flat uint8 array; works for every dtype on every MPI."""
+    """The tensor's memory as a flat uint8 array, which every MPI can send whatever the dtype."""
     return _array(buffer.detach().view(-1).view(torch.uint8))
 
 
 def _array(tensor: Tensor) -> Any:
-    """What mpi4py takes: a numpy array, or on a GPU the tensor (by ``__cuda_array_interface__``)."""
+    """The form mpi4py accepts: a numpy array, or on a GPU the tensor (by ``__cuda_array_interface__``)."""
     return tensor if tensor.is_cuda else tensor.numpy()

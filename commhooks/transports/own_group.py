@@ -1,4 +1,4 @@
-"""Process groups of our own: closed before Python ends, and when the transport that made them is garbage."""
+"""Process groups of our own. They are closed with their transport, or at the latest before Python exits."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import torch.distributed as dist
 logger = logging.getLogger(__name__)
 
 _open: set[OwnGroup] = set()
-_garbage: deque[OwnGroup] = deque()  # what a finalizer may do: append
+_garbage: deque[OwnGroup] = deque()  # a finalizer only appends, which is safe on any thread
 
 
 class OwnGroup:
-    """A new process group over global ``ranks``; making one is collective over them.
+    """A new process group over global ``ranks``. Creating it is collective over them.
 
-    A thread of gloo lets go of a collective's tensors after the collective's end, and needs the interpreter
-    for that. One that asks for it while Python shuts down ends the process by ``std::terminate``. So every
-    group is closed before, by a handler that is registered when this module is imported and therefore runs
-    after the handlers of all threads that use a group.
+    A thread of gloo releases a collective's tensors after the collective's end and takes the interpreter lock
+    for that. If it takes the lock while Python shuts down, the process ends by ``std::terminate``. So an exit
+    handler closes every group before that. It is registered when this module is imported and therefore runs
+    after the exit handlers of all threads that use a group.
 
     Args:
         ranks: global ranks, ascending.
         backend: ``"gloo"`` or ``"nccl"``.
-        timeout_s: the group's own timeout.
+        timeout_s: timeout of the group's operations in seconds.
     """
 
     def __init__(self, ranks: Sequence[int], backend: str, timeout_s: float) -> None:
@@ -58,27 +58,31 @@ class OwnGroup:
         return True
 
     def close(self) -> None:
-        """Ends the group's threads and closes its connections. Needs no other rank; calling it twice is fine.
+        """Ends the group's threads and closes its connections.
 
-        In a forked child it does nothing: the threads are the parent's.
+        The call needs no other rank. A second call does nothing. In a forked child it does nothing, since the
+        threads are the parent's.
         """
         if self.group is None or os.getpid() != self._process:
             return
         if self.is_alive:
             dist.destroy_process_group(self.group)
-        # The backend goes last, by its own Python object, which joins the threads without holding the
-        # interpreter's lock. As part of something else it might hold the lock that one of them waits for.
+        # The backend is released last, by its own Python object, which joins the threads without holding the
+        # interpreter lock. Released with the group, it could hold the lock that one of its threads waits for.
         self.group = None
         self._backend = None
         _open.discard(self)
 
     def leave_as_garbage(self) -> None:
-        """Closes the group when the next one is made, or at exit. Safe in a finalizer, on any thread."""
+        """Marks the group to be closed when the next one is made, or at exit.
+
+        Safe in a finalizer, on any thread.
+        """
         _garbage.append(self)
 
 
 def close_garbage() -> None:
-    """Closes the groups whose transports are gone."""
+    """Closes the groups whose transports have been garbage-collected."""
     while _garbage:
         _garbage.popleft().close()
 
@@ -87,9 +91,7 @@ def _close_all() -> None:
     for group in list(_open):
         try:
             group.close()
-        except (
-            Exception
-        ) as error:  # a broken connection may raise, and the others are to be closed all the same
+        except Exception as error:  # a broken connection may raise; the other groups are closed all the same
             logger.debug("closing a process group at exit: %s", error)
 
 

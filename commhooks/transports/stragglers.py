@@ -1,4 +1,4 @@
-"""Which ranks have not come to a collective, as far as the process group's store knows."""
+"""``Stragglers``: finds the ranks that have not joined a collective, by the process group's store."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _STORE_LIMIT_S = 3.0
-"""The store may live in the very process that stalls: nobody waits longer for it."""
+"""Longest wait for the store in seconds, since the stalled process may be the one that serves it."""
 
 
 class Stragglers:
-    """Ranks that wait long in a collective say so in ``store``; one that fails there reads who did not.
+    """Finds the ranks that have not joined a collective in which this rank waits.
 
-    Costs nothing where nobody waits long, and one short entry per rank is all the store ever holds.
+    A rank that waits long in a collective writes the collective's number to ``store``. A rank whose
+    collective fails reads which ranks have not written it. A short wait costs nothing. The store holds one
+    short entry per rank.
 
     Args:
-        store: a ``torch.distributed`` store of the group's ranks; None: nobody will be missed.
+        store: a ``torch.distributed`` store of the group's ranks. None: no rank is ever reported.
         rank: this rank in the group.
-        world_size: the group's.
+        world_size: number of ranks in the group.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
 
     def wait_in(self, number: int) -> bool:
-        """Tells the others that this rank waits in its ``number``-th collective; False if that failed."""
+        """Tells the others that this rank waits in its ``number``-th collective; returns whether it did."""
 
         def write(store: Any) -> bool:
             store.set(_key(self._rank), str(number))
@@ -38,8 +40,9 @@ class Stragglers:
         return self._bounded(write, False)
 
     def missing(self, number: int) -> list[int]:
-        """The ranks that have told of no wait in the ``number``-th collective or a later one; [] without a
-        store.
+        """The other ranks that report no wait in the ``number``-th collective or a later one.
+
+        Empty without a store or without its answer.
         """
 
         def read(store: Any) -> list[int]:
@@ -49,7 +52,10 @@ class Stragglers:
         return self._bounded(read, [])
 
     def _bounded(self, ask: Callable[[Any], T], otherwise: T) -> T:
-        """What ``ask(store)`` returns within the limit; a store that has failed once is not asked again."""
+        """Returns ``ask(store)``, or ``otherwise`` without an answer within ``_STORE_LIMIT_S``.
+
+        A store that has not answered once is not asked again.
+        """
         if self._store is None:
             return otherwise
         store, answers = self._store, []
@@ -57,7 +63,7 @@ class Stragglers:
         def run() -> None:
             try:
                 answers.append(ask(store))
-            except Exception as error:  # stores raise what they like, and the rank has worse to tell of
+            except Exception as error:  # of any type; the error of the collective is the one to report
                 logger.debug("no answer from the process group's store: %s", error)
 
         thread = threading.Thread(target=run, name="commhooks roll call", daemon=True)
