@@ -1,1 +1,1 @@
-"""DistributedDataParallel: the state, the hook and the thread that communicates."""
+"""The way in for DistributedDataParallel: the state, the hook and the communication thread."""

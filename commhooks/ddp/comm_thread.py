@@ -1,4 +1,4 @@
-"""One thread that owns a state's communication and takes its buckets in order."""
+"""``CommThread``: the thread that does a state's communication, bucket by bucket, in order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _threads: weakref.WeakSet[CommThread] = weakref.WeakSet()
 
 
 class CommThread:
-    """Runs tasks one after the other in a thread that starts with the first task.
+    """Runs tasks one after the other in a thread of its own, which starts with the first task.
 
-    After a fork, or after :meth:`close`, the next task starts a new thread. The thread ends with the object.
+    After a fork, or after :meth:`close`, the next task starts a new thread. The thread ends when the object
+    is collected, and at the latest when Python exits.
     """
 
     def __init__(self, name: str) -> None:
@@ -24,13 +25,13 @@ class CommThread:
         self._thread: threading.Thread | None = None
 
     def submit(self, task: _Task) -> None:
-        """Queues ``task``; it must not raise."""
+        """Queues ``task``, which must not raise."""
         if self._thread is None or not self._thread.is_alive():
             self._start()
         self._tasks.put(task)
 
     def wait(self) -> None:
-        """Returns when all tasks queued so far are done."""
+        """Waits until all tasks queued so far are done. On the thread itself it returns at once."""
         if (
             self._thread is not None
             and self._thread.is_alive()
@@ -53,8 +54,8 @@ class CommThread:
         self._thread.start()
         weakref.finalize(self, self._tasks.put, None).atexit = False
         if not _threads:
-            # Python's own shutdown must not meet a thread that is inside torch or MPI. This handler is
-            # registered later than that of the transports, hence it runs before they close.
+            # No thread may be inside torch or MPI while Python shuts down. This handler is registered after
+            # that of the transports, so it runs before they close.
             atexit.unregister(_close_all)
             atexit.register(_close_all)
         _threads.add(self)
@@ -63,7 +64,7 @@ class CommThread:
 def _run(tasks: queue.SimpleQueue[_Task | None]) -> None:
     while (task := tasks.get()) is not None:
         task()
-        del task  # it holds its state, which would wait for the next task to be freed
+        del task  # it holds its state, which could not be freed before the next task
 
 
 def _close_all() -> None:

@@ -1,4 +1,4 @@
-"""The DDP communication hook."""
+"""``sparse_hook``, the DDP communication hook, and ``register``, which registers it on a model."""
 
 # No `from __future__ import annotations` here: register_comm_hook inspects the hook's real annotations.
 from typing import Any
@@ -13,19 +13,22 @@ from .wrapped import plain_name, require_ddp
 
 
 def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Future[torch.Tensor]:
-    """Replaces a bucket's gradient by the sparse average over ranks; for ``register_comm_hook``.
+    """Replaces a bucket's gradient by the sparse average over ranks. For ``register_comm_hook``.
 
     Returns at once: selection and communication run on the state's own thread, bucket by bucket in DDP's
     order, while backward goes on.
 
     Args:
         state: the model's ``SparseState``.
-        bucket: DDP's bucket; its buffer is overwritten.
-        unsupported: what FSDP passes beside; anything here is a ``TypeError``.
+        bucket: DDP's bucket. Its buffer is overwritten.
+        unsupported: catches the further arguments that FSDP passes. Any of them is a ``TypeError``.
+
+    Returns:
+        A future of the buffer. An error of the exchange is raised where DDP uses the future's value.
 
     Raises:
-        TypeError: not a DDP bucket (compiled DDP and FSDP pass other things), or a gradient that is not dense
-            float32, bfloat16 or float16.
+        TypeError: ``bucket`` is not a DDP bucket (compiled DDP and FSDP pass other things), or ``state`` is
+            not a ``SparseState``.
     """
     if not isinstance(state, SparseState):
         raise TypeError(f"state must be a SparseState, got {type(state).__name__}")
@@ -45,13 +48,14 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
 
 
 def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | None = None) -> SparseState:
-    """Registers ``sparse_hook`` on a DDP model and hands the parameters' names to the state. A collective
-    call.
+    """Registers ``sparse_hook`` on a DDP model. A collective call.
+
+    It also tells the state the parameters' names and opens its transport.
 
     Args:
-        model: the DDP model; also what Lightning Fabric's ``setup`` or ``torch.compile`` made of one.
-        state: a state of its own.
-        optimizer: looked at only to refuse or warn of what does not train.
+        model: the DDP model, or what Lightning Fabric's ``setup`` or ``torch.compile`` made of it.
+        state: a state that serves no other model.
+        optimizer: the job's optimizer. It is checked for combinations that do not train, and not kept.
 
     Returns:
         ``state``.
@@ -60,7 +64,8 @@ def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | 
         UserWarning: momentum in two places, random-k with momentum, or L-BFGS.
 
     Raises:
-        TypeError: there is no DDP model in ``model``; the message says what to pass.
+        TypeError: there is no DDP model in ``model`` (the message says what to pass), or ``state`` is not a
+            ``SparseState``.
         ValueError: the state belongs to another model, its transport connects other ranks than DDP's group,
             or its memory has momentum under an optimizer with a second moment (Adam and its like).
     """
@@ -75,6 +80,6 @@ def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | 
     state.open(next(ddp.parameters()).device.type)
     if not state.ddp_allreduce:  # without any hook DDP averages in C++
         ddp.register_comm_hook(state, sparse_hook)
-    # Out of backward an error reaches the user as RuntimeError; the next forward raises it with its own type.
+    # Out of backward every error comes as RuntimeError. The next forward pass raises it with its own type.
     ddp.register_forward_pre_hook(lambda module, arguments: state.raise_error())
     return state

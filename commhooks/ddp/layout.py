@@ -1,4 +1,4 @@
-"""The bucket layout that a freshly wrapped model would have in the middle of a run."""
+"""``prime_layout``: makes a resumed run select per the same buckets as the run that it continues."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from .state import SparseState
 
 
 def prime_layout(model: DistributedDataParallel, state: SparseState, step: Callable[[], Any]) -> None:
-    """Brings a freshly wrapped model to the bucket layout it would have in the middle of a run.
+    """Brings a freshly wrapped model to the bucket layout that it would have in the middle of a run.
 
-    DDP lays its buckets anew after the first backward, so a resumed run would select per other buckets than
-    the run it continues. Call this after wrapping, before the model's and the state's checkpoints are loaded.
+    DDP changes its bucket layout after the first backward. So in its first step a resumed run would select
+    per other buckets than the run that it continues. Call this after wrapping, before the model's and the
+    state's checkpoints are loaded.
 
     Args:
-        model: the wrapped model with ``state``'s hook.
-        state: its state; its memory is not touched, nothing is sent by it.
-        step: one forward and backward on any batch of the usual shape, without an optimizer step. It is
-            called twice; buffers (batch-norm statistics) and gradients are put back, random generators too.
+        model: the wrapped model, on which ``state``'s hook is registered.
+        state: the model's state. It sends nothing and its memory does not change.
+        step: runs one forward and backward on any batch of the usual shape, without an optimizer step. It is
+            called twice. Afterwards the model's buffers (batch-norm statistics) and torch's random generators
+            are as before, and gradients are None.
     """
     buffers = {name: b.detach().clone() for name, b in model.module.named_buffers()}
     cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]

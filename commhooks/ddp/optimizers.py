@@ -1,4 +1,4 @@
-"""What an optimizer does with gradients that arrive sparse and late, and what that forbids."""
+"""Checks which optimizers go with gradients that arrive sparse and late."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from ..memory import Memory
 from ..selection.selectors import RandomK, Selector
 
 _SECOND_MOMENT = (torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Rprop)
-"""Of torch's optimizers those that scale by past magnitudes without ``betas`` among their options."""
+"""The optimizers of torch that scale by past magnitudes and have no ``betas`` among their options."""
 
 
 def momentum_of(optimizer: torch.optim.Optimizer | None) -> float:
-    """The largest momentum of an optimizer's groups, as SGD and RMSprop have it; 0 without one."""
+    """Returns the largest ``momentum`` of the optimizer's parameter groups, or 0 where none has it."""
     groups = [] if optimizer is None else optimizer.param_groups
     return max((float(g.get("momentum") or 0.0) for g in groups), default=0.0)
 
 
 def has_second_moment(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Whether the optimizer divides a gradient by its past magnitudes, as all with ``betas`` do."""
+    """Whether the optimizer divides a gradient by its past magnitudes. All with ``betas`` count."""
     groups = [] if optimizer is None else optimizer.param_groups
     return isinstance(optimizer, _SECOND_MOMENT) or any("betas" in g or "beta2" in g for g in groups)
 
 
 def is_plain_sgd(optimizer: torch.optim.Optimizer | None, memory: Memory | None) -> bool:
-    """Whether it is known that no momentum acts, in the optimizer or in the memory, and no second moment."""
+    """Whether the optimizer is an SGD, and neither it nor the memory has momentum."""
     if optimizer is None or has_second_moment(optimizer) or _momentum_in(memory) != 0.0:
         return False
     return isinstance(optimizer, torch.optim.SGD) and momentum_of(optimizer) == 0.0
 
 
 def check_optimizer(memory: Memory | None, selector: Selector | None, optimizer: Any) -> None:
-    """Refuses or warns of what does not train. Called before anything is sent.
+    """Refuses combinations that do not train, and warns of doubtful ones. Called before data is sent.
 
     Warns:
         UserWarning: momentum in the memory and in the optimizer; random-k with momentum anywhere; L-BFGS.
 
     Raises:
-        TypeError: ``optimizer`` is none of torch's.
+        TypeError: ``optimizer`` has no ``param_groups``.
         ValueError: momentum in the memory under an optimizer with a second moment.
     """
     if optimizer is not None and not hasattr(optimizer, "param_groups"):

@@ -1,4 +1,4 @@
-"""``SparseState``: what DDP hands to the hook at every bucket."""
+"""``SparseState``: the state that DDP passes to the hook with every bucket."""
 
 from __future__ import annotations
 
@@ -37,40 +37,43 @@ logger = logging.getLogger(__name__)
 
 
 class SparseState:
-    """Selector, aggregator and memory of one DDP model, and the thread that communicates for it.
+    """Averages the gradients of one DDP model by a selector, an aggregator and a memory, on its own thread.
 
     Example:
         >>> state = SparseState(TopK(density=0.001), GTopK(transport="mpi"), ErrorFeedback(momentum=0.9))
         >>> ddp_model.register_comm_hook(state, sparse_hook)  # or: commhooks.register(ddp_model, state)
 
     Args:
-        selector: which places of a gradient are sent; None with ``Dense``.
-        aggregator: how the ranks' selections become one sum, and over which transport.
-        memory: None: ``ErrorFeedback()`` behind a selector, ``NoMemory()`` with ``Dense``, which withholds
-            nothing.
+        selector: chooses the elements of a gradient that are sent. None only with ``Dense``.
+        aggregator: sums the ranks' selections, over the transport that it names.
+        memory: keeps what is not sent. Default: ``ErrorFeedback()`` with a selector, ``NoMemory()`` with
+            ``Dense``.
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`Reducer`.
-        grad_scaler: the job's ``GradScaler``. The memory is then kept in unscaled units and a change of scale
-            leaves it right. Without it a change of scale weighs what is in the memory by old over new scale.
-        dense_crossover: send a bucket densely when that takes fewer bytes; or a rule: see :class:`Reducer`.
-        delta_every: measure Assumption 1's delta every so many steps; 0: never.
+        grad_scaler: the job's ``GradScaler``. The memory is then kept in unscaled units, and a change of the
+            loss scale does not affect it. Without a scaler here, a change weighs what is in the memory by old
+            over new scale.
+        dense_crossover: whether to send a bucket densely when that takes fewer bytes, or a rule: see
+            :class:`Reducer`.
+        delta_every: measure Assumption 1's delta every so many steps. 0: never.
         timeout_s: seconds until a missing rank is an error. None: the process group's timeout, or 300 s
             without a group.
-        process_group: whose ranks take part, for the ``"distributed"`` transport; :func:`register` gives
-            DDP's.
+        process_group: whose ranks take part, for the ``"distributed"`` transport. :func:`register` sets it to
+            DDP's group.
         ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by
-            this state's thread. Nothing is counted then. Only with ``Dense("distributed")``, no memory and
-            ``"propagate"``.
-        undoable: remember the memory from before each step, so that :meth:`discard` can go back to it. It
-            takes as much memory again as the residuals and velocities, and a copy of them a step.
+            this state's thread. Traffic is not counted then. Only with ``Dense("distributed")``,
+            ``NoMemory()`` and ``"propagate"``.
+        undoable: copy the memory before each step, so that :meth:`discard` can restore it. The copy takes as
+            much memory again as residuals and velocities.
 
     Attributes:
-        error: what made the state fail, or None. A failed state raises it again at every later step.
-        plan: what :meth:`auto` decided, or None.
-        watch: sees whether the averages are used, zeroed or accumulated.
+        reducer: runs the pipeline for each bucket.
+        error: the error that made the state fail, or None. A failed state raises it at every later step.
+        plan: the decision of :meth:`auto`, or None.
+        watch: observes whether the averages are used, zeroed or accumulated.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind or value, or ``ddp_allreduce`` beside what DDP
-        cannot do.
+        TypeError, ValueError: an argument of a wrong kind or value, or ``ddp_allreduce`` with settings that
+            DDP cannot serve.
     """
 
     _owner: weakref.ref[Any] | None
@@ -107,7 +110,7 @@ class SparseState:
         if self.reducer.connection.requested == "mpi":
             from ..transports.mpi import load_mpi
 
-            load_mpi()  # MPI_Init belongs to the main thread, the first bucket comes on another
+            load_mpi()  # MPI_Init belongs to the main thread. The first bucket comes on another one
         self.grad_scaler, self.process_group = grad_scaler, process_group
         self.ddp_allreduce = bool(ddp_allreduce)
         if ddp_allreduce and not self._ddp_can():
@@ -124,7 +127,13 @@ class SparseState:
     def topk(
         cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
     ) -> SparseState:
-        """Exact top-k of every rank, all-gathered; error feedback on."""
+        """Makes a state that all-gathers every rank's exact top-k, with error feedback.
+
+        Args:
+            density: k/n in (0, 1], or a schedule.
+            transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
+            options: further arguments of this class, such as ``memory``.
+        """
         return cls._of("topk", density, transport, **options)
 
     @classmethod
@@ -132,7 +141,10 @@ class SparseState:
     def gtopk(
         cls, density: float | DensitySchedule, transport: str | Transport = "distributed", **options: Any
     ) -> SparseState:
-        """Global top-k by recursive doubling; error feedback on."""
+        """Makes a state of global top-k by recursive doubling, with error feedback.
+
+        Arguments as :meth:`topk`.
+        """
         return cls._of("gtopk", density, transport, **options)
 
     @classmethod
@@ -145,13 +157,16 @@ class SparseState:
         seed: int = 0,
         **options: Any,
     ) -> SparseState:
-        """Random-k under a mask all ranks share, values all-reduced; error feedback on."""
+        """Makes a state that all-reduces k random elements, the same on all ranks, with error feedback.
+
+        ``seed`` is that of the random masks. Further arguments as :meth:`topk`.
+        """
         return cls._of("randomk", density, transport, seed, **options)
 
     @classmethod
     @says_what_to_write
     def dense(cls, transport: str | Transport = "distributed", **options: Any) -> SparseState:
-        """Everything, by all-reduce in float32: the baseline on the same transport."""
+        """Makes a state that all-reduces everything in float32: the baseline on the same transport."""
         return cls._of("dense", None, transport, **options)
 
     @classmethod
@@ -164,7 +179,7 @@ class SparseState:
         memory: Memory | None = UNSET,
         **options: Any,
     ) -> SparseState:
-        """A state of a named scheme."""
+        """Makes a state of a named scheme."""
         selector, aggregator, _ = make_parts(scheme, density, transport, seed=seed)
         return cls(selector, aggregator, memory, **options)
 
@@ -182,26 +197,28 @@ class SparseState:
         probe_timeout_s: float = 60.0,
         **options: Any,
     ) -> SparseState:
-        """Measures network and device and takes what the cost model says; a collective call.
+        """Measures network and device and makes the state that the cost model advises. A collective call.
 
-        All ranks decide alike. The choice is one line on rank 0's stderr, and :attr:`plan`. What is too close
-        to call is dense. Buckets for which the sparse exchange would be slower go dense.
+        All ranks choose the same. Rank 0 prints the choice as one line on stderr (or logs it), and
+        :attr:`plan` holds it. Where measurements disagree, the choice is the one closest to dense training.
+        Buckets for which the sparse exchange would be slower are sent densely.
 
         Args:
-            model: the module, or its number of parameters. The plan for a DDP model keeps the bucket cap that
-                it has and measures over its process group.
+            model: the module, or its number of parameters. For a DDP model the plan keeps the model's bucket
+                cap and measures over its process group.
             transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
-            optimizer: the job's. Random-k, which diverges with momentum, may be taken only for an SGD without
-                it.
-            densities: k/n that may be taken.
-            backward_s: seconds of one backward, which hides communication; the slowest rank's counts. 0:
+            optimizer: the job's optimizer. Random-k diverges with momentum, so it is considered only when
+                this is an SGD without momentum.
+            densities: values of k/n to choose from.
+            backward_s: seconds of one backward, which hides communication. The slowest rank's counts. 0:
                 unknown.
-            device: where gradients live; default: the model's, the CPU for a number.
+            device: where gradients live. Default: the model's device, or the CPU for a number.
             probe_timeout_s: seconds until a rank that is missing at the measurement is an error.
-            options: of this class. Of a ``memory`` a dense plan keeps momentum and clipping.
+            options: further arguments of this class. With a dense plan a ``memory`` is kept only where it has
+                momentum or clipping, or is of a class of your own.
 
         Returns:
-            A state whose attribute ``plan`` tells what was chosen and why, with the ``bucket_cap_mb`` to give
+            A state whose attribute ``plan`` says what was chosen and why, with the ``bucket_cap_mb`` to give
             DDP.
 
         Raises:
@@ -238,11 +255,11 @@ class SparseState:
         Args:
             buffer: shape ``(n,)``, the bucket's gradient, overwritten with the average over ranks.
             index: the bucket's number.
-            parameters: its parameters, in the buffer's order.
+            parameters: the bucket's parameters, in the buffer's order.
             is_last: whether it is the step's last bucket.
 
         Returns:
-            A future of ``buffer``; a failure is raised where the future's value is used.
+            A future of ``buffer``. An error is raised where the future's value is used.
         """
         stale = self.watch.take(parameters)
         devices: list[Any] = [buffer.device] if buffer.device.type == "cuda" else []
@@ -256,7 +273,7 @@ class SparseState:
             try:
                 with stream_after(ready, buffer):
                     self._reduce(buffer, index, parameters, is_last, stale)
-                    # On this stream: whoever uses the result waits for what is queued here.
+                    # Set on this stream, so that users of the result wait for the work queued on it.
                     done.set_result(buffer)
             except BaseException as error:  # the device itself failed
                 self._fail(error)
@@ -283,7 +300,7 @@ class SparseState:
             drain(buffer.device, _DRAIN_S)
 
     def set_names(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Names the parameters, for ``state_dict`` and messages; :func:`register` does it."""
+        """Sets the parameters' names, for ``state_dict`` and messages. :func:`register` calls it."""
         named = list(named_parameters)
         self.reducer.memory.table.names.update({p: name for name, p in named})
         for name, parameter in named:
@@ -291,10 +308,14 @@ class SparseState:
                 self.watch.add(parameter, name)
 
     def attach(self, owner: Any, average: bool = True) -> None:
-        """Claims the state for one model, whose gradients become the average over ranks, or their sum.
+        """Binds the state to one model.
+
+        Args:
+            owner: the model, held weakly.
+            average: whether its gradients become the average over ranks, or their sum.
 
         Raises:
-            ValueError: it belongs to another model already.
+            ValueError: the state belongs to another model already.
         """
         if self._owner is not None and self._owner() not in (None, owner):
             raise ValueError("this SparseState has a model already; each DDP model needs a state of its own")
@@ -303,13 +324,14 @@ class SparseState:
         self.reducer.average = average
 
     def open(self, device_type: str | None = None) -> None:
-        """Opens the transport: a collective call. The first bucket does so by itself.
+        """Opens the transport if it is not open yet. A collective call, which the first bucket makes too.
 
         Args:
-            device_type: where the gradients are; None: on GPUs when the process group runs NCCL.
+            device_type: where gradients live. None: ``"cuda"`` when the process group runs NCCL, else
+                ``"cpu"``.
 
         Raises:
-            ValueError: the transport's world size is not the process group's.
+            ValueError: the world sizes of transport and process group differ.
         """
         if device_type is None:
             nccl = dist.is_available() and backend_for(self.process_group, "cuda") == "nccl"
@@ -326,7 +348,7 @@ class SparseState:
 
     @contextmanager
     def passthrough(self) -> Iterator[None]:
-        """Within it the hook hands each rank's own gradient back: nothing is sent, no memory is touched."""
+        """Makes the hook return each rank's own gradient inside this context. Nothing is sent or kept."""
         self._passthrough, self.watch.enabled = True, False
         try:
             yield
@@ -334,12 +356,11 @@ class SparseState:
             self._passthrough, self.watch.enabled = False, True
 
     def discard(self) -> None:
-        """The last backward pass did not count: memory, step and schedules are again as before it, bit for
-        bit.
+        """Undoes the last backward pass: memory, step number and schedules are as before it, bit for bit.
 
-        For a step that is skipped because its gradient norm spiked, SAM's first pass, a learning-rate finder.
-        Then call ``zero_grad()``. It waits for no other rank, but all ranks must discard the same pass: a
-        rank that does so alone is a ``SettingsMismatchError`` at the next one.
+        Use it for a step that is skipped because its gradient norm is too large, for SAM's first pass, or for
+        a learning-rate finder, and call ``zero_grad()`` afterwards. It is not collective, but all ranks must
+        discard the same pass. If only some do, the next step raises ``SettingsMismatchError``.
 
         Raises:
             RuntimeError: the state is not ``undoable``, or there is nothing to discard.
@@ -350,21 +371,21 @@ class SparseState:
         self.watch.forgive()
 
     def reset(self) -> None:
-        """Forgets all that is withheld: memory and step begin anew. Call it on all ranks between steps."""
+        """Sets the memory to zero and starts at step 0. Call it on all ranks between the same steps."""
         self._thread.wait()
         self.reducer.reset()
         self.watch.forgive()
 
     def raise_error(self) -> None:
-        """Raises what made the state fail, if it has failed."""
+        """Raises the error that made the state fail, if it has failed."""
         if self.error is not None:
             raise self.error
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the last step: bytes sent and received, ratio, residual norm, delta, seconds.
+        """Returns figures of the last step: bytes sent and received, ratio, residual norm, delta, seconds.
 
-        ``"averaged_by"`` is ``"commhooks"``, or ``"ddp"`` where DDP's own all-reduce averages. That counts
-        nothing: all other figures are None then.
+        ``"averaged_by"`` is ``"commhooks"``, or ``"ddp"`` where DDP's own all-reduce averages. All other
+        figures are None then, because nothing is counted.
         """
         figures = self.reducer.stats()
         if self.ddp_allreduce:
@@ -372,7 +393,7 @@ class SparseState:
         return {"averaged_by": "commhooks", **figures}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals and velocities by parameter name; save one per rank.
+        """Returns this rank's residuals and velocities by parameter name. Save one per rank.
 
         Raises:
             ValueError: the parameters' names are unknown.
@@ -380,16 +401,18 @@ class SparseState:
         return self.reducer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Loads this rank's state, or the list of all ranks' states of a run of any world size."""
+        """Loads this rank's state, or the list of all ranks' states of a run of any world size.
+
+        The first call opens the transport, which is collective. Errors as :meth:`Reducer.load_state_dict`.
+        """
         self.open()
         self.reducer.load_state_dict(state)
         self._steps_seen = 0
 
     def restart(self, saved: dict[str, Any]) -> None:
-        """Goes back to this rank's own ``state_dict()`` of this run, also after a step that failed; not
-        collective.
+        """Restores this rank's own ``state_dict()`` of this run, also after a failed step. Not collective.
 
-        What the failed step sent or withheld is forgotten: the gradients of that step are computed again.
+        Everything that the failed step sent or kept is forgotten. Compute that step's gradients again.
         """
         self._steps_seen = 0
         self._indices.clear()
@@ -397,7 +420,7 @@ class SparseState:
         self.reducer.restart(saved)
 
     def close(self) -> None:
-        """Joins the worker and closes the transport; call it on all ranks. The memory stays."""
+        """Joins the state's thread and closes the transport. Call it on all ranks. The memory stays."""
         self._thread.close()
         self.reducer.connection.close()
 
@@ -413,11 +436,11 @@ class SparseState:
 
     @property
     def left_to_ddp(self) -> bool:
-        """Whether DDP's own all-reduce averages now: ``ddp_allreduce``, outside :meth:`passthrough`."""
+        """Whether DDP's own all-reduce averages now: with ``ddp_allreduce``, outside :meth:`passthrough`."""
         return self.ddp_allreduce and not self._passthrough
 
     def _ddp_can(self) -> bool:
-        """Whether DDP's all-reduce does all that is asked of this state. NaN and Inf stay in its sum."""
+        """Whether DDP's all-reduce can serve this state's settings. NaN and Inf stay in its sum."""
         reducer = self.reducer
         plain = reducer.selector is None and isinstance(reducer.memory, NoMemory)
         return plain and reducer.nonfinite == "propagate" and reducer.connection.requested in OVER_TORCH
@@ -443,7 +466,12 @@ class SparseState:
         self._indices: set[int] = set()
 
     def _bucket(self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool) -> Bucket:
-        """Checks that the bucket is of this state's model."""
+        """Makes the bucket and checks that it is of this state's model.
+
+        Raises:
+            ValueError: it is of another model, or came twice in one step.
+            TypeError: its gradient is not dense float32, bfloat16 or float16.
+        """
         table = self.reducer.memory.table
         known = not self.reducer.remembers or all(table.known(p) for p in parameters)
         stranger = self._steps_seen > 0 and not known
@@ -470,7 +498,7 @@ class SparseState:
         return Bucket(index, buffer, parameters, numels, is_last)
 
     def _loss_scale(self) -> float:
-        """The scale this step's loss was multiplied with (read on the worker, where waiting is harmless)."""
+        """Returns this step's loss scale. Called on the state's thread, since reading it may wait."""
         if self.grad_scaler is None or not self.grad_scaler.is_enabled():
             return 1.0
         return float(self.grad_scaler.get_scale())
@@ -487,7 +515,7 @@ class SparseState:
 
 
 _DRAIN_S = 5.0
-"""How long a failed bucket waits for what it has queued on a GPU. A stalled NCCL kernel would not end."""
+"""Seconds for which a failed bucket waits for its work on a GPU. A stalled NCCL kernel never ends."""
 
 _RUNTIME = (
     "watch",

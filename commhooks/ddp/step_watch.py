@@ -1,16 +1,16 @@
-"""``StepWatch``: what a training program does with the gradients that the hook wrote.
+"""``StepWatch``: observes what a training program does with the gradients that the hook wrote.
 
-The hook takes the last bucket of a backward pass for the end of a step; a program means ``optimizer.step()``.
-Between the two, gradients are discarded, accumulated or left behind. A leaf hook on every parameter and a
-hook behind every ``torch.optim`` step see it:
+For the hook a step ends with the last bucket of a backward pass. For the program it ends with
+``optimizer.step()``. In between, the program may discard gradients, accumulate them or leave them. A hook on
+every parameter and a hook after every ``torch.optim`` step notice three cases:
 
-- *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. Its
-  bucket would hold that average and the new gradient, and the average would enter the memory:
-  :class:`~commhooks.StepOrderError`.
-- *discarded*: the average was zeroed before any optimizer stepped with it. What it had sent is in no residual
-  and in no model: a warning, once.
-- *stale*: a parameter that no backward pass reached has its old ``.grad`` copied into the bucket by DDP. It
-  is not a gradient of this step and is set to zero.
+- *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. The
+  bucket would hold the sum of that average and the new gradient, and the average would enter the memory. The
+  pass raises :class:`~commhooks.StepOrderError`.
+- *discarded*: the average was zeroed before any optimizer stepped with it. What was sent is in no residual
+  and in no model. The watch warns once.
+- *stale*: no backward pass reached a parameter, and DDP copied its old ``.grad`` into the bucket. That is not
+  a gradient of this step, so the caller of :meth:`StepWatch.take` sets it to zero.
 """
 
 from __future__ import annotations
@@ -28,19 +28,14 @@ from ..errors import StepOrderError
 
 HELD = (
     "the gradient of {name} still is the average of the last backward pass: this pass would average it "
-    "again. Call "
-    "zero_grad() first; accumulate inside ddp_model.no_sync(); run a backward pass whose gradients of this "
-    "model are "
-    "not wanted inside state.passthrough()"
+    "again. Call zero_grad() first; accumulate inside ddp_model.no_sync(); run a backward pass whose "
+    "gradients of this model are not wanted inside state.passthrough()"
 )
 DISCARDED = (
     "gradients that the hook had averaged were zeroed before an optimizer stepped with them: what this step "
-    "sent is lost. "
-    "If the last backward pass was not to count, call state.discard() (it needs SparseState(..., "
-    "undoable=True)); if that "
-    "is known beforehand, run it inside state.passthrough(). Gradients that are taken elsewhere and used "
-    "later are "
-    "lost to this check: then ignore it"
+    "sent is lost. If the last backward pass was not to count, call state.discard() (it needs "
+    "SparseState(..., undoable=True)); if that is known beforehand, run it inside state.passthrough(). "
+    "Gradients that are taken elsewhere and used later are lost to this check: then ignore it"
 )
 
 _watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
@@ -48,9 +43,9 @@ _held_by: weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = wea
 
 
 class StepWatch:
-    """Watches the parameters of one model.
+    """Watches the parameters of one model and raises or warns when their averages are misused.
 
-    All methods but :meth:`end_step` are called on the thread of backward.
+    :meth:`end_step` is called on the state's thread, the other methods on the program's threads.
     """
 
     def __init__(self) -> None:
@@ -62,16 +57,17 @@ class StepWatch:
         self._names: dict[int, str] = {}
         self._optimizer_seen = self._warned = self._thrown_away = False
         self.enabled = True
-        """False while backward passes are not looked at (``passthrough``)."""
+        """False while backward passes are ignored (inside ``passthrough``)."""
         if not _watches:
             _install()
         _watches.add(self)
 
     def take(self, parameters: Sequence[Any]) -> list[int]:
-        """Called with a bucket's parameters when the bucket is full; watches those that are new.
+        """Records that a bucket with these parameters is full, and watches parameters that are new.
 
         Returns:
-            Positions of the parameters that no backward pass reached since the last call, but one before.
+            The positions of stale parameters: a backward pass reached them once, but none has since the last
+            call.
         """
         stale = []
         for position, parameter in enumerate(parameters):
@@ -88,7 +84,7 @@ class StepWatch:
         return stale
 
     def add(self, parameter: Tensor, name: str | None = None) -> None:
-        """Watches one more parameter; ``name`` is for messages."""
+        """Watches one more parameter. ``name`` is for messages."""
         key = id(parameter)
         if name is not None:
             self._names[key] = name
@@ -100,21 +96,25 @@ class StepWatch:
             )
 
     def end_step(self, thrown_away: bool) -> None:
-        """Told at the end of a step whether ranks voted it out: then its gradients may go without a step."""
+        """Records the end of a step. A step that was thrown away may be zeroed without a warning."""
         self._thrown_away = thrown_away
 
     def forgive(self) -> None:
-        """The last averages are not to be used: they may be zeroed, and the memory has forgotten them."""
+        """Lets the last averages be zeroed without a warning, since the memory has forgotten them."""
         self._stepped |= self._written
 
     def reached(self, key: int, parameter: Tensor) -> None:
-        """A gradient of the parameter is about to be added to its ``.grad``."""
+        """Records that a gradient is about to be added to the parameter's ``.grad``.
+
+        Raises:
+            StepOrderError: ``.grad`` still is the average of the last backward pass.
+        """
         self._reached.add(key)
         self._ever_reached.add(key)
         if key not in self._written or not self.enabled:
             return
-        # Gradients that are set to None cost nothing here; those that are zeroed in place are read once a
-        # step.
+        # This reads the gradient once a step where the program zeroes gradients in place. Where it sets them
+        # to None this costs nothing.
         if parameter.grad is not None and bool(parameter.grad.detach().any()):
             raise StepOrderError(
                 HELD.format(name=self._names.get(key, f"a parameter {tuple(parameter.shape)}"))
@@ -125,7 +125,7 @@ class StepWatch:
             warnings.warn(DISCARDED, stacklevel=2)
 
     def stepped(self, held: frozenset[int]) -> None:
-        """An optimizer stepped that holds the parameters of these ids."""
+        """Records a step of an optimizer that holds the parameters of these ids."""
         mine = held & self._watched
         if mine:
             self._optimizer_seen = True

@@ -1,4 +1,4 @@
-"""Finds the DDP model in what users hold: Fabric's or ``torch.compile``'s wrapper. Neither is imported."""
+"""Finds the DDP model inside the wrappers of Fabric and ``torch.compile``, without importing them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INNER = {"OptimizedModule": "_orig_mod", "_FabricModule": "_forward_module"}
 
 
 def find_ddp(model: Any) -> DistributedDataParallel | None:
-    """``model`` itself, or the DDP model that it wraps; None if there is none."""
+    """Returns ``model`` itself, or the DDP model that it wraps, or None if there is none."""
     while not isinstance(model, DistributedDataParallel):
         attribute = _INNER.get(type(model).__name__)
         if attribute is None:
@@ -22,10 +22,10 @@ def find_ddp(model: Any) -> DistributedDataParallel | None:
 
 
 def require_ddp(model: Any) -> DistributedDataParallel:
-    """The DDP model in ``model``.
+    """Returns the DDP model in ``model``.
 
     Raises:
-        TypeError: there is none; the message says what to pass.
+        TypeError: there is none. The message says what to pass.
     """
     found = find_ddp(model)
     if found is None:
@@ -50,5 +50,5 @@ def _advice(model: Any) -> str:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what ``torch.compile`` puts in: checkpoints fit with and without it."""
+    """Removes what ``torch.compile`` adds to a name: checkpoints then fit with and without it."""
     return name.replace("_orig_mod.", "")

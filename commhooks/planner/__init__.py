@@ -1,4 +1,4 @@
-"""Planner: a cost model, a probe of network and device, and the choice of scheme, density and bucket size."""
+"""Planner: measures network and device, and chooses scheme, density and bucket size by a cost model."""
 
 from .cost_model import Costs, exchange_s, step_s
 from .job import PROBE_TIMEOUT_S, measured_plan, plan_for, sizes_of

@@ -1,4 +1,4 @@
-"""``commhooks plan``: its options, and the plan as text or JSON."""
+"""The command ``commhooks plan``: its options, its run, and the plan as text or JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``plan``."""
+    """Adds the options of ``plan`` to ``parser``."""
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--numel", type=float, metavar="N", help="Number of parameters, such as 25.5e6.")
     size.add_argument(
@@ -66,10 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
-    """Measures and decides: the plan and the transport's name; None on all ranks but the first.
+    """Measures and decides. A collective call.
+
+    Returns:
+        The plan and the transport's name on rank 0; None on the others.
 
     Raises:
-        ValueError: an argument out of range or one that names nothing, or a single rank.
+        ValueError: an argument out of range, a name that does not exist, or a single rank.
         ImportError: ``--transport mpi`` without mpi4py.
     """
     numel, largest = sizes_of(_model(arguments.model)) if arguments.model else (_numel(arguments.numel), 0)
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
 
 
 def text(plan: Plan, transport: str) -> str:
-    """The plan for a terminal, measured over the transport of that name."""
+    """Returns the plan as text for a terminal. ``transport`` is the name of the measured transport."""
     lines = [
         f"{plan.job.numel:,} parameters, {plan.world_size} ranks over {transport}",
         plan.table(),
@@ -116,7 +119,7 @@ def text(plan: Plan, transport: str) -> str:
 
 
 def as_dict(plan: Plan, transport: str) -> dict[str, Any]:
-    """The plan as plain values; times in seconds."""
+    """Returns the plan as values that JSON can hold. Times are in seconds."""
     return {
         "scheme": plan.scheme,
         "density": plan.density,
@@ -131,7 +134,7 @@ def as_dict(plan: Plan, transport: str) -> dict[str, Any]:
 
 
 def _one_rank() -> str:
-    """There is nothing to measure between ranks: the lines that start some, with the options of this call."""
+    """Returns the error for a single rank: it shows how to start several, with this call's options."""
     options = " ".join(
         sys.argv[sys.argv.index("plan") + 1 :] if "plan" in sys.argv else ["--numel", "25.5e6"]
     )
@@ -143,7 +146,7 @@ def _one_rank() -> str:
 
 
 def _numel(number: float) -> int:
-    if not 1 <= number <= MAX_NUMEL:  # NaN is not either
+    if not 1 <= number <= MAX_NUMEL:  # NaN fails this too
         raise ValueError(f"--numel must be from 1 to {MAX_NUMEL:g}, got {number:g}")
     return round(number)
 
@@ -166,7 +169,7 @@ def _model(name: str) -> torch.nn.Module:
         raise ValueError(f"--model must look like MODULE:CALL, got {name!r}")
     try:
         made = getattr(import_module(module), attribute)()
-    except Exception as error:  # what the user's own code raises
+    except Exception as error:  # the user's own code may raise anything
         reason = str(error).splitlines() or [""]
         raise ValueError(f"--model {name} failed: {type(error).__name__}: {reason[0]}") from error
     if not isinstance(made, torch.nn.Module):
@@ -176,7 +179,7 @@ def _model(name: str) -> torch.nn.Module:
 
 @contextmanager
 def _transport(name: str | None, device: torch.device) -> Iterator[Transport]:
-    """A transport over the ranks that a launcher started.
+    """Opens a transport over the ranks that a launcher started, and closes it afterwards.
 
     Raises:
         ValueError: no launcher started this process.

@@ -1,7 +1,8 @@
-"""Alpha-beta-gamma costs of one bucket's exchange, per scheme (formulas: docs/cost-model.md), in pure Python.
+"""Predicts the seconds of one bucket's exchange per scheme (formulas: docs/cost-model.md), in pure Python.
 
-Every cost is linear in the parameters of :class:`Costs`: the functions named ``*_terms`` give the factors, so
-that the same formulas predict (factors times costs) and are fitted (least squares over measured times).
+The model is alpha-beta-gamma: seconds per message, per byte and per element. Every prediction is linear in
+the fields of :class:`Costs`. The functions named ``*_terms`` return the factors. So the same formulas predict
+(factors times costs) and are fitted (least squares over measured times).
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ _VALUE_BYTES = 4
 
 @dataclass(frozen=True)
 class Costs:
-    """What this network and device charge; all in seconds.
+    """The costs of this network and device, in seconds.
 
     Attributes:
-        message_s: alpha, one point-to-point round: start-up on both ends, whatever its size.
-        byte_s: beta, one byte on the busiest link, one way.
-        ring_step_s: alpha of one step inside a collective.
-        reduce_s: gamma, adding one received element inside an all-reduce.
-        merge_s: gamma, one pair of either input of a gTop-k merge, survivors' bookkeeping included.
-        select_s: gamma, one gradient element through top-k selection and memory.
-        gather_s: gamma, one gradient element through random-k's memory update.
-        write_s: gamma, one gradient element overwritten with the result.
-        bucket_s: constant per sparse bucket: waking the worker, packing, bookkeeping.
+        message_s: alpha: one point-to-point round, without its bytes.
+        byte_s: beta: one byte on the busiest link, one way.
+        ring_step_s: alpha of a collective: one of its steps, without its bytes.
+        reduce_s: gamma: adding one received element inside an all-reduce.
+        merge_s: gamma: one pair of either input of a gTop-k merge, including the bits of what survives.
+        select_s: gamma: top-k selection and memory update, per gradient element.
+        gather_s: gamma: random-k's memory update, per gradient element.
+        write_s: gamma: overwriting the gradient with the result, per element.
+        bucket_s: constant per sparse bucket: waking the thread, packing, bookkeeping.
         dense_bucket_s: constant per dense bucket, likewise.
+
+    Raises:
+        ValueError: a cost is negative or not finite.
     """
 
     message_s: float
@@ -52,7 +56,7 @@ class Costs:
                 raise ValueError(f"{field.name} must be finite and at least 0, got {value!r}")
 
     def summary(self) -> str:
-        """The costs of network and device in one line, for people."""
+        """Returns the main costs as one line of text."""
         bandwidth = f"{8e-6 / self.byte_s:,.0f} Mbit/s" if self.byte_s else "no limit seen"
         return (
             f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, "
@@ -61,12 +65,16 @@ class Costs:
         )
 
     def total(self, terms: Mapping[str, float]) -> float:
-        """Factors times costs."""
+        """Returns the seconds of an exchange: the sum of factors times costs.
+
+        Args:
+            terms: by name of a cost, its factor.
+        """
         return sum(float(getattr(self, name)) * factor for name, factor in terms.items())
 
 
 def core_rounds(world_size: int) -> tuple[int, bool]:
-    """``(floor(log2 P), whether P is not a power of two)``."""
+    """Returns ``(floor(log2 P), whether P is not a power of two)``."""
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     rounds = world_size.bit_length() - 1
@@ -76,21 +84,22 @@ def core_rounds(world_size: int) -> tuple[int, bool]:
 def exchange_terms(
     scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0
 ) -> dict[str, float]:
-    """Factors of :class:`Costs` for one exchange.
+    """Returns the factors of :class:`Costs` for one exchange, by name. Those that are 0 are left out.
 
     Args:
         scheme: one of ``SCHEMES``.
         numel: elements of the bucket (only dense uses it).
         k: pairs per rank.
         world_size: P.
-        crowding: ranks per core where more ranks than cores share a machine, else 1; multiplies CPU work.
+        crowding: ranks per core where more ranks than cores share a machine, else 1. It multiplies the
+            computation's factors.
 
     Raises:
         ValueError: an unknown scheme or a number out of range.
     """
     _check(scheme, numel, k, crowding)
-    # Collectives of a power of two of ranks count as doubling up to DOUBLING_BYTES, as over gloo, beyond as a
-    # ring.
+    # Collectives count as recursive doubling where P is a power of two and the message has at most
+    # DOUBLING_BYTES, as over gloo, else as a ring.
     rounds, folds = core_rounds(world_size)
     if world_size == 1:
         return {}
@@ -125,7 +134,7 @@ def exchange_terms(
 
 
 def step_terms(scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0) -> dict[str, float]:
-    """Factors for all that the hook does with one bucket: select (not for dense), exchange, write back."""
+    """Returns the factors for all work on one bucket: select (not for dense), exchange, write back."""
     terms = exchange_terms(scheme, numel, k, world_size, crowding)
     if scheme == "dense":
         return terms | {"write_s": numel * crowding, "dense_bucket_s": crowding}
@@ -139,35 +148,35 @@ def step_terms(scheme: str, numel: int, k: int, world_size: int, crowding: float
 def exchange_s(
     costs: Costs, scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0
 ) -> float:
-    """Predicted seconds of one exchange; arguments as in :func:`exchange_terms`."""
+    """Predicts the seconds of one exchange. Arguments as in :func:`exchange_terms`."""
     return costs.total(exchange_terms(scheme, numel, k, world_size, crowding))
 
 
 def step_s(costs: Costs, scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0) -> float:
-    """Predicted seconds the hook takes for one bucket when nothing overlaps."""
+    """Predicts the seconds of all work on one bucket when nothing overlaps. Arguments likewise."""
     return costs.total(step_terms(scheme, numel, k, world_size, crowding))
 
 
 def periodic_averaging_s(
     costs: Costs, numel: int, world_size: int, period: int, crowding: float = 1.0
 ) -> float:
-    """Predicted seconds per step of averaging ``numel`` parameters densely every ``period`` steps (M-AVG)."""
+    """Predicts the seconds per step of averaging ``numel`` parameters every ``period`` steps (M-AVG)."""
     if period < 1:
         raise ValueError(f"period must be at least 1, got {period}")
     return exchange_s(costs, "dense", numel, 0, world_size, crowding) / period
 
 
 def exposed_s(bucket_s: float, buckets: int, backward_s: float) -> float:
-    """Communication that backward does not hide, when equal buckets are taken in order by one worker.
+    """Returns the seconds of communication that backward does not hide.
 
-    Bucket i of B is ready at ``backward_s * (i + 1) / B``; the worker takes one after the other. As all
-    buckets cost the same, it waits either for every bucket (all but the last are hidden) or only for the
-    first.
+    Bucket i of B is ready at ``backward_s * (i + 1) / B``, and one thread takes the buckets in order. As all
+    buckets cost the same, there are two cases: the thread waits for every bucket (only the last is exposed),
+    or for the first one only (it is busy from then on).
 
     Args:
         bucket_s: seconds one bucket takes.
         buckets: B.
-        backward_s: seconds of one backward; 0 hides nothing.
+        backward_s: seconds of one backward. 0 hides nothing.
 
     Raises:
         ValueError: ``buckets`` or ``backward_s`` out of range.

@@ -1,4 +1,4 @@
-"""The plan of one job: measures its ranks over an open transport, decides, and says what was decided."""
+"""Makes the plan of one job: measures over its ranks, decides, and tells the decision."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .probe import probe, slowest
 logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 60.0
-"""Seconds until a rank that is missing at the probe is an error: ranks begin together, none evaluates yet."""
+"""Seconds until a rank that is missing at the probe is an error. It is short, since ranks start together."""
 ROUNDS = 3
-"""Measurements of which the most cautious one decides."""
+"""The number of measurements. The most cautious plan among theirs is taken."""
 
 
 def plan_for(
@@ -31,15 +31,15 @@ def plan_for(
 ) -> Plan:
     """Opens a transport, measures, closes it and decides. A collective call.
 
-    The choice is one line on rank 0: on stderr, or in the log where the level INFO of ``commhooks.planner``
-    is shown.
+    Rank 0 tells the choice in one line: in the log where the level INFO of ``commhooks.planner`` is shown,
+    else on stderr.
 
     Args:
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``, which stays open.
-        job: what is planned for, the same on all ranks but for ``backward_s``, of which the largest counts.
+        job: the job to plan for, the same on all ranks except ``backward_s``, whose largest value counts.
         device: where gradients live.
         timeout_s: seconds until a missing rank is an error.
-        process_group: whose ranks take part.
+        process_group: whose ranks take part. None: the default group.
     """
     opener, device = Connection(transport), torch.device(device)
     opened = opener.open(timeout_s=timeout_s, process_group=process_group, device_type=device.type)
@@ -54,18 +54,23 @@ def plan_for(
 
 
 def measured_plan(transport: Transport, job: Job, device: torch.device | str = "cpu") -> Plan:
-    """Measures ``ROUNDS`` times over an open transport and decides, alike on all ranks. A collective call."""
+    """Measures ``ROUNDS`` times over an open transport and decides. A collective call.
+
+    The plan is the same on all ranks.
+    """
     rounds = [probe(transport, job.numel, device) for _ in range(ROUNDS)]
     job = replace(job, backward_s=slowest(transport, [job.backward_s])[0])
     return settle([choose(costs, job, transport.world_size) for costs in rounds])
 
 
 def sizes_of(model: torch.nn.Module | int) -> tuple[int, int]:
-    """``(parameters in all, elements of the largest)`` of what wants a gradient; of a number: itself, 0.
+    """Returns the sizes of a model: ``(elements in all, elements of the largest parameter)``.
+
+    Only parameters that require a gradient count. For a number n it returns ``(n, 0)``.
 
     Raises:
-        TypeError: neither a module nor a number.
-        ValueError: nothing wants a gradient.
+        TypeError: ``model`` is neither a module nor a number.
+        ValueError: no parameter requires a gradient.
     """
     if isinstance(model, int) and not isinstance(model, bool):
         if model < 1:

@@ -1,4 +1,4 @@
-"""Measures this rank's own speed: kernels on memory that no cache holds, and a small bucket end to end."""
+"""Measures this rank's speed: kernels on more memory than caches hold, and one small bucket end to end."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ SMALL_NUMEL = 4096
 SMALL_K = 64
 _BUCKET_NUMEL = 6_553_600  # 25 MB, DDP's default
 _LEAST_NUMEL = 1 << 16
-_BUCKETS = 3  # gradients and residuals of so many are more than caches hold, as in a step
+_BUCKETS = 3  # their gradients and residuals are more than caches hold, as in a step
 _REPEATS = 5
 _SMALL_REPEATS = 10
 _DENSITY = 0.001
 
 
 def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, float, float, float]:
-    """Seconds per element of top-k selection, random-k's update and write-back, and per pair of a merge.
+    """Measures ``select_s``, ``gather_s``, ``write_s`` and ``merge_s`` of :class:`.Costs`, in this order.
+
+    The first three are seconds per element: of top-k selection, random-k's update and write-back. The last is
+    seconds per pair of a merge.
 
     Args:
-        numel: parameters of the model; at most three buckets of 25 MB are worked on, in turns, as in a step.
+        numel: parameters of the model. At most three buckets of 25 MB are worked on, in turns, as in a step.
         device: where gradients live.
-        seed: of the gradients, another one on every rank.
+        seed: of the gradients. Give every rank another one.
     """
     size = min(max(numel, _LEAST_NUMEL), _BUCKET_NUMEL)
     count = min(_BUCKETS, -(-max(numel, size) // size))
@@ -48,11 +51,14 @@ def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, fl
     buckets = [Fused(gradient.clone(), torch.zeros_like(gradient)) for _ in range(count)]
 
     def turns(work: Callable[[Fused], object]) -> float:
-        """Median seconds of ``work`` on all buckets, per element: others delay a step too."""
+        """Returns the median seconds of ``work`` per element.
+
+        It is not the least, because other programs delay a real step too.
+        """
         times = []
         for _ in range(_REPEATS):
             for bucket in buckets:
-                bucket.grad.copy_(gradient)  # as backward does: it also takes the caches
+                bucket.grad.copy_(gradient)  # as backward does, which also displaces what caches hold
             times.append(least_s(lambda: [work(b) for b in buckets], 1, device))
         return sorted(times)[len(times) // 2] / (count * size)
 
@@ -65,14 +71,15 @@ def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, fl
 
 
 def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> float:
-    """Least seconds of a bucket of ``SMALL_NUMEL`` elements through a Reducer: mostly a bucket's constant.
+    """Measures the least seconds in which a Reducer handles a small bucket. A collective call.
 
-    In a thread of its own, as a state's worker is: handing over and waking count. A collective call.
+    Of ``SMALL_NUMEL`` elements this is mostly the constant cost of a bucket. The Reducer runs in a thread of
+    its own, as in a ``SparseState``, so that handing over and waking count.
 
     Args:
-        transport: open; ``SMALL_K`` pairs are all-gathered, or the bucket all-reduced.
+        transport: an open transport. ``SMALL_K`` pairs are all-gathered, or the bucket is all-reduced.
         device: where gradients live.
-        dense: send the bucket densely, its memory along, as a ``dense_crossover`` does.
+        dense: send the bucket and its residual densely, as a ``dense_crossover`` does.
     """
     rule = _dense if dense else _sparse
     reducer = Reducer(
@@ -95,7 +102,7 @@ def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> f
 
 
 def least_s(work: Callable[[], object], repeats: int, device: torch.device | None = None) -> float:
-    """Least seconds of ``repeats`` calls, for what one delay by others would be most of."""
+    """Returns the least seconds of ``repeats`` calls. For work so short that one delay would exceed it."""
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()
@@ -108,7 +115,7 @@ def least_s(work: Callable[[], object], repeats: int, device: torch.device | Non
 
 def _merge(values_a: Tensor, indices_a: Tensor, values_b: Tensor, indices_b: Tensor, k: int) -> None:
     merged = ops.merge_topk(values_a, indices_a, values_b, indices_b, k)
-    ops.contains(indices_a, merged.indices)  # the bookkeeping of survivors
+    ops.contains(indices_a, merged.indices)  # finds the pairs that survived, as an exchange does
 
 
 def _dense(numel: int, k: int, world_size: int) -> bool:

@@ -1,4 +1,4 @@
-"""From costs to a plan: which scheme, density and bucket size, or not to compress. Pure Python, no torch."""
+"""Chooses scheme, density and bucket size from costs, or dense. Pure Python, no torch."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from dataclasses import dataclass, replace
 from .cost_model import Costs, check_backward_s, exposed_s, step_s
 
 CANDIDATES = ("topk", "gtopk", "randomk")
-"""What is predicted for every job, beside dense."""
+"""The schemes that are predicted for every job, beside dense."""
 SAFE = ("topk", "gtopk")
-"""What may be taken without knowing the optimizer. Random-k diverges with momentum, wherever it acts."""
+"""The schemes that may be chosen for any optimizer. Random-k is none: it diverges with momentum."""
 DENSITIES = (0.01,)
-"""What may be taken unasked. Less learns worse without a density warm-up, of which a plan knows nothing."""
+"""The densities that are chosen by default. Lower ones need a density warm-up, which a plan cannot see."""
 PREDICTED_DENSITIES = (0.01, 0.001)
 BUCKET_MB = (1.0, 5.0, 25.0, 100.0, 400.0)
 DEFAULT_BUCKET_MB = 25.0  # DDP's own
-MARGIN = 1.5  # what sends less must be promised to be this much faster, and LEAST_SAVING_S
-LEAST_SAVING_S = 2e-3
+MARGIN = 1.5  # a candidate that sends less must be predicted to be this many times faster,
+LEAST_SAVING_S = 2e-3  # and to save this much per step
 EQUAL = 1.25  # two bucket sizes whose times differ by less than this factor count as equally fast
 _BYTES_PER_MB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned for.
+    """The job that a plan is made for, and what the plan may choose.
 
     Attributes:
-        numel: parameters in all.
-        largest_numel: elements of the largest parameter, which DDP never splits; 0: unknown.
-        backward_s: seconds of one backward, which hides communication of all but the last buckets; 0:
+        numel: elements of all parameters.
+        largest_numel: elements of the largest parameter, which DDP never splits. 0: unknown.
+        backward_s: seconds of one backward, which hides the communication of all but the last buckets. 0:
             unknown.
-        densities: k/n that may be taken.
-        schemes: schemes that may be taken beside dense.
-        bucket_mb: values of ``bucket_cap_mb`` that may be taken.
+        densities: values of k/n to choose from.
+        schemes: schemes to choose from, beside dense.
+        bucket_mb: values of ``bucket_cap_mb`` to choose from.
 
     Raises:
-        ValueError: a number out of range, or no scheme of that name.
+        ValueError: a number out of range, or an unknown scheme.
     """
 
     numel: int
@@ -59,7 +59,7 @@ class Job:
         check_backward_s(self.backward_s)
 
     def ladder(self) -> list[tuple[str, float]]:
-        """What may be taken, from what is closest to dense training to what is furthest from it."""
+        """Returns the allowed pairs of scheme and density, those closest to dense training first."""
         densities = sorted(self.densities, reverse=True)
         exact = [(s, d) for d in densities for s in ("topk", "gtopk") if s in self.schemes]
         return exact + [("randomk", d) for d in densities if "randomk" in self.schemes]
@@ -67,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One candidate: seconds of communication that are added to a step."""
+    """One candidate, and the seconds that its communication adds to a step (``step_s``)."""
 
     scheme: str
     density: float
@@ -77,17 +77,19 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do, and why. ``scheme`` is ``"dense"`` when compression would not pay.
+    """The choice for one job, and its reason. ``scheme`` is ``"dense"`` when compression would not pay.
+
+    It can be called as the rule for a Reducer's ``dense_crossover``.
 
     Attributes:
         scheme: ``"gtopk"``, ``"topk"``, ``"randomk"`` or ``"dense"``.
         density: k / n (1.0 for dense).
-        bucket_mb: DDP's ``bucket_cap_mb``.
-        predictions: the best bucket size of every candidate, fastest first; dense is among them.
-        reason: one sentence.
-        costs: what it was computed from.
-        world_size: ranks.
-        job: what it was made for.
+        bucket_mb: the value for DDP's ``bucket_cap_mb``.
+        predictions: every candidate at its best bucket size, dense among them, fastest first.
+        reason: why, in one sentence.
+        costs: the measured costs.
+        world_size: the number of ranks.
+        job: the job.
     """
 
     scheme: str
@@ -100,9 +102,10 @@ class Plan:
     job: Job
 
     def __call__(self, numel: int, k: int, world_size: int) -> bool:
-        """The rule for a Reducer's ``dense_crossover``: whether a bucket is faster dense than by the scheme.
+        """Whether a bucket is predicted to be faster dense than by the scheme.
 
-        A bucket that goes dense here is corrected by the memory all the same: a pass that plain DDP has not.
+        The prediction for dense includes the pass that adds the gradient to the memory, which plain DDP does
+        not have.
         """
         if self.scheme == "dense" or world_size == 1:
             return True
@@ -110,13 +113,13 @@ class Plan:
         return dense <= step_s(self.costs, self.scheme, numel, k, world_size)
 
     def summary(self) -> str:
-        """Scheme, density and bucket size in a few words."""
+        """Returns scheme, density and bucket size in a few words."""
         if self.scheme == "dense":
             return f"dense all-reduce, bucket_cap_mb={self.bucket_mb:g}"
         return f"{self.scheme} at density {self.density:g}, bucket_cap_mb={self.bucket_mb:g}"
 
     def table(self) -> str:
-        """The measured costs and the prediction of every candidate, as lines for a terminal."""
+        """Returns the measured costs and every candidate's prediction as text for a terminal."""
         lines = [
             self.costs.summary(),
             "",
@@ -127,7 +130,7 @@ class Plan:
         return "\n".join(lines)
 
     def faster_if_allowed(self) -> Prediction | None:
-        """The fastest candidate that the job does not allow, if it pays as a step down from what is taken."""
+        """Returns the fastest candidate that the job does not allow, if it beats the choice by the margin."""
         allowed = [("dense", 1.0), *self.job.ladder()]
         taken = next(p for p in self.predictions if (p.scheme, p.density) == (self.scheme, self.density))
         others = (p for p in self.predictions if (p.scheme, p.density) not in allowed)
@@ -146,15 +149,15 @@ class Plan:
 
 
 def choose(costs: Costs, job: Job, world_size: int) -> Plan:
-    """The plan that one measurement gives.
+    """Makes the plan from the costs of one measurement.
 
-    The choice starts at dense and goes down :meth:`Job.ladder`. A step down must be promised to be ``MARGIN``
-    times faster than what is taken so far, and to save ``LEAST_SAVING_S``: what sends less learns worse.
-    Random-k is taken only from dense.
+    The choice starts at dense and goes through :meth:`Job.ladder`. Candidates further down learn worse. So a
+    candidate replaces the choice only when it is predicted to be ``MARGIN`` times faster and to save
+    ``LEAST_SAVING_S`` seconds. Random-k never replaces another sparse scheme.
 
     Args:
         costs: from :func:`commhooks.planner.probe`, the same on all ranks.
-        job: what is planned for.
+        job: the job to plan for.
         world_size: P.
     """
     allowed, densities = job.ladder(), {*job.densities, *PREDICTED_DENSITIES}
@@ -179,7 +182,7 @@ def choose(costs: Costs, job: Job, world_size: int) -> Plan:
 
 
 def settle(plans: Sequence[Plan]) -> Plan:
-    """Of several measurements' plans the one closest to dense training, so that noise decides nothing."""
+    """Returns the plan closest to dense training, of several measurements', so that noise decides nothing."""
     ladder = [("dense", 1.0), *plans[0].job.ladder()]
     taken = min(plans, key=lambda p: ladder.index((p.scheme, p.density)))
     alike = [p for p in plans if (p.scheme, p.density) == (taken.scheme, taken.density)]
@@ -194,7 +197,7 @@ def settle(plans: Sequence[Plan]) -> Plan:
 
 
 def _best(costs: Costs, job: Job, world_size: int, scheme: str, density: float) -> Prediction:
-    """The prediction at the best bucket size."""
+    """Returns the prediction for a scheme and density at its best bucket size."""
     found = []
     for megabytes in job.bucket_mb:
         buckets, size = _sizes(job, megabytes)
@@ -206,14 +209,14 @@ def _best(costs: Costs, job: Job, world_size: int, scheme: str, density: float) 
 
 
 def _sizes(job: Job, megabytes: float) -> tuple[int, int]:
-    """``(buckets, elements of each)``."""
+    """Returns ``(number of buckets, elements of each)`` for one ``bucket_cap_mb``."""
     per_bucket = max(int(megabytes * _BYTES_PER_MB) // 4, job.largest_numel, 1)
     buckets = math.ceil(job.numel / per_bucket)
     return buckets, math.ceil(job.numel / buckets)
 
 
 def _size_order(bucket_mb: float) -> tuple[bool, float]:
-    """Of equally fast sizes DDP's default comes first, then the smallest, which needs the least memory."""
+    """Orders equally fast sizes: DDP's default first, then the smallest, which needs the least memory."""
     return bucket_mb != DEFAULT_BUCKET_MB, bucket_mb
 
 

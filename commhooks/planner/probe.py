@@ -1,8 +1,7 @@
-"""Measures what the cost model needs: the network between the ranks and the device's speed, in about a
-second.
+"""Measures the costs of the cost model, of network and device, in about a second.
 
-All ranks take part in the same collectives: what decides on one more is the slowest rank's time, the same on
-all.
+All ranks take part in the same collectives. Whether another one follows is decided by the slowest rank's
+time, which all ranks know.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from .kernel_timing import SMALL_K, SMALL_NUMEL, kernel_costs, least_s, small_bu
 _TAG = 32000
 _WHAT = "probing for the plan"
 _LATENCY_BYTES = 64
-_RING_NUMEL = DOUBLING_BYTES // 4 + 1  # the smallest all-reduce that is a ring everywhere
-_REPEATS = 6  # the first one opens connections and touches memory
-_FEW = 3  # where one takes long
+_RING_NUMEL = DOUBLING_BYTES // 4 + 1  # the smallest all-reduce that is a ring on every transport
+_REPEATS = 6  # the first of them also opens connections and touches memory
+_FEW = 3  # repeats where one takes long
 _LARGEST_BYTES = 25 << 20  # DDP's bucket
-_LONG_S = 0.05  # a transfer this long tells the bandwidth
-_GROWTH = 4
+_LONG_S = 0.05  # a transfer this long suffices to measure the bandwidth
+_GROWTH = 4  # each size is this many times the last
 
 
 def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str = "cpu") -> Costs:
-    """Costs of this job, the same on all ranks (each the slowest rank's). A collective call.
+    """Measures the costs of this job, each the slowest rank's, so the same on all. A collective call.
 
-    All ranks measure at the same time, so cores and links that they share count as shared: use the result
-    with ``crowding=1``. Of the network's measurements the least counts, of the passes over memory the median:
-    on a busy machine compression is rather promised too little than too much.
+    All ranks measure at the same time, so sharing of cores and links is in the result: use it with
+    ``crowding=1``. Of a network measurement's repeats the least counts, of a pass over memory the median. So
+    on a busy machine the benefit of compression is underestimated rather than overestimated.
 
     Args:
-        transport: open, over the ranks in question.
-        numel: parameters of the model; the device is measured on at most 75 MB of them.
+        transport: an open transport over the job's ranks.
+        numel: parameters of the model. The device is measured on at most 75 MB of them.
         device: where gradients live.
 
     Raises:
@@ -48,7 +47,7 @@ def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str
     message_s = byte_s = ring_step_s = reduce_s = 0.0
     if transport.world_size > 1:
         message_s, byte_s = _link(transport)
-        # The largest model's size: all ranks must do the same number of all-reduces.
+        # The size of the largest model on any rank: all must do the same number of all-reduces.
         largest_bytes = min(_LARGEST_BYTES, 4 * int(slowest(transport, [float(numel)])[0]))
         ring_step_s, reduce_s, byte_s = _all_reduce(transport, byte_s, largest_bytes)
     select_s, gather_s, write_s, merge_s = kernel_costs(numel, device, transport.rank)
@@ -58,7 +57,7 @@ def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str
 
 
 def slowest(transport: Transport, mine: list[float]) -> list[float]:
-    """Number by number the largest over ranks: the same on all of them."""
+    """Returns each number's maximum over ranks. A collective call."""
     row = torch.tensor(mine, dtype=torch.float64)
     rows = row.new_empty((transport.world_size, row.numel()))
     transport.all_gather(row, rows, tag=_TAG, what=_WHAT)
@@ -66,7 +65,7 @@ def slowest(transport: Transport, mine: list[float]) -> list[float]:
 
 
 def _constants(transport: Transport, device: torch.device) -> tuple[float, float]:
-    """Seconds of a sparse and of a dense bucket beyond passes and exchange, from small ones."""
+    """Measures ``(bucket_s, dense_bucket_s)``: the time of small buckets minus that of their collectives."""
     pairs = torch.zeros(HEADER_WORDS + 2 * SMALL_K, dtype=torch.int32, device=transport.device_type)
     rows = pairs.new_empty((transport.world_size, pairs.numel()))
     gather_s = least_s(lambda: transport.all_gather(pairs, rows, tag=_TAG, what=_WHAT), 2 * _REPEATS)
@@ -77,7 +76,10 @@ def _constants(transport: Transport, device: torch.device) -> tuple[float, float
 
 
 def _link(transport: Transport) -> tuple[float, float]:
-    """``(seconds per message, seconds per byte)``: every rank sends right and receives from the left."""
+    """Measures ``(seconds per message, seconds per byte)``.
+
+    Every rank sends to the next rank and receives from the one before.
+    """
     empty_s = slowest(transport, [_shift_s(transport, _LATENCY_BYTES, 4 * _REPEATS)])[0]
     size, last_size, last_s = 1 << 16, _LATENCY_BYTES, empty_s
     while True:
@@ -85,7 +87,7 @@ def _link(transport: Transport) -> tuple[float, float]:
         if seconds > _LONG_S or _GROWTH * size > _LARGEST_BYTES:
             break
         size, last_size, last_s = _GROWTH * size, size, seconds
-    # The difference of two sizes: what a token bucket gives away at first is in both.
+    # The difference of two sizes cancels the burst that a token-bucket rate limit lets through at first.
     byte_s = max(0.0, (seconds - last_s) / (size - last_size))
     return max(0.0, empty_s - _LATENCY_BYTES * byte_s), byte_s
 
@@ -103,11 +105,10 @@ def _shift_s(transport: Transport, size: int, repeats: int) -> float:
 
 
 def _all_reduce(transport: Transport, byte_s: float, largest_bytes: int) -> tuple[float, float, float]:
-    """``(seconds per step of a collective, seconds per element added, seconds per byte)``.
+    """Measures ``(seconds per step of a collective, seconds per element added, seconds per byte)``.
 
-    A small model's all-reduce is not grown further: what fits into caches is faster, byte by byte.
-
-    The last is ``byte_s``, or less where the all-reduce itself was faster than that: then the link is.
+    The size does not grow beyond ``largest_bytes``, the model's: a small model fits into caches, where each
+    byte is faster. The seconds per byte are ``byte_s``, or less where the all-reduce proves the link faster.
     """
     world_size = transport.world_size
     share = (world_size - 1) / world_size
@@ -118,9 +119,11 @@ def _all_reduce(transport: Transport, byte_s: float, largest_bytes: int) -> tupl
         if seconds > _LONG_S or _GROWTH * 4 * numel > largest_bytes:
             break
         numel *= _GROWTH
-    element_s = max(0.0, (seconds - small_s) / (numel - _RING_NUMEL)) / share  # both ways, and the addition
+    element_s = max(0.0, (seconds - small_s) / (numel - _RING_NUMEL)) / share  # sent both ways, and added
     byte_s = min(byte_s, element_s / 8)
-    alone_s = max(0.0, small_s - share * _RING_NUMEL * element_s)  # of 2 (P - 1) steps
+    alone_s = max(
+        0.0, small_s - share * _RING_NUMEL * element_s
+    )  # seconds of 2 (P - 1) steps without their bytes
     return alone_s / (2 * (world_size - 1)), element_s - 8 * byte_s, byte_s
 
 
@@ -130,5 +133,5 @@ def _all_reduce_s(transport: Transport, numel: int, repeats: int) -> float:
 
 
 def _repeats(last_s: float) -> int:
-    """How often to measure a transfer, by what one a quarter as large took."""
+    """Returns how often to measure a transfer, when one a quarter as large took ``last_s``."""
     return _REPEATS if _GROWTH * last_s < _LONG_S else _FEW
