@@ -163,7 +163,7 @@ class PostLocalState:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and the state of the hook's state; call it between steps, on every rank.
+        """The step count and the hook state's ``state_dict``; call it between steps, on every rank.
 
         With a ``SparseState`` it has the form of an averager's state, and ``average_checkpoints`` joins it.
         """
@@ -213,7 +213,7 @@ def _note_step(state: PostLocalState | None, optimizer: torch.optim.Optimizer) -
 
 
 _MANY_PASSES = 128
-"""So many backward passes without a step are no accumulation of gradients any more."""
+"""Backward passes without a step after which a warning is logged: no accumulation is that long."""
 
 
 def post_local_hook(

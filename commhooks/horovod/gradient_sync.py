@@ -185,8 +185,8 @@ class GradientSync:
         """Waits for all ranks, then joins the communication thread and closes the transport.
 
         The first rank whose ``hvd.shutdown()`` runs shuts Horovod down on all ranks, and MPI too where
-        Horovod has started it. No rank may still be exchanging then. If the other ranks do not come within
-        10 s, nothing is closed.
+        Horovod has started it. No rank may still be exchanging then. Nothing is closed if the other ranks do
+        not come within 10 s, if the state has failed, or in the middle of a step.
         """
         state, connection = self.state, self.state.reducer.connection
         if state.error is None and connection.is_open and self._next == 0:

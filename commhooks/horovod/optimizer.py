@@ -78,7 +78,7 @@ class SparseOptimizer:
             self._sync.set_passes(passes)
 
     def close(self) -> None:
-        """Joins the communication thread and closes the transport. Call it on all ranks.
+        """Joins the communication thread and closes the transport. Call it on all ranks, between steps.
 
         The exit of the process does it too.
         """
