@@ -11,7 +11,7 @@ from .cost_model import Costs, check_backward_s, exposed_s, step_s
 CANDIDATES = ("topk", "gtopk", "randomk")
 """The schemes that are predicted for every job, beside dense."""
 SAFE = ("topk", "gtopk")
-"""The schemes that may be chosen for any optimizer. Random-k is none: it diverges with momentum."""
+"""The schemes that may be chosen for any optimizer. Not random-k: it diverges with momentum."""
 DENSITIES = (0.01,)
 """The densities that are chosen by default. Lower ones need a density warm-up, which a plan cannot see."""
 PREDICTED_DENSITIES = (0.01, 0.001)
