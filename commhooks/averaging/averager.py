@@ -97,8 +97,8 @@ class Averager(ModelAverager):
             buffers are left alone.
         buffers: ``"average"`` (default: the floating ones, by the mean over ranks; integers such as
             ``num_batches_tracked`` stay), ``"broadcast"`` (all become rank 0's) or ``"leave"``.
-        also: further tensors whose plain mean is taken at each synchronisation: the teacher of a moving
-            average, for instance.
+        also: further tensors to average at each synchronisation, uncompressed and without the algorithm's
+            momentum: the teacher of a moving average, for instance.
         reducer: compresses what is sent. The model's change since the last synchronisation goes through it,
             with its memory, in place of the model. It belongs to this averager alone.
         nonfinite: what NaN or Inf in any rank's parameters does, alike on all ranks. ``"error"`` (default):
