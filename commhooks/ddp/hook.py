@@ -24,7 +24,8 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
         unsupported: catches the further arguments that FSDP passes. Any of them is a ``TypeError``.
 
     Returns:
-        A future of the buffer. An error of the exchange is raised where DDP uses the future's value.
+        A future of the buffer. An error of the exchange is raised where DDP uses the future's value, also the
+        ``TypeError`` for a gradient that is not dense float32, bfloat16 or float16.
 
     Raises:
         TypeError: ``bucket`` is not a DDP bucket (compiled DDP and FSDP pass other things), or ``state`` is

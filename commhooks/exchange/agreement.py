@@ -145,4 +145,5 @@ def _difference(name: str, here: Mapping[str, str], there: Mapping[int, Mapping[
 
 
 def _named(ranks: Sequence[int]) -> str:
+    """Returns ``"rank 1"`` or ``"ranks 1, 2"``."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
