@@ -47,6 +47,7 @@ def array(
 
 
 def fused_operands(fused: Fused) -> None:
+    """Raises unless the operands agree in dtype, size and device and no output overlaps an input."""
     residual = fused.residual
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a torch.Tensor, got {type(residual).__name__}")

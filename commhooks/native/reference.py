@@ -237,7 +237,7 @@ def _permuted(index: Tensor, keys: list[int], half_bits: int) -> Tensor:
 def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device: torch.device) -> Tensor:
     """See :func:`commhooks.native.ops.random_indices`.
 
-    Computed on the CPU, because the number of passes of cycle-walking depends on the data.
+    Computed on the CPU, because the number of passes of cycle-walking is not known in advance.
     """
     half_bits = 1
     while 1 << (2 * half_bits) < numel:

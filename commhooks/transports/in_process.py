@@ -84,6 +84,7 @@ class InProcessTransport(Transport):
         buffer.copy_(total)
 
     def fail(self, error: BaseException) -> None:
+        """Ends the waits of all other ranks with ``PeerLostError``."""
         self._mailboxes.broken = error
 
 

@@ -157,6 +157,7 @@ class MpiTransport(Transport):
             raise PeerLostError(f"rank {self.rank}, {what}: {error}") from error
 
     def fail(self, error: BaseException) -> None:
+        """Makes the process exit through ``COMM_WORLD.Abort``, which ends all ranks of the job."""
         if not self._failed and self.world_size > 1:
             self._failed = True
             self._release.detach()  # messages may still be under way in the duplicate
