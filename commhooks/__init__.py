@@ -10,7 +10,6 @@ from .errors import (
     PeerLostError,
     PeerTimeoutError,
     SettingsMismatchError,
-    StepOrderError,
 )
 from .exchange import AllGather, Dense, GTopK, SharedIndices
 from .gradient.bucket import Bucket
@@ -44,7 +43,6 @@ __all__ = [
     "SharedIndices",
     "SparseGrad",
     "SparseState",
-    "StepOrderError",
     "ThresholdTopK",
     "TopK",
     "merge",

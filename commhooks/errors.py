@@ -56,10 +56,6 @@ class NonFiniteGradientError(CommHooksError):
     """A gradient holds NaN or Inf and the policy is ``"error"``."""
 
 
-class StepOrderError(CommHooksError):
-    """Backward, ``zero_grad``, ``no_sync`` and ``step`` come in an order that counts gradients twice."""
-
-
 def says_what_to_write(function: F) -> F:
     """Makes unknown keyword arguments of ``function`` a ``TypeError`` that says what to write.
 

@@ -6,7 +6,7 @@ every parameter and a hook after every ``torch.optim`` step notice three cases:
 
 - *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. The
   bucket would hold the sum of that average and the new gradient, and the average would enter the memory. The
-  pass raises :class:`~commhooks.StepOrderError`.
+  pass raises a warning, once.
 - *discarded*: the average was zeroed before any optimizer stepped with it. What was sent is in no residual
   and in no model. The watch warns once.
 - *stale*: no backward pass reached a parameter, and DDP copied its old ``.grad`` into the bucket. That is not
@@ -23,8 +23,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-
-from ..errors import StepOrderError
 
 HELD = (
     "the gradient of {name} still is the average of the last backward pass: this pass would average it "
@@ -55,7 +53,8 @@ class StepWatch:
         self._written: set[int] = set()  # and not reached by a backward pass since
         self._stepped: set[int] = set()  # since they were written
         self._names: dict[int, str] = {}
-        self._optimizer_seen = self._warned = self._thrown_away = False
+        self._optimizer_seen = self._thrown_away = False
+        self._told: set[str] = set()
         self.enabled = True
         """False while backward passes are ignored (inside ``passthrough``)."""
         if not _watches:
@@ -116,13 +115,19 @@ class StepWatch:
         # This reads the gradient once a step where the program zeroes gradients in place. Where it sets them
         # to None this costs nothing.
         if parameter.grad is not None and bool(parameter.grad.detach().any()):
-            raise StepOrderError(
-                HELD.format(name=self._names.get(key, f"a parameter {tuple(parameter.shape)}"))
-            )
+            name = self._names.get(key, f"a parameter {tuple(parameter.shape)}")
+            self._tell("held", HELD.format(name=name))
+            self._written.remove(key)
+            return
         self._written.remove(key)
-        if key not in self._stepped and self._optimizer_seen and not self._thrown_away and not self._warned:
-            self._warned = True
-            warnings.warn(DISCARDED, stacklevel=2)
+        if key not in self._stepped and self._optimizer_seen and not self._thrown_away:
+            self._tell("discarded", DISCARDED)
+
+    def _tell(self, what: str, text: str) -> None:
+        """Warns once of each kind."""
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(text, stacklevel=2)
 
     def stepped(self, held: frozenset[int]) -> None:
         """Records a step of an optimizer that holds the parameters of these ids."""
