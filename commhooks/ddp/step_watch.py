@@ -105,8 +105,7 @@ class StepWatch:
     def reached(self, key: int, parameter: Tensor) -> None:
         """Records that a gradient is about to be added to the parameter's ``.grad``.
 
-        Raises:
-            StepOrderError: ``.grad`` still is the average of the last backward pass.
+        Warns once if ``.grad`` still is the average of the last backward pass.
         """
         self._reached.add(key)
         self._ever_reached.add(key)
