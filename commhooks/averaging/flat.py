@@ -37,8 +37,8 @@ def tensors_of(params: Parameters) -> list[Tensor]:
             raise TypeError(f"params must hold tensors or parameter groups, got {type(element).__name__}")
     if not found:
         raise ValueError(
-            "params must hold at least one tensor, got none: a generator such as model.parameters() "
-            "is empty at its second use, so pass a new one at each call, or a list"
+            "params must hold at least one tensor, got none: a generator such as model.parameters() is "
+            "empty at its second use, so pass a new one at each call, or a list"
         )
     return list(found.values())
 

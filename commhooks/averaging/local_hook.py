@@ -4,15 +4,14 @@
 """
 
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.futures import Future
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..ddp.optimizer_steps import listen
 from .averager import Averager
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,8 @@ class PostLocalState:
         self._stepped = False  # an optimizer of them has stepped since
         self._reducer: Any = getattr(hook_state, "reducer", None)
         self._handing_over = False
-        self._watch_optimizers()
+        if averager is None:
+            listen(self)  # fused optimizers change no parameter's version
 
     @property
     def step(self) -> int:
@@ -118,18 +118,9 @@ class PostLocalState:
             self._seen += [(parameter, parameter._version) for parameter in bucket.parameters()]
         return self.local
 
-    def _watch_optimizers(self) -> None:
-        """Registers :meth:`note_step` with torch's optimizers: fused ones change no parameter's version."""
-        if self.averager is None:
-            me = weakref.ref(self)
-            handle = register_optimizer_step_post_hook(lambda optimizer, *_: _note_step(me(), optimizer))
-            weakref.finalize(self, handle.remove)
-
-    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def stepped(self, held: frozenset[int]) -> None:
         """Counts an optimizer's step if it holds a parameter of the last backward pass."""
-        mine = {id(parameter) for parameter, _ in self._seen}
-        held = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-        self._stepped = self._stepped or not mine.isdisjoint(held)
+        self._stepped = self._stepped or any(id(parameter) in held for parameter, _ in self._seen)
 
     def _warn_of_no_steps(self, step: int) -> None:
         """Warns when no step is seen for many passes: gradients would be reduced for ever.
@@ -140,8 +131,7 @@ class PostLocalState:
         if self._passes == _MANY_PASSES and self.averager is None:
             logger.warning(
                 "PostLocalState: no optimizer step was seen between %d backward passes, and gradients are "
-                "still reduced: "
-                "give it the averager (averager=...), whose count it then takes",
+                "still reduced: give it the averager (averager=...), whose count it then takes",
                 _MANY_PASSES,
             )
 
@@ -204,12 +194,8 @@ class PostLocalState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._watch_optimizers()
-
-
-def _note_step(state: PostLocalState | None, optimizer: torch.optim.Optimizer) -> None:
-    if state is not None:
-        state.note_step(optimizer)
+        if self.averager is None:
+            listen(self)
 
 
 _MANY_PASSES = 128

@@ -165,8 +165,8 @@ def suggest_block_period(problem: MAvgProblem, mu: float = 0.0, delta: float | N
             best, least = period, value
     if best == 0:
         raise ValueError(
-            f"Theorem 1 allows no period at rate {problem.rate:g}, smoothness {problem.smoothness:g}, "
-            f"mu {mu:g}"
+            f"Theorem 1 allows no period at rate {problem.rate:g}, smoothness {problem.smoothness:g}, mu "
+            f"{mu:g}"
         )
     return BlockAdvice(mu, best, least, _plain(problem, delta), problem.condition_11(mu, delta))
 

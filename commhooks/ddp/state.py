@@ -20,7 +20,7 @@ from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
 from ..memory.no_memory import NoMemory
 from ..reduction.reducer import Reducer
-from ..schemes import UNSET, chosen_memory, dense_memory, make_parts
+from ..schemes import UNSET, dense_memory, make_parts
 from ..selection.density import DensitySchedule
 from ..selection.selectors import Selector
 from ..transports import OVER_TORCH, Transport
@@ -62,7 +62,7 @@ class SparseState:
         ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by
             this state's thread. Traffic is not counted then. Only with ``Dense("distributed")``,
             ``NoMemory()`` and ``"propagate"``.
-        undoable: copy the memory before each step, so that :meth:`discard` can restore it. The copy takes as
+        undoable: keep the memory from before each step, so that :meth:`discard` can restore it. It takes as
             much memory again as residuals and velocities.
 
     Attributes:
@@ -100,17 +100,13 @@ class SparseState:
         self.reducer = Reducer(
             selector,
             aggregator,
-            chosen_memory(memory, selector),
+            memory,
             nonfinite=nonfinite,
             dense_crossover=dense_crossover,
             delta_every=delta_every,
             timeout_s=timeout_s,
             undoable=undoable,
         )
-        if self.reducer.connection.requested == "mpi":
-            from ..transports.mpi import load_mpi
-
-            load_mpi()  # MPI_Init belongs to the main thread. The first bucket comes on another one
         self.grad_scaler, self.process_group = grad_scaler, process_group
         self.ddp_allreduce = bool(ddp_allreduce)
         if ddp_allreduce and not self._ddp_can():
@@ -119,6 +115,10 @@ class SparseState:
                 'own group: it goes with Dense("distributed"), NoMemory() and nonfinite="propagate", got '
                 f"{self.reducer.settings()}, transport {self.reducer.connection.requested!r}"
             )
+        if self.reducer.connection.requested == "mpi":
+            from ..transports.mpi import load_mpi
+
+            load_mpi()  # MPI_Init belongs to the main thread. The first bucket comes on another one
         self.plan: Plan | None = None
         self._reset_runtime()
 
@@ -342,8 +342,8 @@ class SparseState:
             actual = self.reducer.transport.world_size
             if actual != expected:
                 raise ValueError(
-                    f"the transport connects {actual} ranks and DDP's process group {expected}: "
-                    "start the job by the mpiexec of the MPI library that mpi4py uses"
+                    f"the transport connects {actual} ranks and DDP's process group {expected}: start the "
+                    "job by the mpiexec of the MPI library that mpi4py uses"
                 )
 
     @contextmanager

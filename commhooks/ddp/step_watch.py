@@ -6,7 +6,7 @@ every parameter and a hook after every ``torch.optim`` step notice three cases:
 
 - *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. The
   bucket would hold the sum of that average and the new gradient, and the average would enter the memory. The
-  pass raises a warning, once.
+  watch warns once.
 - *discarded*: the average was zeroed before any optimizer stepped with it. What was sent is in no residual
   and in no model. The watch warns once.
 - *stale*: no backward pass reached a parameter, and DDP copied its old ``.grad`` into the bucket. That is not
@@ -22,7 +22,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .optimizer_steps import listen
 
 HELD = (
     "the gradient of {name} still is the average of the last backward pass: this pass would average it "
@@ -36,12 +37,9 @@ DISCARDED = (
     "Gradients that are taken elsewhere and used later are lost to this check: then ignore it"
 )
 
-_watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
-_held_by: weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = weakref.WeakKeyDictionary()
-
 
 class StepWatch:
-    """Watches the parameters of one model and raises or warns when their averages are misused.
+    """Watches the parameters of one model and warns when their averages are misused.
 
     :meth:`end_step` is called on the state's thread, the other methods on the program's threads.
     """
@@ -57,9 +55,7 @@ class StepWatch:
         self._told: set[str] = set()
         self.enabled = True
         """False while backward passes are ignored (inside ``passthrough``)."""
-        if not _watches:
-            _install()
-        _watches.add(self)
+        listen(self)
 
     def take(self, parameters: Sequence[Any]) -> list[int]:
         """Records that a bucket with these parameters is full, and watches parameters that are new.
@@ -140,23 +136,3 @@ def _reached(watch: weakref.ref[StepWatch], key: int, parameter: weakref.ref[Ten
     here, tensor = watch(), parameter()
     if here is not None and tensor is not None:
         here.reached(key, tensor)
-
-
-def _install() -> None:
-    global _installed
-    if not _installed:
-        _installed = True
-        register_optimizer_step_post_hook(_after_step)
-
-
-_installed = False
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    known = _held_by.get(optimizer)
-    if known is None or known[0] != count:
-        known = (count, frozenset(id(p) for group in optimizer.param_groups for p in group["params"]))
-        _held_by[optimizer] = known
-    for watch in _watches:
-        watch.stepped(known[1])

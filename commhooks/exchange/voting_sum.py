@@ -41,7 +41,7 @@ def summed(transport: Transport, values: Tensor, nonfinite: bool, context: Conte
         return buffer[:-1], True
     if total != stamp * transport.world_size:
         raise SettingsMismatchError(
-            f"rank {transport.rank}, {context}: the other ranks are at another bucket or step "
-            f"(sum of stamps {total:g}, expected {stamp * transport.world_size})"
+            f"rank {transport.rank}, {context}: the other ranks are at another bucket or step (sum of stamps "
+            f"{total:g}, expected {stamp * transport.world_size})"
         )
     return buffer[:-1], False

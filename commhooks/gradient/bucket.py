@@ -41,8 +41,8 @@ class Bucket:
         b = self.buffer
         if b.layout != torch.strided or b.dtype not in _DTYPES:
             raise TypeError(
-                f"bucket {self.index}: gradients must be dense float32, bfloat16 or float16, "
-                f"got {b.dtype} ({b.layout})"
+                f"bucket {self.index}: gradients must be dense float32, bfloat16 or float16, got {b.dtype} "
+                f"({b.layout})"
             )
         if b.dim() != 1 or not b.is_contiguous():
             raise ValueError(f"bucket {self.index}: buffer must be flat and contiguous, got {tuple(b.shape)}")
@@ -53,8 +53,8 @@ class Bucket:
             )
         if len(self.keys) != len(self.numels) or sum(self.numels) != b.numel():
             raise ValueError(
-                f"bucket {self.index}: {len(self.keys)} keys with {sum(self.numels)} elements "
-                f"for a buffer of {b.numel()}"
+                f"bucket {self.index}: {len(self.keys)} keys with {sum(self.numels)} elements for a buffer "
+                f"of {b.numel()}"
             )
 
     @property

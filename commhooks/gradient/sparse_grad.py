@@ -33,13 +33,13 @@ class SparseGrad:
     def __post_init__(self) -> None:
         if self.values.dtype != torch.float32 or self.indices.dtype != torch.int32:
             raise TypeError(
-                f"values and indices must be float32 and int32, got {self.values.dtype} "
-                f"and {self.indices.dtype}"
+                f"values and indices must be float32 and int32, got {self.values.dtype} and "
+                f"{self.indices.dtype}"
             )
         if self.values.shape != self.indices.shape or self.values.dim() != 1:
             raise ValueError(
-                f"values and indices must be 1-D of one length, got {tuple(self.values.shape)} "
-                f"and {tuple(self.indices.shape)}"
+                f"values and indices must be 1-D of one length, got {tuple(self.values.shape)} and "
+                f"{tuple(self.indices.shape)}"
             )
         if not 0 <= self.numel < PAD:
             raise ValueError(f"numel must be in [0, 2**31 - 1), got {self.numel}")

@@ -25,8 +25,7 @@ def horovod() -> Any:
     except ImportError as error:
         raise ImportError(
             "commhooks.horovod needs Horovod 0.28.x built for the installed torch: run "
-            "scripts/install_horovod "
-            f"(3 to 8 minutes the first time). ({error})"
+            f"scripts/install_horovod (3 to 8 minutes the first time). ({error})"
         ) from error
 
 
@@ -40,10 +39,9 @@ def require_version() -> None:
     if not is_supported():
         raise RuntimeError(
             f"commhooks.horovod.DistributedOptimizer supports Horovod {SUPPORTED}.x, found {_version()}: it "
-            "relies on "
-            "parts of Horovod that are not public. Install 0.28.1 (scripts/install_horovod), or use the "
-            "stock "
-            "hvd.DistributedOptimizer with commhooks.horovod.Compression, which needs only public parts"
+            "relies on parts of Horovod that are not public. Install 0.28.1 (scripts/install_horovod), or "
+            "use the stock hvd.DistributedOptimizer with commhooks.horovod.Compression, which needs only "
+            "public parts"
         )
 
 

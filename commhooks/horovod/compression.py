@@ -93,8 +93,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
                 return votes > 0, complete
         raise ValueError(
             f"op must be hvd.Average or hvd.Sum for a sparse compression over {world_size} ranks: a marker "
-            "came "
-            f"back as {reduced:g} (or process_set is not the optimizer's)"
+            f"came back as {reduced:g} (or process_set is not the optimizer's)"
         )
 
 

@@ -97,8 +97,7 @@ class GradientSync:
             if self._remaining[parameter] == 0:
                 raise RuntimeError(
                     f"{self.names[parameter]} got more than backward_passes_per_step={self.passes} gradients "
-                    "before "
-                    "step(): raise backward_passes_per_step to accumulate gradients locally"
+                    "before step(): raise backward_passes_per_step to accumulate gradients locally"
                 )
             grad = parameter.grad
             if grad is not None and grad.is_sparse and not self.sparse_as_dense:

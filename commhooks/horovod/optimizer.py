@@ -246,8 +246,7 @@ def _check_options(
     if gradient_predivide_factor != 1.0:
         raise ValueError(
             f"gradient_predivide_factor must be 1, got {gradient_predivide_factor!r}: sums are formed in "
-            "float32 and "
-            "divided once, so there is nothing to gain in range"
+            "float32 and divided once, so there is nothing to gain in range"
         )
     if num_groups < 0:
         raise ValueError(f"num_groups must not be negative, got {num_groups!r}")

@@ -63,21 +63,18 @@ class ParameterTable:
             if entry.parameter is tensor:
                 return (
                     "op=Adasum is not supported: it combines parameter changes, not gradients, and a sparse "
-                    "sum "
-                    "has no Adasum. Use op=hvd.Average or hvd.Sum"
+                    "sum has no Adasum. Use op=hvd.Average or hvd.Sum"
                 )
             grad = entry.parameter.grad
             if grad is not None and grad.is_sparse and grad.shape == tensor.shape:
                 return (
                     f"sparse_as_dense=True is not supported with this compression ({entry.name}): the dense "
-                    "copy "
-                    "hides which parameter it belongs to. Use nn.Embedding(sparse=False), or "
+                    "copy hides which parameter it belongs to. Use nn.Embedding(sparse=False), or "
                     "commhooks.horovod.DistributedOptimizer(sparse_as_dense=True)"
                 )
         return (
             f"a tensor of shape {tuple(tensor.shape)} is the gradient of no parameter in named_parameters: "
-            "give "
-            "the compression the same named_parameters as the optimizer (it serves optimizers, not "
+            "give the compression the same named_parameters as the optimizer (it serves optimizers, not "
             "hvd.allreduce)"
         )
 

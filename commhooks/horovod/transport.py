@@ -48,8 +48,7 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
         if requested.world_size != process_set.size() or requested.rank != process_set.rank():
             raise ValueError(
                 f"transport: rank {requested.rank} of {requested.world_size} does not fit process_set, where "
-                "this "
-                f"is rank {process_set.rank()} of {process_set.size()}"
+                f"this is rank {process_set.rank()} of {process_set.size()}"
             )
         return requested, None
     if requested == "nccl":
@@ -63,8 +62,7 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
     elif requested == "mpi":
         raise ValueError(
             "transport='mpi' needs a job started by MPI: run it under mpirun or horovodrun --mpi, or leave "
-            "the "
-            "choice of the transport to the launcher"
+            "the choice of the transport to the launcher"
         )
     return _open_gloo(process_set, timeout_s)
 
@@ -109,10 +107,8 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
     if _REFUSED in votes or len(set(votes)) > 1:
         raise ValueError(
             f"process_set {list(process_set.ranks)} overlaps another one: over gloo a process serves one set "
-            "and its "
-            "subsets, and a rank of this one serves other ranks already. Initialize torch.distributed for "
-            "all ranks "
-            "first, numbered as Horovod's, or start the job by MPI"
+            "and its subsets, and a rank of this one serves other ranks already. Initialize "
+            "torch.distributed for all ranks first, numbered as Horovod's, or start the job by MPI"
         )
     if members is None:
         open_default_group(process_set, timeout_s)

@@ -148,8 +148,8 @@ def _from_cuda_interface(name: str, array: Any, written: bool) -> Tensor:
     if tensor.numel() and tensor.data_ptr() != pointer:
         # torch copies memory of another GPU to the current one. Results would be written into the copy.
         raise ValueError(
-            f"{name} is not on the current GPU, cuda:{torch.cuda.current_device()}: "
-            "call this within torch.cuda.device(...) of its own"
+            f"{name} is not on the current GPU, cuda:{torch.cuda.current_device()}: call this within "
+            "torch.cuda.device(...) of its own"
         )
     if produced_on is not None:
         stream = _stream(produced_on, tensor.device, per_thread=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
 from ..native import ops
-from ..native.fused import Fused
+from ..native.fused import Fused, Selected
 from .parameter_memory import BucketMemory, ParameterMemory
 
 
@@ -67,14 +67,10 @@ class Memory(ABC):
             scale: one float32 element by which the gradient is multiplied. None: 1.
         """
 
-    def accumulate(self, operands: Fused) -> int:
-        """Adds the gradient to the memory and selects nothing.
-
-        Returns:
-            The number of elements of the gradient that were not finite.
-        """
+    def accumulate(self, operands: Fused) -> Selected:
+        """Adds the gradient to the memory and selects nothing. Of the result, report and flags matter."""
         nothing = torch.empty(0, dtype=torch.int32, device=operands.grad.device)
-        return int(ops.select_indices(operands, nothing).report[1])
+        return ops.select_indices(operands, nothing)
 
     def restore(self, held: BucketMemory, pairs: SparseGrad) -> None:
         """Adds pairs that did not reach the model back to the residual."""
@@ -84,5 +80,11 @@ class Memory(ABC):
         """Sets the velocity to zero at the places of ``contributed``, if factor masking is on."""
 
     @abstractmethod
-    def undo(self, held: BucketMemory, operands: Fused) -> None:
-        """Takes the gradient out of the memory again, up to rounding. Its pairs must be restored before."""
+    def undo(self, held: BucketMemory, operands: Fused, active: Tensor | None) -> None:
+        """Takes the gradient out of the memory again, up to rounding. Its pairs must be restored before.
+
+        Args:
+            held: the bucket's memory.
+            operands: of the pass that added the gradient.
+            active: bool ``(parameters,)``: which parameters took part; None when all did.
+        """

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
 from ..native.fused import Fused
 from .base import Memory
@@ -72,37 +71,32 @@ class ErrorFeedback(Memory):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizer": None}
 
-    def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
-        held, is_new = self.table.for_bucket(bucket)
-        if self.rescales:
-            self._follow_lr(held)
-        return held, is_new
-
     def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
-        factor = self._factor(grad, scale)
-        return Fused(grad, held.residual, held.velocity, self.momentum, 1.0, factor, held.segments)
+        factor, rescale = self._factor(grad, scale), self._rescale(held) if self.rescales else None
+        return Fused(
+            grad, held.residual, held.velocity, self.momentum, 1.0, factor, held.segments, rescale=rescale
+        )
 
     def mask_velocity(self, held: BucketMemory, contributed: SparseGrad) -> None:
         if self.factor_masking and held.velocity is not None:
             held.velocity[contributed.indices[contributed.used].long()] = 0.0
 
-    def undo(self, held: BucketMemory, operands: Fused) -> None:
+    def undo(self, held: BucketMemory, operands: Fused, active: Tensor | None) -> None:
         if held.recall():
             return
-        grad = operands.grad
-        gradient = _scaled(grad, operands.scale_tensor)
+        gradient = _scaled(operands.grad, operands.scale_tensor)
         gradient[~gradient.isfinite()] = 0.0
-        active = held.active(grad)
+        mask = held.mask(active)
         if held.velocity is None:
-            held.residual.sub_(gradient if active is None else gradient * active)
+            held.residual.sub_(gradient if mask is None else gradient * mask)
             return
         before = (held.velocity - gradient) / self.momentum
-        if active is None:
+        if mask is None:
             held.residual.sub_(held.velocity)
             held.velocity.copy_(before)
         else:
-            held.residual.sub_(held.velocity * active)
-            held.velocity.copy_(torch.where(active, before, held.velocity))
+            held.residual.sub_(held.velocity * mask)
+            held.velocity.copy_(torch.where(mask, before, held.velocity))
 
     def _factor(self, grad: Tensor, scale: Tensor | None) -> Tensor | None:
         """Returns ``scale`` times the clipping factor, or None for 1.
@@ -117,22 +111,24 @@ class ErrorFeedback(Memory):
         clip: Tensor = (self.clip_norm / norm).clamp(max=1.0).nan_to_num(1.0).reshape(1)
         return clip if scale is None else clip * scale
 
-    def _follow_lr(self, held: BucketMemory) -> None:
-        """Multiplies each parameter's residual by its last learning rate over its present one."""
+    def _rescale(self, held: BucketMemory) -> Tensor | None:
+        """Returns each parameter's last learning rate over its present one, float32; None when all are 1."""
         if self.optimizer is None:
             raise ValueError(
                 "rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading"
             )
         rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
-        for key, view in zip(held.keys, held.residual_views(), strict=True):
+        factors = [1.0] * len(held.keys)
+        for position, key in enumerate(held.keys):
             rate = rates.get(key)
             if rate is None:
                 raise ValueError(f"rescale_with_lr: {self.table.name_of(key)} is not in the given optimizer")
-            last = self.table.last_lr.get(key)
             if rate != 0.0:
-                if last is not None and last != rate:
-                    view.mul_(last / rate)
+                factors[position] = self.table.last_lr.get(key, rate) / rate
                 self.table.last_lr[key] = rate
+        if all(factor == 1.0 for factor in factors):
+            return None
+        return torch.tensor(factors, dtype=torch.float32, device=held.residual.device)
 
 
 def _scaled(grad: Tensor, scale: Tensor | None) -> Tensor:

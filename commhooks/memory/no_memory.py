@@ -27,5 +27,5 @@ class NoMemory(Memory):
     def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
         return Fused(grad, held.residual, scale_tensor=scale)
 
-    def undo(self, held: BucketMemory, operands: Fused) -> None:
+    def undo(self, held: BucketMemory, operands: Fused, active: Tensor | None) -> None:
         held.residual.zero_()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..gradient.bucket import Bucket
+from ..native.fused import Fused
 
 logger = logging.getLogger(__name__)
 
@@ -34,52 +36,48 @@ class BucketMemory:
         self.segments = torch.tensor(self.offsets, dtype=torch.int64, device=device)
         self.residual = torch.zeros(bucket.numel, dtype=torch.float32, device=device)
         self.velocity = torch.zeros_like(self.residual) if with_velocity else None
-        self._before: list[Tensor] = []
+        self._other: tuple[Tensor, Tensor | None] | None = None  # the memory before or after the last pass
         self._can_recall = False
 
-    def remember(self) -> None:
-        """Saves a copy of residual and velocity for :meth:`recall`."""
-        now = [self.residual, *([] if self.velocity is None else [self.velocity])]
-        self._before = self._before or [torch.empty_like(flat) for flat in now]
-        for copy, flat in zip(self._before, now, strict=True):
-            copy.copy_(flat)
+    def apart(self, operands: Fused) -> Fused:
+        """Returns operands with which the pass writes the new memory elsewhere, for :meth:`recall`.
+
+        Args:
+            operands: of a pass that works in place on ``residual`` and ``velocity``.
+        """
+        now = self.residual, self.velocity
+        if self._other is None:
+            self._other = torch.empty_like(now[0]), None if now[1] is None else torch.empty_like(now[1])
+        (self.residual, self.velocity), self._other = self._other, now
         self._can_recall = True
+        return replace(operands, residual_out=self.residual, velocity_out=self.velocity)
 
     def recall(self) -> bool:
-        """Restores the copy that :meth:`remember` saved, bit for bit. A copy can be restored once.
+        """Restores the memory from before the last pass, bit for bit. A pass can be undone once.
 
         Returns:
-            Whether there was a copy.
+            Whether it could be: the pass wrote :meth:`apart`.
         """
-        if not self._can_recall:
+        if self._other is None or not self._can_recall:
             return False
-        self.residual.copy_(self._before[0])
-        if self.velocity is not None:
-            self.velocity.copy_(self._before[1])
+        (self.residual, self.velocity), self._other = self._other, (self.residual, self.velocity)
         self._can_recall = False
         return True
-
-    def residual_views(self) -> Iterator[Tensor]:
-        """Yields views of the residual, one per parameter."""
-        return (self.residual[a:b] for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
     def view(self, flat: Tensor, position: int) -> Tensor:
         """Returns the view of ``flat`` (n,) that belongs to the parameter at ``position``."""
         return flat[self.offsets[position] : self.offsets[position + 1]]
 
-    def active(self, grad: Tensor) -> Tensor | None:
-        """Masks the parameters whose whole gradient is zero; they do not take part in this step.
+    def mask(self, active: Tensor | None) -> Tensor | None:
+        """Spreads flags of the parameters over their elements.
+
+        Args:
+            active: bool ``(parameters,)``, as ``Selected.active``; None when all parameters took part.
 
         Returns:
-            Bool ``(n,)``, False at these parameters; None when all parameters take part.
+            Bool ``(n,)``; None when all elements took part.
         """
-        idle = [i for i, n in enumerate(self.numels) if n and not bool(self.view(grad, i).any())]
-        if not idle:
-            return None
-        mask = torch.ones(grad.numel(), dtype=torch.bool, device=grad.device)
-        for i in idle:
-            self.view(mask, i).fill_(False)
-        return mask
+        return None if active is None else active.repeat_interleave(self.segments.diff())
 
 
 class ParameterMemory:
@@ -95,8 +93,7 @@ class ParameterMemory:
     Attributes:
         names: the parameters' names, for state dicts and messages.
         last_lr: per parameter, the learning rate that its residual was last scaled for (``rescale_with_lr``).
-        undoable: whether :meth:`for_bucket` saves a copy for :meth:`discard`. The copies take as much memory
-            again as residuals and velocities.
+        undoable: whether learning rates are kept for :meth:`discard`.
     """
 
     def __init__(self, with_velocity: bool, with_residual: bool = True) -> None:
@@ -104,7 +101,7 @@ class ParameterMemory:
         self.names: dict[Hashable, str] = {}
         self.last_lr: dict[Hashable, float] = {}
         self.undoable = False
-        self._lr_before: dict[Hashable, float] = {}
+        self._lr_before: dict[Hashable, float | None] = {}
         self._of_bucket: dict[int, BucketMemory] = {}
         self._place: dict[Hashable, tuple[BucketMemory, int]] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
@@ -120,8 +117,7 @@ class ParameterMemory:
         if held is None or is_new:
             held = self._laid_anew(bucket)
         if self.undoable:
-            held.remember()
-            self._lr_before.update({key: self.last_lr[key] for key in held.keys if key in self.last_lr})
+            self._lr_before.update((key, self.last_lr.get(key)) for key in held.keys)
         return held, is_new
 
     def _laid_anew(self, bucket: Bucket) -> BucketMemory:
@@ -139,7 +135,7 @@ class ParameterMemory:
         """Restores every bucket's memory from before the last step, bit for bit."""
         for held in self._of_bucket.values():
             held.recall()
-        self.last_lr = {**self._lr_before}
+        self.last_lr = {key: rate for key, rate in self._lr_before.items() if rate is not None}
 
     def _owns(self, held: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
         """Whether ``all`` or ``any`` of the parameters of ``held`` still have their memory in it."""
@@ -161,8 +157,8 @@ class ParameterMemory:
         if lost:
             raise ValueError(
                 f"the loaded memory has {len(lost)} parameters that this model has not, such as {lost[0]!r} "
-                f"(the model's are like {next(iter(self.names.values()))!r}): rename the state's keys, "
-                "or drop them"
+                f"(the model's are like {next(iter(self.names.values()))!r}): rename the state's keys, or "
+                "drop them"
             )
 
     def _claim(self, held: BucketMemory, position: int, key: Hashable) -> None:

@@ -47,13 +47,13 @@ def check_states(states: list[dict[str, Any]], is_list: bool, rank: int, world_s
     saved = int(states[0]["world_size"])
     if is_list and [int(s["rank"]) for s in states] != list(range(saved)):
         raise ValueError(
-            f"load_state_dict needs the states of all {saved} ranks in rank order, "
-            f"got ranks {[s['rank'] for s in states]}"
+            f"load_state_dict needs the states of all {saved} ranks in rank order, got ranks "
+            f"{[s['rank'] for s in states]}"
         )
     if not is_list and saved != world_size:
         raise ValueError(
-            f"this state is of a run with {saved} ranks and this one has {world_size}: "
-            "pass the list of all ranks' states, so that residuals can be redistributed"
+            f"this state is of a run with {saved} ranks and this one has {world_size}: pass the list of all "
+            "ranks' states, so that residuals can be redistributed"
         )
     if not is_list and int(states[0]["rank"]) != rank:
         raise ValueError(f"this is rank {rank} and the state is rank {states[0]['rank']}'s")

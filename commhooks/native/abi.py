@@ -205,8 +205,8 @@ def cpu() -> ctypes.CDLL | None:
     asked = os.environ.get("COMMHOOKS_ISA") or None
     if asked is not None and loaded.commhooks_cpu_use_isa(asked.encode()) != 0:
         raise ValueError(
-            "COMMHOOKS_ISA must be an instruction set that this machine and library have "
-            f"(avx512, avx2, neon, scalar), got {asked!r}"
+            "COMMHOOKS_ISA must be an instruction set that this machine and library have (avx512, avx2, "
+            f"neon, scalar), got {asked!r}"
         )
     return loaded
 

@@ -233,15 +233,15 @@ def rows(values: Tensor, indices: Tensor, name: str, out: Tensor) -> tuple[Tenso
         _placed(own, tensor, out.device)
     if values.shape != indices.shape or values.dim() not in (1, 2):
         raise ValueError(
-            f"values and indices must have one shape, (k,) or (m, k), "
-            f"got {tuple(values.shape)} and {tuple(indices.shape)}"
+            f"values and indices must have one shape, (k,) or (m, k), got {tuple(values.shape)} and "
+            f"{tuple(indices.shape)}"
         )
     if values.dim() == 1:
         values, indices = values[None], indices[None]
     if values.shape[1] > 1 and not values.stride(1) == indices.stride(1) == 1:
         raise ValueError(
-            "rows of values and indices must be contiguous, "
-            f"got strides {values.stride()}, {indices.stride()}"
+            f"rows of values and indices must be contiguous, got strides {values.stride()}, "
+            f"{indices.stride()}"
         )
     if max(values.shape) >= PAD:
         raise ValueError(f"values must have fewer than 2**31 - 1 rows and columns, got {tuple(values.shape)}")

@@ -59,9 +59,9 @@ class Costs:
         """Returns the main costs as one line of text."""
         bandwidth = f"{8e-6 / self.byte_s:,.0f} Mbit/s" if self.byte_s else "no limit seen"
         return (
-            f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, "
-            f"selection {self.select_s * 1e9:.2f} ns and write-back {self.write_s * 1e9:.2f} ns per element, "
-            f"merge {self.merge_s * 1e9:.1f} ns per pair"
+            f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, selection "
+            f"{self.select_s * 1e9:.2f} ns and write-back {self.write_s * 1e9:.2f} ns per element, merge "
+            f"{self.merge_s * 1e9:.1f} ns per pair"
         )
 
     def total(self, terms: Mapping[str, float]) -> float:

@@ -143,8 +143,8 @@ class Plan:
     def __repr__(self) -> str:
         c = self.costs
         return (
-            f"Plan({self.scheme}, density={self.density:g}, P={self.world_size}, "
-            f"alpha={c.message_s!r}, beta={c.byte_s!r})"
+            f"Plan({self.scheme}, density={self.density:g}, P={self.world_size}, alpha={c.message_s!r}, "
+            f"beta={c.byte_s!r})"
         )
 
 
@@ -174,8 +174,8 @@ def choose(costs: Costs, job: Job, world_size: int) -> Plan:
         reason = _reason_dense(world_size, dense, best)
     else:
         reason = (
-            f"predicted {_ms(taken.step_s)} of communication per step, "
-            f"{dense.step_s / taken.step_s:.1f} times less than dense ({_ms(dense.step_s)})"
+            f"predicted {_ms(taken.step_s)} of communication per step, {dense.step_s / taken.step_s:.1f} "
+            f"times less than dense ({_ms(dense.step_s)})"
         )
     ranked = tuple(sorted([dense, *found.values()], key=lambda p: p.step_s))
     return Plan(taken.scheme, taken.density, taken.bucket_mb, ranked, reason, costs, world_size, job)

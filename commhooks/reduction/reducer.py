@@ -50,7 +50,7 @@ class Reducer:
             bucket. 0: never.
         timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s
             without a group.
-        undoable: copy the memory before each step, so that :meth:`discard` can restore it. The copy takes as
+        undoable: keep the memory from before each step, so that :meth:`discard` can restore it. It takes as
             much memory again as residuals and velocities.
 
     Attributes:
@@ -306,6 +306,8 @@ class Reducer:
         selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
         operands = memory.operands(held, buffer, scale=_inverse(scale, buffer))
+        if self.undoable:
+            operands = held.apart(operands)
         k = numel if selector is None else selector.k(numel, self.step)
         if is_new:
             self._agree(bucket, k, scale, transport)

@@ -90,24 +90,27 @@ class DenseRoute:
     misses: int = field(default=0, init=False)
     where: str = field(default="on this rank", init=False)
     _active: Tensor | None = field(default=None, init=False)
+    _mask: Tensor | None = field(default=None, init=False)
     _values: Tensor | None = field(default=None, init=False)
     _rounding: Tensor | None = field(default=None, init=False)
 
     def correct(self) -> None:
         """Adds the gradient to the residual. A parameter whose gradient is all zero sends nothing."""
-        self.bad = self.memory.accumulate(self.operands)
-        self._active = self.held.active(self.operands.grad)
+        summed_up = self.memory.accumulate(self.operands)
+        _, self.bad, _, left_out = summed_up.report.tolist()
+        self._active = summed_up.active if left_out else None
+        self._mask = self.held.mask(self._active)
 
     def exchange(self, transport: Transport) -> bool:
         """All-reduces the corrected gradient and the vote."""
         residual = self.held.residual
-        sent = residual if self._active is None else residual * self._active
+        sent = residual if self._mask is None else residual * self._mask
         self._values, thrown_away = summed(transport, sent, self.bad > 0, self.context)
         return thrown_away
 
     def take_back(self) -> None:
         """Takes the gradient out of the memory."""
-        self.memory.undo(self.held, self.operands)
+        self.memory.undo(self.held, self.operands, self._active)
 
     def write(self, factor: float, share: float) -> None:
         """The buffer becomes ``factor`` times the sum."""
@@ -121,7 +124,7 @@ class DenseRoute:
         Until the commit the residual still holds what was sent.
         """
         residual = self.held.residual
-        kept = residual.new_zeros(()) if self._active is None else residual * ~self._active
+        kept = residual.new_zeros(()) if self._mask is None else residual * ~self._mask
         residual.copy_(kept if self._rounding is None else kept + self._rounding)
 
     def rollback(self) -> None:
@@ -157,6 +160,7 @@ class SparseRoute:
     misses: int = field(default=0, init=False)
     pairs: SparseGrad = field(init=False)
     out: Aggregated | None = field(default=None, init=False)
+    _active: Tensor | None = field(default=None, init=False)
     _contributed: SparseGrad = field(init=False)
     _rounding: SparseGrad | None = field(default=None, init=False)
 
@@ -164,7 +168,8 @@ class SparseRoute:
         """Adds the gradient to the residual and takes ``pairs`` out of it, in one pass."""
         step, key = self.context.step, self.mask_key
         selected = self.selector.select(self.operands, self.k, step=step, mask_key=key)
-        _, self.bad, self.misses, _ = selected.report.tolist()
+        _, self.bad, self.misses, left_out = selected.report.tolist()
+        self._active = selected.active if left_out else None
         self.pairs = self._contributed = SparseGrad(
             selected.values, selected.indices, self.operands.grad.numel()
         )
@@ -180,7 +185,7 @@ class SparseRoute:
     def take_back(self) -> None:
         """Puts the pairs back and takes the gradient out of the memory."""
         self.memory.restore(self.held, self.pairs)
-        self.memory.undo(self.held, self.operands)
+        self.memory.undo(self.held, self.operands, self._active)
 
     def write(self, factor: float, share: float, target: Tensor | None = None) -> None:
         """Puts refused pairs back and overwrites ``target`` with ``factor`` times the sum.

@@ -75,8 +75,8 @@ class ExponentialWarmup(DensitySchedule):
         self.start = check_density("start", start)
         if (warmup_steps is None) == (warmup_epochs is None):
             raise ValueError(
-                f"give exactly one of warmup_steps and warmup_epochs, got {warmup_steps!r} "
-                f"and {warmup_epochs!r}"
+                f"give exactly one of warmup_steps and warmup_epochs, got {warmup_steps!r} and "
+                f"{warmup_epochs!r}"
             )
         if warmup_epochs is not None and steps_per_epoch is None:
             raise ValueError("warmup_epochs needs steps_per_epoch")

@@ -113,8 +113,8 @@ class Transport(ABC):
         foreign = self._is_foreign(send) | self._is_foreign(receive)
         if receive.shape != (self.world_size, *send.shape) or receive.dtype != send.dtype:
             raise ValueError(
-                f"receive must be {send.dtype} of shape {(self.world_size, *send.shape)}, "
-                f"got {receive.dtype} of shape {tuple(receive.shape)}"
+                f"receive must be {send.dtype} of shape {(self.world_size, *send.shape)}, got "
+                f"{receive.dtype} of shape {tuple(receive.shape)}"
             )
         if self.world_size == 1:
             receive[0] = send

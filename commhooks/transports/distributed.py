@@ -269,7 +269,6 @@ def _warn_of_launch_order() -> None:
         if os.environ.get(name) == value:
             warnings.warn(
                 f"{name}={value}: DDP's NCCL operations and commhooks' may deadlock "
-                "(find_unused_parameters, SyncBatchNorm, "
-                f"static_graph): unset {name}",
+                f"(find_unused_parameters, SyncBatchNorm, static_graph): unset {name}",
                 stacklevel=3,
             )

@@ -87,7 +87,7 @@ def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool
         context: which exchange this is.
 
     Returns:
-        Values ``(P, k)`` float32 and indices ``(P, k)`` int32, contiguous, in new memory; the vote.
+        Values ``(P, k)`` float32 and indices ``(P, k)`` int32, views of ``messages``; the vote.
 
     Raises:
         SettingsMismatchError: as :func:`unpack`.
@@ -96,8 +96,8 @@ def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool
     headers = messages[:, :HEADER_WORDS].tolist()
     votes = [_read_header(header, words, rank, context) for rank, header in enumerate(headers)]
     k = (words - HEADER_WORDS) // 2
-    indices = messages[:, HEADER_WORDS : HEADER_WORDS + k].contiguous()
-    values = messages[:, HEADER_WORDS + k :].contiguous().view(torch.float32)
+    indices = messages[:, HEADER_WORDS : HEADER_WORDS + k]
+    values = messages[:, HEADER_WORDS + k :].view(torch.float32)
     return values, indices, any(votes)
 
 
@@ -106,14 +106,14 @@ def _read_header(header: list[int], words: int, sender: int, context: Context) -
     mark, bucket, step, k = header
     if (mark, bucket, step & _STEP_BITS) != (_MARK, context.bucket, context.step & _STEP_BITS):
         raise SettingsMismatchError(
-            f"expected {context} from rank {sender}, got bucket {bucket}, step {step & _STEP_BITS} "
-            f"(mark {mark:#x}): the ranks are out of step"
+            f"expected {context} from rank {sender}, got bucket {bucket}, step {step & _STEP_BITS} (mark "
+            f"{mark:#x}): the ranks are out of step"
         )
     expected = (words - HEADER_WORDS) // 2
     if k != expected:
         raise SettingsMismatchError(
-            f"{context}: expected {expected} pairs from rank {sender}, got a message of {k}: "
-            "the ranks' densities differ"
+            f"{context}: expected {expected} pairs from rank {sender}, got a message of {k}: the ranks' "
+            "densities differ"
         )
     return step < 0
 

@@ -82,13 +82,17 @@ def nccl(job: Job) -> str:
     return last_line(program(job, "nccl_self"))
 
 
-def aims(job: Job) -> str:
-    """The part of the benchmark that the targets are about."""
+def benchmark(job: Job, part: str) -> str:
+    """A part of the benchmark: ``aims``, which the targets are about, or the ``rest``."""
     needs_kernels(job)
     arguments, about = ([], "without CUB") if job.dry else build.rival(job)
-    return (
-        f"{last_line(program(job, 'benchmark', 'aims', *arguments, result='benchmark-aims.jsonl'))}, {about}"
-    )
+    done = program(job, "benchmark", part, *arguments, result=f"benchmark-{part}.jsonl")
+    return f"{last_line(done)}, {about}"
+
+
+def aims(job: Job) -> str:
+    """The part of the benchmark that the targets are about."""
+    return benchmark(job, "aims")
 
 
 def split(job: Job) -> str:
@@ -219,11 +223,7 @@ def horovod(job: Job) -> str:
 
 def rest(job: Job) -> str:
     """The benchmark without what the targets are about."""
-    needs_kernels(job)
-    arguments, about = ([], "without CUB") if job.dry else build.rival(job)
-    return (
-        f"{last_line(program(job, 'benchmark', 'rest', *arguments, result='benchmark-rest.jsonl'))}, {about}"
-    )
+    return benchmark(job, "rest")
 
 
 def sanitize(job: Job, kind: str, what: str) -> str:

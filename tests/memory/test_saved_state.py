@@ -130,10 +130,11 @@ def test_unpickled_rescaling_asks_for_its_optimizer() -> None:
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     memory = pickle.loads(pickle.dumps(ErrorFeedback(rescale_with_lr=optimizer)))
     bucket = Bucket(0, torch.ones(4), (parameter,), (4,))
+    held, _ = memory.for_bucket(bucket)
     with pytest.raises(ValueError, match="set memory.optimizer again"):
-        memory.for_bucket(bucket)
+        memory.operands(held, bucket.buffer, scale=None)
     memory.optimizer = optimizer
-    memory.for_bucket(bucket)
+    memory.operands(held, bucket.buffer, scale=None)
 
 
 def make_one(transport):

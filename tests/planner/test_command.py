@@ -118,7 +118,7 @@ def test_plan_as_json():
 
 
 @pytest.mark.mpi
-@pytest.mark.skipif(why_no_mpi() is not None, reason=str(why_no_mpi()))
+@pytest.mark.mpi
 def test_plan_under_mpiexec_gives_a_recipe_for_mpi():
     done = mpiexec(_PLAN, 2, timeout=90, args=["slow"])
     assert done.stdout.count("added to a step") == 1
