@@ -132,6 +132,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.skipped and wanted and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped although COMMHOOKS_REQUIRE names {sorted(wanted)}: {report.longrepr}"
+    if report.when == "call" and report.passed and "mpi4py.MPI" in sys.modules:
+        report.outcome = "failed"
+        report.longrepr = (
+            "this test started MPI in the test process: ranks forked by later tests would share it"
+        )
     return report
 
 
