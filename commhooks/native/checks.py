@@ -17,6 +17,11 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 F32 = (torch.float32,)
 I32 = (torch.int32,)
 
+#: Elements of one block of a low-bit message. They share a scale.
+LOW_BIT_BLOCK = 256
+# 2**-100, 2**100 and infinity as the bits of bfloat16.
+_LEAST_SCALE, _LARGEST_SCALE, _INFINITE_SCALE = 27 << 7, 227 << 7, 255 << 7
+
 
 def _typed(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
@@ -162,6 +167,88 @@ def _span(tensor: Tensor) -> tuple[int, int]:
         return start, start
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
+
+
+def low_bits(bits: object) -> int:
+    """``bits`` as an int; raises unless it is 1, 2, 4 or 8."""
+    number = integer("bits", bits)
+    if number not in (1, 2, 4, 8):
+        raise ValueError(f"bits must be 1, 2, 4 or 8, got {number}")
+    return number
+
+
+def bytes_array(name: str, tensor: Tensor, device: torch.device, size: int) -> None:
+    """Raises unless ``tensor`` is a contiguous 1-D uint8 tensor of ``size`` bytes on ``device``."""
+    _typed(name, tensor, (torch.uint8,))
+    if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() != size:
+        raise ValueError(f"{name} must be contiguous with shape ({size},), got {tuple(tensor.shape)}")
+    _placed(name, tensor, device)
+
+
+def low_bit_messages(messages: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Checks the low-bit messages that are decoded into ``out`` and returns them as ``(rows, size)``.
+
+    :func:`low_bit_contents` checks their bytes.
+    """
+    array("out", out, F32, out.device if isinstance(out, Tensor) else torch.device("cpu"))
+    _typed("messages", messages, (torch.uint8,))
+    _placed("messages", messages, out.device)
+    size = low_bit_size(out.numel(), bits)
+    if messages.dim() not in (1, 2) or messages.shape[-1] != size:
+        raise ValueError(
+            f"messages must have shape ({size},) or (rows, {size}) for {out.numel()} elements of {bits} "
+            f"bits, got {tuple(messages.shape)}"
+        )
+    rows = messages[None] if messages.dim() == 1 else messages
+    if rows.layout != torch.strided or (size > 1 and rows.stride(1) != 1):
+        raise ValueError(f"rows of messages must be contiguous, got strides {rows.stride()}")
+    no_overlap([("out", out)], [("messages", messages)])
+    return rows
+
+
+def low_bit_size(numel: int, bits: int) -> int:
+    """Bytes of a low-bit message of ``numel`` elements: a scale of 2 bytes a block, and the codes."""
+    return 2 * -(-numel // LOW_BIT_BLOCK) + -(-numel * bits // 8)
+
+
+def low_bit_contents(messages: Tensor, bits: int, numel: int) -> None:
+    """Raises unless all scales and codes of ``messages`` ``(rows, size)`` are ones that an encoder writes.
+
+    A scale is 0, NaN or in [2**-100, 2**100]. With 4 and 8 bits no code is 0. On CUDA nothing is checked,
+    since that would wait for the device.
+    """
+    if messages.device.type != "cpu" or not messages.numel():
+        return
+    blocks = -(-numel // LOW_BIT_BLOCK)
+    for number, message in enumerate(messages):
+        scales = low_bit_scales(message, blocks)
+        wrong = ~low_bit_scale_valid(scales)
+        if bool(wrong.any()):
+            block = int(wrong.int().argmax())
+            value = scales[block].view(torch.bfloat16).item()
+            raise ValueError(
+                f"the scale of block {block} of message {number} must be 0, NaN or in [2**-100, 2**100], "
+                f"got {value}"
+            )
+        if bits >= 4:
+            code = message[2 * blocks :]
+            zero = code == 0 if bits == 8 else ((code & 15) == 0) | ((code >> 4) == 0)
+            if bits == 4 and numel % 2:
+                zero[-1] = (int(code[-1]) & 15) == 0
+            if bool(zero.any()):
+                block = int(zero.int().argmax()) * 8 // bits // LOW_BIT_BLOCK
+                raise ValueError(f"block {block} of message {number} must not hold code 0, got one")
+
+
+def low_bit_scales(message: Tensor, blocks: int) -> Tensor:
+    """The scales of one message as the bits of bfloat16: int16 ``(blocks,)``, a copy."""
+    return message[: 2 * blocks].clone().view(torch.int16)
+
+
+def low_bit_scale_valid(scales: Tensor) -> Tensor:
+    """Bool: which scales (bits of bfloat16 as int16) are 0, NaN or in [2**-100, 2**100]."""
+    in_range = (scales >= _LEAST_SCALE) & (scales <= _LARGEST_SCALE)
+    return (scales == 0) | in_range | ((scales & 0x7FFF) > _INFINITE_SCALE)
 
 
 def integer(name: str, value: object) -> int:

@@ -1,14 +1,15 @@
 """The kernels, one function each. Each checks its arguments and calls the implementation for the device.
 
-All tensors are 1-D, contiguous, without gradient and on one device; ``scatter_add`` and ``write_back`` also
-take rows. Indices are int32, ascending and unique, with :data:`PAD` at unused places at the end. A bad
-argument is refused before anything is written: by ``TypeError`` for a wrong dtype or a number that is not an
-integer, else by ``ValueError``. An output that shares memory with an input is refused too. :class:`Fused`
-gives the formulas of the pass per element. All implementations give bit-identical results, except
-``sample_threshold``: each draws a sample of its own.
+All tensors are 1-D, contiguous, without gradient and on one device; ``scatter_add``, ``write_back`` and
+``low_bit_decode_add`` also take rows. Indices are int32, ascending and unique, with :data:`PAD` at unused
+places at the end. A bad argument is refused before anything is written: by ``TypeError`` for a wrong dtype or
+a number that is not an integer, else by ``ValueError``. An output that shares memory with an input is refused
+too (``low_bit_encode`` has an exception). :class:`Fused` gives the formulas of the pass per element. All
+implementations give bit-identical results, except ``sample_threshold``: each draws a sample of its own.
 
-The contents of index arrays are checked on the CPU only, since a check on a GPU would wait for the device.
-There, invalid indices give wrong results but cause no access outside the buffers.
+The contents of index arrays and of low-bit messages are checked on the CPU only, since a check on a GPU would
+wait for the device. There, invalid indices give wrong results but cause no access outside the buffers, and
+invalid messages give NaN.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ __all__ = [
     "Merged",
     "Selected",
     "contains",
+    "low_bit_decode",
+    "low_bit_decode_add",
+    "low_bit_encode",
+    "low_bit_size",
     "merge_topk",
     "random_indices",
     "sample_threshold",
@@ -326,3 +331,114 @@ def write_back(
     if implementation is reference:
         checks.row_order(indices, out.numel())
     implementation.write_back(out, values, indices, float(scale), threads)
+
+
+def low_bit_size(numel: int, bits: int) -> int:
+    """Bytes of the low-bit message of ``numel`` elements: ``2 * ceil(numel / 256) + ceil(numel * bits / 8)``.
+
+    Args:
+        numel: number of elements, in [0, 2**31 - 1).
+        bits: 1, 2, 4 or 8.
+
+    Raises:
+        TypeError: a number that is not an integer.
+        ValueError: ``numel`` or ``bits`` out of range.
+    """
+    number = checks.integer("numel", numel)
+    if not 0 <= number < PAD:
+        raise ValueError(f"numel must be in [0, 2**31 - 1), got {number}")
+    return checks.low_bit_size(number, checks.low_bits(bits))
+
+
+def low_bit_encode(
+    x: Tensor,
+    bits: int,
+    out: Tensor | None = None,
+    remainder: Tensor | None = None,
+    *,
+    threads: int | None = None,
+) -> Tensor:
+    """Encodes ``x`` with ``bits`` bits an element and one scale for every 256 elements.
+
+    A message holds the scales (bfloat16, little endian) and then the codes, the lowest bits of a byte first.
+    The value of an element is a level times the scale ``s`` of its block. The levels are -1, 1 (1 bit);
+    -3, -1, 1, 3 (2 bits); -7 .. 7 (4 bits); -127 .. 127 (8 bits). ``s`` is the mean magnitude (1 bit), 0.625
+    of it (2 bits), or the largest magnitude by the largest level. docs/kernels.md has the rounding. A scale
+    below 2**-100 becomes 0, one above 2**100 becomes 2**100: what is not sent stays in the remainder. A block
+    with an element that is not finite has scale NaN.
+
+    Args:
+        x: shape ``(n,)``, float32; only read unless it is ``remainder``.
+        bits: 1, 2, 4 or 8.
+        out: output, overwritten: uint8 of shape ``(low_bit_size(n, bits),)``. None: a new tensor.
+        remainder: output, overwritten with ``x - decoded``: float32 of shape ``(n,)``, possibly ``x`` itself.
+            None: not wanted.
+        threads: number of CPU threads, default torch's; never changes the result.
+
+    Returns:
+        The message: ``out``, or the new tensor.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: sizes, devices, layout or ``bits``.
+    """
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    checks.array("x", x, checks.F32, device)
+    bits = checks.low_bits(bits)
+    threads = checks.thread_count(threads)
+    size = checks.low_bit_size(x.numel(), bits)
+    message = torch.empty(size, dtype=torch.uint8, device=device) if out is None else out
+    checks.bytes_array("out", message, device, size)
+    written = [("out", message)]
+    if remainder is not None:
+        checks.array("remainder", remainder, checks.F32, device, x.numel())
+        if remainder.data_ptr() != x.data_ptr():
+            written.append(("remainder", remainder))
+    checks.no_overlap(written, [("x", x)])
+    reference.low_bit_encode(x, bits, message, remainder, threads)
+    return message
+
+
+def low_bit_decode(message: Tensor, bits: int, out: Tensor, *, threads: int | None = None) -> None:
+    """Overwrites ``out`` with the values of a message of :func:`low_bit_encode`.
+
+    Args:
+        message: shape ``(low_bit_size(n, bits),)``, uint8. A block with scale NaN decodes to NaN.
+        bits: 1, 2, 4 or 8, as it was encoded.
+        out: shape ``(n,)``, float32, overwritten.
+        threads: number of CPU threads, default torch's; never changes the result.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: sizes, devices, layout or ``bits``; or (CPU) a scale or code that no encoder writes, with
+            its block.
+    """
+    bits = checks.low_bits(bits)
+    rows = checks.low_bit_messages(message, bits, out)
+    if rows.shape[0] != 1:
+        raise ValueError(f"message must be one row, got {rows.shape[0]} rows")
+    threads = checks.thread_count(threads)
+    checks.low_bit_contents(rows, bits, out.numel())
+    reference.low_bit_decode(rows, bits, out, threads)
+
+
+def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, *, threads: int | None = None) -> None:
+    """Adds the values of messages of :func:`low_bit_encode` onto ``out``, row after row, in one pass.
+
+    Args:
+        messages: shape ``(low_bit_size(n, bits),)`` or ``(rows, low_bit_size(n, bits))``, uint8. Each row is
+            contiguous; the distance between rows is free. A block with scale NaN decodes to NaN.
+        bits: 1, 2, 4 or 8, as they were encoded.
+        out: shape ``(n,)``, float32, changed in place.
+        threads: number of CPU threads, default torch's; never changes the result.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: sizes, devices, layout or ``bits``; or (CPU) a scale or code that no encoder writes, with
+            its block and message. Nothing has been added then.
+    """
+    bits = checks.low_bits(bits)
+    rows = checks.low_bit_messages(messages, bits, out)
+    threads = checks.thread_count(threads)
+    checks.low_bit_contents(rows, bits, out.numel())
+    reference.low_bit_decode_add(rows, bits, out, threads)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .fused import PAD, Fused, Merged, Selected
 
 _MAGNITUDE_BITS = 0x7FFFFFFF
@@ -324,3 +325,98 @@ def write_back(
     scatter_add(dense, values, indices, scale)
     limit = torch.finfo(out.dtype).max
     out.copy_(dense.clamp_(-limit, limit))
+
+
+def low_bit_encode(
+    x: Tensor, bits: int, out: Tensor, remainder: Tensor | None = None, threads: int | None = None
+) -> None:
+    """See :func:`commhooks.native.ops.low_bit_encode`."""
+    numel, size = x.numel(), checks.LOW_BIT_BLOCK
+    blocks = -(-numel // size)
+    padded = x.new_zeros(blocks * size)
+    padded[:numel] = x
+    padded = padded.view(blocks, size)
+    scale = _low_bit_scale(padded, numel, bits)
+    codes = _low_bit_codes(padded, scale[:, None], bits)
+    # The bits of a code beyond the last element are 0.
+    codes.view(-1)[numel:] = 0
+    header = scale.to(torch.bfloat16).view(torch.int16)
+    # The bits of a NaN depend on who rounds it.
+    header = torch.where(scale.isnan(), 0x7FC0, header).to(torch.int16)
+    out[: 2 * blocks] = header.view(torch.uint8)
+    shift = torch.arange(0, 8, bits, dtype=torch.int32, device=x.device)
+    packed = (codes.view(-1, 8 // bits) << shift).sum(1)
+    out[2 * blocks :] = packed[: out.numel() - 2 * blocks].to(torch.uint8)
+    if remainder is not None:
+        values = _low_bit_values(codes, scale[:, None], bits).reshape(-1)[:numel]
+        remainder.copy_(x - values)
+
+
+def _low_bit_scale(blocks: Tensor, numel: int, bits: int) -> Tensor:
+    """The scale of each block of ``(m, 256)``, float32 ``(m,)`` with the precision of bfloat16."""
+    magnitudes = blocks.abs()
+    if bits <= 2:
+        # The order of these sums is a part of the format: 16 rows into 16 lanes, then the lanes in halves.
+        rows = magnitudes.view(-1, 16, 16)
+        lanes = rows[:, 0]
+        for row in range(1, 16):
+            lanes = lanes + rows[:, row]
+        for half in (8, 4, 2, 1):
+            lanes = lanes[:, :half] + lanes[:, half : 2 * half]
+        count = torch.full_like(lanes[:, 0], checks.LOW_BIT_BLOCK)
+        count[-1:] -= -numel % checks.LOW_BIT_BLOCK
+        scale = lanes[:, 0] / count
+        if bits == 2:
+            scale = scale * 0.625
+    else:
+        # A tensor as divisor: torch multiplies by the reciprocal of a number.
+        largest = torch.full_like(blocks[:, 0], 2 ** (bits - 1) - 1)
+        scale = magnitudes.amax(1) / largest
+    scale = scale.to(torch.bfloat16).to(torch.float32)
+    # Within these bounds 127 scales are finite and a reciprocal is no denormal.
+    scale = torch.where(scale < 2.0**-100, 0.0, scale).clamp(max=2.0**100)
+    return torch.where(magnitudes.isfinite().all(1), scale, torch.nan)
+
+
+def _low_bit_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The codes of ``x`` ``(m, 256)`` with ``scale`` ``(m, 1)``, int32."""
+    if bits == 1:
+        return (x >= 0).to(torch.int32)
+    if bits == 2:
+        outer = (x.abs() >= 2 * scale).to(torch.int32)
+        return torch.where(x >= 0, 2 + outer, 1 - outer)
+    largest = int(2 ** (bits - 1)) - 1
+    level = (x * (torch.ones_like(scale) / scale)).round().clamp(-largest, largest)
+    # A block whose scale is 0 or NaN has level 0 everywhere.
+    return torch.where(scale > 0, level, 0.0).to(torch.int32) + (largest + 1)
+
+
+def _low_bit_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The values of ``codes`` (int32), float32: exact products of a level and a scale."""
+    level: Tensor = 2 * codes - (2**bits - 1) if bits <= 2 else codes - 2 ** (bits - 1)
+    return level.to(torch.float32) * scale
+
+
+def _low_bit_decoded(message: Tensor, bits: int, numel: int) -> Tensor:
+    """The values of one message, float32 ``(n,)``; NaN where a scale or a code is none of an encoder's."""
+    blocks = -(-numel // checks.LOW_BIT_BLOCK)
+    header = checks.low_bit_scales(message, blocks)
+    scale = header.view(torch.bfloat16).to(torch.float32)
+    scale = torch.where(checks.low_bit_scale_valid(header), scale, torch.nan)
+    shift = torch.arange(0, 8, bits, dtype=torch.int32, device=message.device)
+    codes = (message[2 * blocks :, None].to(torch.int32) >> shift) & (2**bits - 1)
+    codes = codes.reshape(-1)[:numel]
+    each = scale.repeat_interleave(checks.LOW_BIT_BLOCK)[:numel]
+    values = _low_bit_values(codes, each, bits)
+    return values if bits <= 2 else torch.where(codes == 0, torch.nan, values)
+
+
+def low_bit_decode(message: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
+    """See :func:`commhooks.native.ops.low_bit_decode`; ``message`` has shape ``(1, size)``."""
+    out.copy_(_low_bit_decoded(message[0], bits, out.numel()))
+
+
+def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
+    """See :func:`commhooks.native.ops.low_bit_decode_add`; ``messages`` has shape ``(rows, size)``."""
+    for message in messages:
+        out += _low_bit_decoded(message, bits, out.numel())
