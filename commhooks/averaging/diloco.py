@@ -52,7 +52,7 @@ class DiLoCo(BlockAverager):
         sync_every: H, local steps between synchronisations; or a :class:`~commhooks.averaging.SyncSet`; or
             the steps themselves (from 1).
         inner_optimizer: inside ``with DiLoCo(...):`` each of its steps is followed by
-            :meth:`average_parameters`.
+            :meth:`~commhooks.averaging.Averager.average_parameters`.
         reset_optimizer: an optimizer whose state is cleared at every restart.
         **options: of :class:`~commhooks.averaging.Averager`. With a reducer ``w_p - w~`` is
             compressed, and what was not sent waits in the reducer's memory. The mean is over all workers. The

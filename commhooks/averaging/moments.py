@@ -46,7 +46,7 @@ class Moments:
 
     @property
     def options(self) -> list[str]:
-        """The paper's option for each of SGD's parameter groups: ``"I"`` (Polyak) or ``"II"`` (Nesterov)."""
+        """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return ["II" if group.get("nesterov", False) else "I" for group in self.optimizer.param_groups]
 
     def describe(self) -> str:

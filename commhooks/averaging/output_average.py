@@ -100,7 +100,7 @@ class OutputAverage:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The parameters that are averaged: those that require a gradient, or did at an earlier update."""
+        """The averaged parameters, which require a gradient now or did so at an earlier update."""
         return [t for t, total in zip(self._all(), self._sums, strict=True) if total is not None]
 
     @property

@@ -70,7 +70,7 @@ class RestartedMomentum(Anchored):
 
     @property
     def options(self) -> list[str]:
-        """The paper's option for each of SGD's parameter groups: ``"I"`` (Polyak) or ``"II"`` (Nesterov)."""
+        """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return self._moments.options
 
     def settings(self) -> str:

@@ -436,7 +436,7 @@ class SparseState:
 
     @property
     def left_to_ddp(self) -> bool:
-        """Whether DDP's own all-reduce averages now: with ``ddp_allreduce``, outside :meth:`passthrough`."""
+        """Whether DDP's all-reduce averages now, which needs ``ddp_allreduce`` and no :meth:`passthrough`."""
         return self.ddp_allreduce and not self._passthrough
 
     def _ddp_can(self) -> bool:

@@ -148,7 +148,7 @@ def step_terms(scheme: str, numel: int, k: int, world_size: int, crowding: float
 def exchange_s(
     costs: Costs, scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0
 ) -> float:
-    """Predicts the seconds of one exchange. Arguments as in :func:`exchange_terms`."""
+    """Predicts the seconds of one exchange. Arguments as in ``exchange_terms``."""
     return costs.total(exchange_terms(scheme, numel, k, world_size, crowding))
 
 
