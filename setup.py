@@ -88,7 +88,10 @@ class BuildLibraries(build_ext):
     @staticmethod
     def why_not() -> str | None:
         """Why nothing can be compiled here, or None."""
-        if os.environ.get("COMMHOOKS_BUILD_NATIVE", "1") == "0":
+        wanted = os.environ.get("COMMHOOKS_BUILD_NATIVE") or "1"
+        if wanted not in ("0", "1"):
+            raise ValueError(f"COMMHOOKS_BUILD_NATIVE must be 0 or 1, got {wanted!r}")
+        if wanted == "0":
             return "COMMHOOKS_BUILD_NATIVE=0"
         if shutil.which("cmake") is None:
             return "CMake was not found"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_PACKAGE = __name__.split(".")[0]
 _MEMORY = ("momentum", "factor_masking", "rescale_with_lr", "clip_norm")
 _SPELLINGS: dict[str, str] = {
     **{name: f"memory=ErrorFeedback({name}={{value!r}})" for name in _MEMORY},
@@ -29,6 +30,13 @@ _SPELLINGS: dict[str, str] = {
     "backend": "transport={value!r}",
     "clip": "memory=ErrorFeedback(clip_norm={value!r})",
     "beta": "momentum={value!r}",
+    "H": "period={value!r}",
+    "K": "period={value!r}",
+    "frequency": "period={value!r}",
+    "period": "sync_every={value!r}",
+    "warmup": "warmup_steps={value!r}",
+    "nesterov": "memory=ErrorFeedback(momentum=0.9)",
+    "wd": "weight_decay={value!r}",
 }
 """Unknown argument: what to write instead.
 
@@ -68,10 +76,20 @@ def says_what_to_write(function: F) -> F:
         known = _keywords(function, arguments) if options else None
         unknown = [] if known is None else [name for name in options if name not in known]
         if known is not None and unknown:
-            raise TypeError(_refusal(function, unknown[0], options[unknown[0]], known))
+            constructs = function.__name__ == "__init__" and arguments
+            named = type(arguments[0]).__qualname__ if constructs else function.__qualname__
+            raise TypeError(_refusal(f"{named}()", unknown[0], options[unknown[0]], known))
         return function(*arguments, **options)
 
     return call  # type: ignore[return-value]
+
+
+def callers_level() -> int:
+    """The ``stacklevel`` with which a warning of the calling function names a line outside commhooks."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _keywords(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[str] | None:
@@ -87,9 +105,10 @@ def _keywords(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[
 
 @functools.cache
 def _parameters(function: Callable[..., Any], with_default: bool = False) -> tuple[list[str], bool]:
-    """The names ``function`` takes by keyword, and whether it takes ``**options`` too.
+    """The names ``function`` takes by keyword, and whether it takes any other name too.
 
-    ``with_default`` leaves out the names that have no default.
+    ``**options`` annotated by ``Unpack[...]`` takes the names of that ``TypedDict``. ``with_default`` leaves
+    out the names that have no default.
     """
     parameters = inspect.signature(function).parameters.values()
     names = [
@@ -99,11 +118,14 @@ def _parameters(function: Callable[..., Any], with_default: bool = False) -> tup
         and p.name not in ("self", "cls")
         and not (with_default and p.default is p.empty)
     ]
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    collected = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    if collected and str(collected[0].annotation).startswith("Unpack["):
+        options = inspect.unwrap(function).__globals__[str(collected[0].annotation)[len("Unpack[") : -1]]
+        return [*names, *options.__annotations__], False
+    return names, bool(collected)
 
 
-def _refusal(function: Callable[..., Any], name: str, value: Any, known: Sequence[str]) -> str:
-    call = function.__qualname__.removesuffix(".__init__") + "()"
+def _refusal(call: str, name: str, value: Any, known: Sequence[str]) -> str:
     spelling = _SPELLINGS.get(name, "")
     if spelling.split("=")[0] in known:
         return f"{call} has no argument {name!r}: write {spelling.format(value=value)}"

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from .errors import callers_level
 from .exchange import Aggregator, AllGather, Dense, GTopK, SharedIndices
 from .memory import ErrorFeedback, Memory, NoMemory
 from .selection.density import DensitySchedule
@@ -124,7 +125,7 @@ def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
                 "memory=None means the default, ErrorFeedback(), as everywhere in commhooks; it used to mean "
                 "no memory: write memory=NoMemory() to send without error feedback",
                 FutureWarning,
-                stacklevel=3,
+                stacklevel=callers_level(),
             )
         return default
     if not isinstance(memory, Memory):

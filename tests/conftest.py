@@ -17,10 +17,6 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks are forked: the parent must have no thread pool
 TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-for folder in (str(TESTS), str(ROOT / "scripts"), str(ROOT)):
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
 
 import torch  # noqa: E402
 

@@ -1,8 +1,19 @@
 """What a call says about arguments that it does not have, and how states and plans print."""
 
 import pytest
+import torch
 
-from commhooks import AllGather, ErrorFeedback, Reducer, SparseState, TopK
+from commhooks import (
+    AllGather,
+    ErrorFeedback,
+    ExponentialWarmup,
+    GTopK,
+    Reducer,
+    SparseState,
+    ThresholdTopK,
+    TopK,
+)
+from commhooks.averaging import BlockMomentum, DiLoCo, LocalSGD
 from commhooks.errors import environment_choice, says_what_to_write
 
 CALLS = [
@@ -31,6 +42,20 @@ CALLS = [
         "Reducer",
         "(got 'red'); it has selector, aggregator",
     ),
+    (lambda: ErrorFeedback(clip=1.0), "ErrorFeedback", "did you mean clip_norm=1.0?"),
+    (lambda: TopK(ratio=0.01), "TopK", "write density=0.01"),
+    (lambda: ThresholdTopK(k=5), "ThresholdTopK", "write density=0.01, the share"),
+    (lambda: ExponentialWarmup(0.1, warmup=5), "ExponentialWarmup", "write warmup_steps=5"),
+    (lambda: GTopK(backend="mpi"), "GTopK", "write transport='mpi'"),
+    (lambda: AllGather(backend="mpi"), "AllGather", "write transport='mpi'"),
+    (lambda: LocalSGD(H=4), "LocalSGD", "write period=4"),
+    (lambda: LocalSGD(4, timeout=5), "LocalSGD", "write timeout_s=5"),
+    (
+        lambda: BlockMomentum([torch.zeros(1)], 0.9, 4, buffer="mean"),
+        "BlockMomentum",
+        "did you mean buffers='mean'?",
+    ),
+    (lambda: DiLoCo([torch.zeros(1)], None, period=4), "DiLoCo", "write sync_every=4"),
 ]
 
 
@@ -74,6 +99,12 @@ def test_a_plain_function_has_its_first_argument_too():
     assert work(first=1) == 3 and work(1, second=3) == 4
     with pytest.raises(TypeError, match="did you mean second=5"):
         work(1, secnd=5)
+
+
+def test_a_warning_names_the_line_of_the_user():
+    with pytest.warns(DeprecationWarning, match="period=") as caught:
+        LocalSGD(sync=4)
+    assert caught[0].filename == __file__
 
 
 def test_an_environment_variable_is_one_of_its_values(monkeypatch):

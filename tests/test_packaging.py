@@ -141,6 +141,15 @@ def test_warning_without_a_terminal(checkout: Path, tmp_path: Path) -> None:
     assert done.stderr.count(NO_KERNELS) == 1
 
 
+@pytest.mark.parametrize("name", ["COMMHOOKS_BUILD_NATIVE", "COMMHOOKS_CUDA"])
+def test_a_variable_of_the_build_has_one_of_its_values(checkout: Path, tmp_path: Path, name: str) -> None:
+    done = subprocess.run(
+        build_without_kernels(checkout, tmp_path), cwd=checkout, text=True, timeout=120,
+        env={**os.environ, name: "maybe"}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode != 0 and f"{name} must be" in done.stderr and "'maybe'" in done.stderr.lower()
+
+
 @pytest.mark.slow
 def test_wheel_without_a_compiler(checkout: Path) -> None:
     """What an empty PATH leaves: the Python package, and a warning that says so."""

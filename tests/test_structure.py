@@ -7,6 +7,7 @@ Every list of breaches is exact. Whoever mends one deletes it here; a new one is
 import ast
 import inspect
 import io
+import re
 import tokenize
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -479,3 +480,22 @@ def test_a_twin_is_found():
     assert twins({"a": block, "b": "x = 1\n" + indented, "c": apart}) == {("a", "b")}
     assert twins({"a": block + "\n" + block}) == {("a", "a")}
     assert not twins({"a": "}\n" * 30, "b": "}\n" * 30})
+
+
+def test_the_page_of_the_design_names_every_room_with_its_size():
+    """Sizes may be a fifth off, so that not every change is a change of the page."""
+    page = (PACKAGE.parent / "docs" / "design.md").read_text()
+    rooms = {}
+    for names, sizes in re.findall(r"^\| (`[^|]+`) \| [^|]+ \| ([\d, +]+) \|$", page, re.M):
+        told = [int(size.replace(",", "")) for size in sizes.split(" + ")]
+        rooms.update(zip(re.findall(r"`([^`]+)`", names), told, strict=True))
+    inside = {
+        path.name + "/" * path.is_dir() for path in PACKAGE.iterdir() if path.name[:2] not in ("__", "py")
+    }
+    assert set(rooms) == inside - {"moved.py"} | {"csrc/"}
+    suffixes = (".py", ".cpp", ".hpp", ".h", ".cu", ".cuh")
+    for name, told in rooms.items():
+        path = PACKAGE.parent / name if name == "csrc/" else PACKAGE / name
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in suffixes]
+        lines = sum(len(file.read_text().splitlines()) for file in files)
+        assert 0.8 * lines <= told <= 1.25 * lines, f"docs/design.md: {name} has {lines} lines, not {told}"

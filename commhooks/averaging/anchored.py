@@ -11,15 +11,13 @@ from torch import Tensor
 
 from ..errors import SettingsMismatchError
 from .agreement import Ranks
-from .averager import Averager
+from .averager import Averager, AveragerOptions
 from .compressed_change import CompressedChange
 from .flat import flatten
 from .sync_sets import Period
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 logger = logging.getLogger(__name__)
 

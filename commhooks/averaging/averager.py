@@ -58,6 +58,7 @@ class AveragerOptions(TypedDict, total=False):
     timeout_s: float | None
     process_group: dist.ProcessGroup | None
     device_type: str | None
+    sync: Period  # the old name of period
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -132,9 +133,6 @@ class Averager(ModelAverager):
         # not super().__init__: it needs a torch.distributed group, which "mpi" and in_process do not have
         given: dict[str, Any] = {**_DEFAULTS, **options}
         self.sync = as_sync_set(period, given)
-        unknown = set(given) - set(_DEFAULTS)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         policy = given["nonfinite"]
         if policy not in (None, "error", "skip", "propagate"):
             raise ValueError(f"nonfinite must be 'error', 'skip' or 'propagate', got {policy!r}")

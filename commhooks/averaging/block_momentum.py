@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
+from .averager import AveragerOptions
 from .blocks import BlockAverager
 from .flat import Parameters
 from .learning_rates import check_fraction
@@ -14,8 +16,6 @@ from .sync_sets import Period
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 
 class BlockMomentum(BlockAverager):
@@ -60,6 +60,7 @@ class BlockMomentum(BlockAverager):
     beside = ("velocity",)
     velocity: Tensor
 
+    @says_what_to_write
     def __init__(
         self,
         mu: float,

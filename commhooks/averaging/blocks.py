@@ -10,13 +10,12 @@ from torch import Tensor
 
 from .agreement import Ranks
 from .anchored import Anchored
+from .averager import AveragerOptions
 from .flat import Parameters, tensors_of, unflatten_
 from .sync_sets import Period
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 
 class BlockAverager(Anchored):

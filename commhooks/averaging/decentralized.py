@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import SettingsMismatchError
+from ..errors import SettingsMismatchError, says_what_to_write
 from .agreement import Ranks
-from .averager import Averager
+from .averager import Averager, AveragerOptions
 from .channel import TAG
 from .flat import Parameters, flatten, message_dtype, numel_of, shown_layout, tensors_of, unflatten_
 from .moments import Choice, Moments
@@ -18,8 +18,6 @@ from .topology import Topology
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 _TAG_HEADER, _TAG_DATA = TAG + 10, TAG + 11
 
@@ -54,6 +52,7 @@ class DecentralizedMomentum(Averager):
 
     local = True
 
+    @says_what_to_write
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .averager import StepHook
+from ..errors import says_what_to_write
+from .averager import AveragerOptions, StepHook
 from .blocks import BlockAverager
 from .flat import Parameters, real_view, tensors_of
 from .sync_sets import Period
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 OuterOptimizer = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 """An optimizer of the model's parameters, or a function that makes one of a list of tensors."""
@@ -73,6 +72,7 @@ class DiLoCo(BlockAverager):
         ValueError: no parameters, or one that the outer optimizer lacks; a bad ``sync_every``.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         params: Parameters,

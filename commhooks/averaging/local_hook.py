@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.futures import Future
 
 from ..ddp.optimizer_steps import listen
+from ..errors import says_what_to_write
 from .averager import Averager
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class PostLocalState:
         TypeError: ``averager`` counts no steps.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         start: int,

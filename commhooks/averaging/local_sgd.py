@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
 from .agreement import Ranks
 from .anchored import Anchored
+from .averager import AveragerOptions
 from .flat import Parameters, flatten, message_dtype, tensors_of, unflatten_
 from .sync_sets import Period
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 
 class LocalSGD(Anchored):
@@ -48,6 +48,7 @@ class LocalSGD(Anchored):
         ValueError: a bad ``period`` or ``weight``; a reducer without ``params``.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         period: Period | None = None,

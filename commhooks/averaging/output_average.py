@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
 from ..transports import Transport
 from .averager import Averager
 from .buffers import Buffers, average_exactly
@@ -89,6 +90,7 @@ class OutputAverage:
             evaluate(model)
     """
 
+    @says_what_to_write
     def __init__(self, params: torch.nn.Module | Parameters, weights: Weights) -> None:
         self.module = params if isinstance(params, torch.nn.Module) else None
         self._given = [] if isinstance(params, torch.nn.Module) else tensors_of(params)

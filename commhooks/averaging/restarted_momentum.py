@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
 from .agreement import Ranks
 from .anchored import Anchored
+from .averager import AveragerOptions
 from .compressed_change import CompressedChange, reduce_together
 from .flat import flatten, message_dtype, shown_layout, tensors_of, unflatten_
 from .moments import Choice, Moments
@@ -17,8 +19,6 @@ from .sync_sets import Period
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 
 class RestartedMomentum(Anchored):
@@ -52,6 +52,7 @@ class RestartedMomentum(Anchored):
             ``dampening``.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
+from .averager import AveragerOptions
 from .blocks import BlockAverager
 from .flat import tensors_of
 from .learning_rates import check_fraction
@@ -15,8 +17,6 @@ from .sync_sets import Period
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .averager import AveragerOptions
 
 
 class SlowMo(BlockAverager):
@@ -49,6 +49,7 @@ class SlowMo(BlockAverager):
     beside = ("momentum",)
     momentum: Tensor
 
+    @says_what_to_write
     def __init__(
         self,
         inner_optimizer: torch.optim.Optimizer,

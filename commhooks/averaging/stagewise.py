@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
 from .flat import flatten, tensors_of, unflatten_
 from .sync_sets import positive_int
 
@@ -60,6 +61,7 @@ class Stagewise:
             allows.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

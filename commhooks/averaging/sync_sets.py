@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import callers_level
+
 
 def positive_int(name: str, value: object) -> int:
     """Returns ``value``, or raises ``ValueError`` when it is not an integer of at least 1."""
@@ -184,7 +186,7 @@ def as_sync_set(period: Period | None, options: dict[str, Any] | None = None) ->
     if options is not None and "sync" in options:
         if period is not None:
             raise ValueError(f"period and sync are one setting, got {period!r} and {options['sync']!r}")
-        warnings.warn("sync= is now called period=", DeprecationWarning, stacklevel=3)
+        warnings.warn("sync= is now called period=", DeprecationWarning, stacklevel=callers_level())
         period = options.pop("sync")
     if isinstance(period, SyncSet):
         return period

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import callers_level
 from ..memory import Memory
 from ..selection.selectors import RandomK, Selector
 
@@ -80,4 +81,4 @@ def _first_beta(group: dict[str, Any]) -> float:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=callers_level())

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import says_what_to_write
 from ..gradient.sparse_grad import SparseGrad
 from ..transports import Transport, check_name
 from ..wire.message import Context
@@ -45,6 +46,7 @@ class Aggregator(ABC):
         requested: the argument ``transport``. It is pickled as a name.
     """
 
+    @says_what_to_write
     def __init__(self, transport: str | Transport = "distributed") -> None:
         self.requested = check_name(transport)
 

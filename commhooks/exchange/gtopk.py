@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
 from ..gradient.sparse_grad import SparseGrad
 from ..native import ops
 from ..transports import Transport
@@ -41,6 +42,7 @@ class GTopK(Aggregator):
         ValueError: an unknown algorithm.
     """
 
+    @says_what_to_write
     def __init__(self, transport: str | Transport = "distributed", algorithm: str = "doubling") -> None:
         super().__init__(transport)
         if algorithm not in ALGORITHMS:

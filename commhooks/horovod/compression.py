@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SettingsMismatchError
+from ..errors import SettingsMismatchError, says_what_to_write
 from ..memory import Memory
 from ..selection.density import DensitySchedule
 from ..selection.selectors import RandomK, TopK
@@ -162,6 +162,7 @@ class Compression:
     """
 
     @staticmethod
+    @says_what_to_write
     def randomk(
         density: float | DensitySchedule,
         named_parameters: Iterable[tuple[str, Tensor]],
@@ -194,6 +195,7 @@ class Compression:
         return RandomKCompressor(core)
 
     @staticmethod
+    @says_what_to_write
     def topk(
         density: float | DensitySchedule,
         named_parameters: Iterable[tuple[str, Tensor]],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ddp.optimizers import check_optimizer
 from ..ddp.state import SparseState
+from ..errors import callers_level, says_what_to_write
 from ..memory import ErrorFeedback
 from .api import check_process_set, horovod, require_version
 from .buckets import partition
@@ -108,6 +109,7 @@ class SparseOptimizer:
         raise TypeError("a distributed optimizer is not pickled or copied: use state_dict()")
 
 
+@says_what_to_write
 def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
@@ -204,7 +206,7 @@ def _wrap(optimizer: torch.optim.Optimizer) -> Any:
                 warnings.warn(
                     "step() after synchronize() averages again: wrap it in `with "
                     "optimizer.skip_synchronize():`",
-                    stacklevel=2,
+                    stacklevel=callers_level(),
                 )
             self.synchronize()
         self._synchronized = False

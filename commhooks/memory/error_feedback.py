@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import says_what_to_write
 from ..gradient.sparse_grad import SparseGrad
 from ..native.fused import Fused
 from .base import Memory
@@ -37,6 +38,7 @@ class ErrorFeedback(Memory):
         TypeError: ``rescale_with_lr`` is not an optimizer.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         momentum: float = 0.0,

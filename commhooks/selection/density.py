@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
+from ..errors import says_what_to_write
+
 
 def check_density(name: str, density: float) -> float:
     """Returns ``density`` as float, or raises ``ValueError`` when it is not in (0, 1]."""
@@ -31,6 +33,7 @@ class DensitySchedule(ABC):
 class ConstantDensity(DensitySchedule):
     """The same density at every step."""
 
+    @says_what_to_write
     def __init__(self, density: float) -> None:
         self.value = check_density("density", density)
 
@@ -62,6 +65,7 @@ class ExponentialWarmup(DensitySchedule):
             ``warmup_steps`` and ``warmup_epochs``, or ``warmup_epochs`` without ``steps_per_epoch``.
     """
 
+    @says_what_to_write
     def __init__(
         self,
         density: float,

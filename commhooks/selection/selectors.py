@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ..errors import says_what_to_write
 from ..native import ops
 from ..native.fused import Fused, Selected
 from .density import DensitySchedule, as_schedule
@@ -25,6 +26,7 @@ class Selector(ABC):
 
     shared_mask: ClassVar[bool] = False
 
+    @says_what_to_write
     def __init__(self, density: float | DensitySchedule) -> None:
         self.schedule = as_schedule(density)
 
@@ -111,6 +113,7 @@ class RandomK(Selector):
 
     shared_mask = True
 
+    @says_what_to_write
     def __init__(self, density: float | DensitySchedule, seed: int = 0) -> None:
         super().__init__(density)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CommHooksError, PeerLostError, PeerTimeoutError
+from ..errors import CommHooksError, PeerLostError, PeerTimeoutError, callers_level
 from . import pairwise, recursive_doubling
 from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
 from .deadline import Deadline
@@ -270,5 +270,5 @@ def _warn_of_launch_order() -> None:
             warnings.warn(
                 f"{name}={value}: DDP's NCCL operations and commhooks' may deadlock "
                 f"(find_unused_parameters, SyncBatchNorm, static_graph): unset {name}",
-                stacklevel=3,
+                stacklevel=callers_level(),
             )

@@ -6,6 +6,7 @@ CMake where CMake and a build tool are there, for its vector kernels; otherwise 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -150,9 +151,11 @@ def rival(job: Job) -> tuple[list[str], str]:
 
 def _emulator(job: Job) -> str:
     """Builds the kernels for the CPU, unless what is there is newer than the sources."""
-    sys.path.insert(0, str(ROOT / "tests" / "native"))
-    from emulator import build as emulator
-
+    file = ROOT / "tests" / "native" / "emulator" / "build.py"
+    spec = importlib.util.spec_from_file_location("emulator_build", file)
+    assert spec is not None and spec.loader is not None
+    emulator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulator)
     library = emulated(job.runner)
     library.parent.mkdir(parents=True, exist_ok=True)
     reason = emulator.why_not(library.parent)
