@@ -11,7 +11,7 @@ from .errors import (
     PeerTimeoutError,
     SettingsMismatchError,
 )
-from .exchange import AllGather, Dense, GTopK, SharedIndices
+from .exchange import AllGather, Dense, GTopK, LowBit, SharedIndices
 from .gradient.bucket import Bucket
 from .gradient.sparse_grad import SparseGrad
 from .interop.arrays import merge, topk
@@ -33,6 +33,7 @@ __all__ = [
     "ErrorFeedback",
     "ExponentialWarmup",
     "GTopK",
+    "LowBit",
     "NoMemory",
     "NonFiniteGradientError",
     "PeerLostError",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from .errors import callers_level
-from .exchange import Aggregator, AllGather, Dense, GTopK, SharedIndices
+from .exchange import Aggregator, AllGather, Dense, GTopK, LowBit, SharedIndices
 from .memory import ErrorFeedback, Memory, NoMemory
 from .selection.density import DensitySchedule
 from .selection.selectors import RandomK, Selector, ThresholdTopK, TopK
@@ -59,6 +59,12 @@ SCHEMES: Final[dict[str, Scheme]] = {
         AllGather,
         ErrorFeedback,
     ),
+    "lowbit": Scheme(
+        "every element in 4 bits, reduced and gathered by the owners of chunks",
+        None,
+        lambda transport: LowBit(4, transport),
+        ErrorFeedback,
+    ),
 }
 """Every scheme by name. ``SparseState``'s named constructors, the planner and ``scripts/`` read it."""
 
@@ -75,7 +81,7 @@ def make_parts(
 
     Args:
         name: a key of :data:`SCHEMES`.
-        density: k/n in (0, 1], or a schedule. ``"dense"`` has none and ignores it.
+        density: k/n in (0, 1], or a schedule. ``"dense"`` and ``"lowbit"`` have none and ignore it.
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``.
         seed: of random-k's masks. The other schemes ignore it.
         memory: the memory to use. None: the scheme's default.
@@ -107,20 +113,21 @@ class _Unset:
 UNSET: Any = _Unset()
 
 
-def chosen_memory(memory: Memory | None, selector: Selector | None) -> Memory:
+def chosen_memory(memory: Memory | None, aggregator: Aggregator) -> Memory:
     """Returns ``memory``, or the default where it is None or :data:`UNSET`.
 
-    The default is ``ErrorFeedback()`` with a selector, and ``NoMemory()`` without.
+    The default is ``NoMemory()`` with ``Dense``, which withholds nothing, and else ``ErrorFeedback()``.
 
     Warns:
-        FutureWarning: ``memory`` is None and there is a selector. None used to mean ``NoMemory()`` here.
+        FutureWarning: ``memory`` is None and not all is sent. None used to mean ``NoMemory()`` here.
 
     Raises:
         TypeError: ``memory`` is not a ``Memory``.
     """
     if memory is None or memory is UNSET:
-        default: Memory = NoMemory() if selector is None else ErrorFeedback()
-        if memory is None and selector is not None:
+        exact = isinstance(aggregator, Dense)
+        default: Memory = NoMemory() if exact else ErrorFeedback()
+        if memory is None and not exact:
             warnings.warn(
                 "memory=None means the default, ErrorFeedback(), as everywhere in commhooks; it used to mean "
                 "no memory: write memory=NoMemory() to send without error feedback",
@@ -155,16 +162,16 @@ def check_scheme(selector: Selector | None, aggregator: Aggregator) -> None:
 
     Raises:
         TypeError: an argument is not a ``Selector`` or not an ``Aggregator``.
-        ValueError: ``Dense`` with a selector, another aggregator without one, or ``SharedIndices`` with a
-            selector whose mask differs from rank to rank.
+        ValueError: ``Dense`` or ``LowBit`` with a selector, another aggregator without one, or
+            ``SharedIndices`` with a selector whose mask differs from rank to rank.
     """
     if not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator must be an Aggregator, got {type(aggregator).__name__}")
     if selector is not None and not isinstance(selector, Selector):
         raise TypeError(f"selector must be a Selector, got {type(selector).__name__}")
-    if (selector is None) != isinstance(aggregator, Dense):
+    if (selector is None) == aggregator.takes_selection:
         raise ValueError(
-            f"Dense takes no selector and all others need one: got {selector!r} with {aggregator!r}"
+            f"Dense and LowBit take no selector and all others need one: got {selector!r} with {aggregator!r}"
         )
     if isinstance(aggregator, SharedIndices) and selector is not None and not selector.shared_mask:
         raise ValueError(

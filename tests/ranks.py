@@ -49,7 +49,8 @@ class Seen:
 
 def reducer(scheme, transport, density, memory=None, **options):
     """A Reducer of a named scheme that sums (no average) and never goes dense, unless told otherwise."""
-    selector, aggregator = ALL_SCHEMES[scheme](transport, density)
+    make = ALL_SCHEMES.get(scheme) or (lambda transport, density: make_parts(scheme, None, transport)[:2])
+    selector, aggregator = make(transport, density)
     options = {"average": False, "dense_crossover": False, **options}
     return Reducer(selector, aggregator, memory or ErrorFeedback(), **options)
 

@@ -11,6 +11,7 @@ from commhooks import (
     Dense,
     ErrorFeedback,
     GTopK,
+    LowBit,
     NoMemory,
     RandomK,
     Reducer,
@@ -28,6 +29,7 @@ KINDS = {
     "gtopk-tree": (TopK, GTopK, ErrorFeedback),
     "randomk": (RandomK, SharedIndices, ErrorFeedback),
     "threshold": (ThresholdTopK, AllGather, ErrorFeedback),
+    "lowbit": (type(None), LowBit, ErrorFeedback),
 }
 
 
@@ -58,6 +60,7 @@ def test_short_forms_are_rows_of_the_table():
         "gtopk": SparseState.gtopk(0.1),
         "randomk": SparseState.randomk(0.1, seed=4),
         "dense": SparseState.dense(),
+        "lowbit": SparseState.lowbit(),
     }
     for name, state in states.items():
         reducer = state.reducer
@@ -76,6 +79,7 @@ def test_a_name_or_density_that_is_none_is_refused(arguments, words):
 
 
 MAKERS = {
+    "SparseState.lowbit": lambda **more: SparseState.lowbit(**more).reducer.memory,
     "SparseState": lambda **more: SparseState(TopK(0.1), AllGather(), **more).reducer.memory,
     "SparseState.topk": lambda **more: SparseState.topk(0.1, **more).reducer.memory,
     "Reducer": lambda **more: Reducer(TopK(0.1), AllGather(), **more).memory,

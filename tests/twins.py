@@ -41,7 +41,7 @@ def assert_equals_in_process(transport):
         thread._all_reduce_traffic = transport._all_reduce_traffic
         return train(thread, scheme)
 
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, "lowbit"):
         ours, traffic = train(transport, scheme)
         twins = in_process.run(transport.world_size, lambda t, scheme=scheme: twin(t, scheme))
         theirs, expected_traffic = twins[transport.rank]

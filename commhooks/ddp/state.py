@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from ..errors import says_what_to_write
-from ..exchange import Aggregator
+from ..exchange import Aggregator, Dense, LowBit
 from ..gradient.bucket import Bucket
 from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
@@ -44,10 +44,9 @@ class SparseState:
         >>> ddp_model.register_comm_hook(state, sparse_hook)  # or: commhooks.register(ddp_model, state)
 
     Args:
-        selector: chooses the elements of a gradient that are sent. None only with ``Dense``.
+        selector: chooses the elements of a gradient that are sent. None only with ``Dense`` and ``LowBit``.
         aggregator: sums the ranks' selections, over the transport that it names.
-        memory: keeps what is not sent. Default: ``ErrorFeedback()`` with a selector, ``NoMemory()`` with
-            ``Dense``.
+        memory: keeps what is not sent. Default: ``NoMemory()`` with ``Dense``, else ``ErrorFeedback()``.
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`Reducer`.
         grad_scaler: the job's ``GradScaler``. The memory is then kept in unscaled units, and a change of the
             loss scale does not affect it. Without a scaler here, a change weighs what is in the memory by old
@@ -168,6 +167,16 @@ class SparseState:
     def dense(cls, transport: str | Transport = "distributed", **options: Any) -> SparseState:
         """Makes a state that all-reduces everything in float32: the baseline on the same transport."""
         return cls._of("dense", None, transport, **options)
+
+    @classmethod
+    @says_what_to_write
+    def lowbit(cls, bits: int = 4, transport: str | Transport = "distributed", **options: Any) -> SparseState:
+        """Makes a state that sends every element in ``bits`` bits (8, 4 or 2), with error feedback.
+
+        It is for optimizers that need every element's gradient at every step, such as AdamW. Both roundings
+        of :class:`~commhooks.LowBit` are remembered. Further arguments as :meth:`topk`.
+        """
+        return cls(None, LowBit(bits, transport), **options)
 
     @classmethod
     def _of(
@@ -442,7 +451,7 @@ class SparseState:
     def _ddp_can(self) -> bool:
         """Whether DDP's all-reduce can serve this state's settings. NaN and Inf stay in its sum."""
         reducer = self.reducer
-        plain = reducer.selector is None and isinstance(reducer.memory, NoMemory)
+        plain = isinstance(reducer.aggregator, Dense) and isinstance(reducer.memory, NoMemory)
         return plain and reducer.nonfinite == "propagate" and reducer.connection.requested in OVER_TORCH
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from .allgather import AllGather
 from .base import Aggregated, Aggregator
 from .dense import Dense
 from .gtopk import GTopK
+from .low_bit import LowBit
 from .shared_indices import SharedIndices
 
-__all__ = ["Aggregated", "Aggregator", "AllGather", "Context", "Dense", "GTopK", "SharedIndices"]
+__all__ = ["Aggregated", "Aggregator", "AllGather", "Context", "Dense", "GTopK", "LowBit", "SharedIndices"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -44,7 +44,10 @@ class Aggregator(ABC):
 
     Attributes:
         requested: the argument ``transport``. It is pickled as a name.
+        takes_selection: whether it sums the pairs of a selector. False: it takes whole vectors.
     """
+
+    takes_selection: ClassVar[bool] = True
 
     @says_what_to_write
     def __init__(self, transport: str | Transport = "distributed") -> None:

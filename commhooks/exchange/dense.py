@@ -14,6 +14,8 @@ class Dense(Aggregator):
     ``4 * (n + 1)`` bytes are all-reduced for a bucket of n elements, vote included.
     """
 
+    takes_selection = False
+
     def aggregate(
         self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
     ) -> Aggregated:

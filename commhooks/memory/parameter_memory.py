@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..gradient.bucket import Bucket
 from ..native.fused import Fused
+from .owner_memory import OwnerMemory
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class ParameterMemory:
         names: the parameters' names, for state dicts and messages.
         last_lr: per parameter, the learning rate that its residual was last scaled for (``rescale_with_lr``).
         undoable: whether learning rates are kept for :meth:`discard`.
+        owned: what this rank keeps as an owner in low-bit exchanges.
     """
 
     def __init__(self, with_velocity: bool, with_residual: bool = True) -> None:
@@ -101,6 +103,7 @@ class ParameterMemory:
         self.names: dict[Hashable, str] = {}
         self.last_lr: dict[Hashable, float] = {}
         self.undoable = False
+        self.owned = OwnerMemory()
         self._lr_before: dict[Hashable, float | None] = {}
         self._of_bucket: dict[int, BucketMemory] = {}
         self._place: dict[Hashable, tuple[BucketMemory, int]] = {}
@@ -135,6 +138,7 @@ class ParameterMemory:
         """Restores every bucket's memory from before the last step, bit for bit."""
         for held in self._of_bucket.values():
             held.recall()
+        self.owned.discard()
         self.last_lr = {key: rate for key, rate in self._lr_before.items() if rate is not None}
 
     def _owns(self, held: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
@@ -211,7 +215,8 @@ class ParameterMemory:
         """Returns copies of all tensors by parameter name.
 
         Returns:
-            ``{"residual": {name: (n,)}, "velocity": {name: (n,)}, "last_lr": {name: float}}``.
+            ``{"residual": {name: (n,)}, "velocity": {name: (n,)}, "last_lr": {name: float}}``; after low-bit
+            exchanges also ``{"owned": {name: {start: (m,)}}}``, the pieces that this rank owns.
 
         Raises:
             ValueError: a parameter has no name.
@@ -230,7 +235,8 @@ class ParameterMemory:
                 state["velocity"][name] = held.view(held.velocity, position).clone()
             if key in self.last_lr:
                 state["last_lr"][name] = self.last_lr[key]
-        return state
+        owned = self.owned.state_dict(self.names)
+        return {**state, "owned": owned} if owned else state
 
     def forget(self) -> None:
         """Sets residuals and velocities to zero and drops loaded tensors. The layout stays."""
@@ -238,6 +244,7 @@ class ParameterMemory:
             held.residual.zero_()
             if held.velocity is not None:
                 held.velocity.zero_()
+        self.owned = OwnerMemory()
         self.last_lr.clear()
         self._loaded = {"residual": {}, "velocity": {}}
         self._loaded_lr = {}
@@ -260,6 +267,7 @@ class ParameterMemory:
         if self._loaded["velocity"] and not self.with_velocity:
             logger.warning("the loaded velocities are dropped: this memory has no momentum")
             self._loaded["velocity"].clear()
+        self.owned = OwnerMemory(state.get("owned") if self.with_residual else None)
         self._loaded_lr = dict(state.get("last_lr", {}))
 
 

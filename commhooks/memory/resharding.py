@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .owner_memory import gathered
 
-def redistributed(
-    states: Sequence[dict[str, Any]], rank: int, world_size: int
-) -> dict[str, dict[str, Tensor]]:
+
+def redistributed(states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     """Returns the residuals and velocities of one rank, from a run with another world size.
 
     New rank q sums the tensors of the old ranks p = q, q + Q, ... and multiplies the sum by Q / P. So the
@@ -23,7 +23,8 @@ def redistributed(
 
     Returns:
         ``{"residual": {name: tensor}, "velocity": {name: tensor}}``, in new memory. A name is missing where
-        rank q takes over no old rank (q >= P).
+        rank q takes over no old rank (q >= P). ``"owned"``, the pieces that the old ranks owned, which are
+        means over ranks already.
     """
     factor = world_size / len(states)
     result: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
@@ -32,7 +33,7 @@ def redistributed(
             for name, tensor in state[kind].items():
                 share = tensor * factor
                 merged[name] = merged[name] + share if name in merged else share
-    return result
+    return {**result, "owned": gathered(list(states[rank::world_size]))}
 
 
 def check_states(states: list[dict[str, Any]], is_list: bool, rank: int, world_size: int) -> None:

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from ..errors import says_what_to_write
-from ..exchange import Aggregator
+from ..exchange import Aggregator, Dense, LowBit
 from ..exchange.agreement import agree
 from ..gradient.bucket import Bucket
 from ..memory import Memory, NoMemory
+from ..memory.owner_memory import OwnedChunk
+from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import Connection, Transport
+from ..wire.low_bit import chunks
 from ..wire.message import Context
 from .dense_rule import Crossover, DenseRule
-from .routes import DenseRoute, PlainRoute, Route, SparseRoute
+from .routes import DenseRoute, LowBitRoute, PlainRoute, Route, SparseRoute
 from .step import Step
 
 _AGREEMENT_TAG = 30
@@ -32,13 +35,14 @@ class Reducer:
     """Replaces flat gradients by the average over ranks of the part that was sent.
 
     For every bucket, any world size P and each element,
-    ``sum_p residual_p + P * update = sum_p corrected_p``: what is not in the update is in a residual.
+    ``sum_p residual_p + P * update = sum_p corrected_p``: what is not in the update is in a residual. With
+    ``LowBit`` the owner of an element keeps a part of its mean too, which counts P times.
 
     Args:
-        selector: chooses the elements that are sent. ``None`` only with the ``Dense`` aggregator.
+        selector: chooses the elements that are sent. ``None`` only with ``Dense`` and ``LowBit``.
         aggregator: sums the ranks' selections, over the transport that it names.
-        memory: keeps what is not sent. Default: ``ErrorFeedback()`` with a selector, ``NoMemory()`` with
-            ``Dense``, which sends everything.
+        memory: keeps what is not sent. Default: ``NoMemory()`` with ``Dense``, which sends everything, and
+            else ``ErrorFeedback()``.
         average: whether to divide the sum by the world size.
         nonfinite: what happens on all ranks when any rank's gradient holds NaN or Inf, which never enter a
             memory. ``"propagate"``: the bucket becomes NaN on all ranks, as under plain DDP, so that a
@@ -84,7 +88,7 @@ class Reducer:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.selector, self.aggregator = selector, aggregator
         self.connection = Connection(aggregator.requested)
-        self.memory = chosen_memory(memory, selector)
+        self.memory = chosen_memory(memory, aggregator)
         self.undoable = self.memory.table.undoable = bool(undoable)
         self.average, self.timeout_s = average, timeout_s
         self.dense_crossover, self.delta_every = dense_crossover, delta_every
@@ -204,8 +208,8 @@ class Reducer:
 
     @property
     def remembers(self) -> bool:
-        """Whether there is a selector or a memory. If neither, a float32 buffer itself is all-reduced."""
-        return self.selector is not None or not isinstance(self.memory, NoMemory)
+        """Whether something is withheld or has momentum. If not, a float32 buffer itself is all-reduced."""
+        return not (isinstance(self.aggregator, Dense) and isinstance(self.memory, NoMemory))
 
     def settings(self) -> dict[str, object]:
         """Returns all settings that must be equal on all ranks, by name."""
@@ -305,17 +309,37 @@ class Reducer:
             return PlainRoute(buffer, context)
         selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
+        chunk = self._owned(bucket, held, transport)  # may add to the residual
         operands = memory.operands(held, buffer, scale=_inverse(scale, buffer))
+        if chunk is not None:
+            chunk.begin(operands.rescale, self.undoable)
         if self.undoable:
             operands = held.apart(operands)
         k = numel if selector is None else selector.k(numel, self.step)
         if is_new:
             self._agree(bucket, k, scale, transport)
-        if selector is None or self._goes_dense(numel, k, transport.world_size):
-            return DenseRoute(memory, held, operands, context)
-        meter = self._step.figures.delta if self._measures_delta else None
         key, aggregator = bucket.index, self.aggregator
+        dense = isinstance(aggregator, Dense) or self._goes_dense(numel, k, transport.world_size)
+        if dense:
+            return DenseRoute(memory, held, operands, context)
+        if isinstance(aggregator, LowBit):
+            return LowBitRoute(memory, held, operands, context, aggregator, chunk)
+        assert selector is not None
+        meter = self._step.figures.delta if self._measures_delta else None
         return SparseRoute(memory, held, operands, context, selector, k, key, aggregator, meter)
+
+    def _owned(self, bucket: Bucket, held: BucketMemory, transport: Transport) -> OwnedChunk | None:
+        """What this rank keeps as an owner in low-bit exchanges. None: there are none, or nothing is kept.
+
+        A bucket that is sent densely has no owners: its residual takes over what they kept.
+        """
+        table, world_size = self.memory.table, transport.world_size
+        if not isinstance(self.aggregator, LowBit) or not table.with_residual:
+            return None
+        bounds = chunks(bucket.numel, world_size)[transport.rank]
+        if self._goes_dense(bucket.numel, bucket.numel, world_size):
+            bounds = (0, 0)
+        return table.owned.of_bucket(bucket.index, held, bounds, world_size, table.names)
 
     @property
     def _measures_delta(self) -> bool:

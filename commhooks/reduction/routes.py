@@ -1,4 +1,6 @@
-"""The three routes of a bucket: plain, dense and sparse. A route is one exchange; all have the same methods.
+"""The four routes of a bucket: plain, dense, low-bit and sparse, with the same methods.
+
+A route is one exchange.
 
 ``correct``
     adds the gradient to the memory and takes out what is sent. Sets ``bad``.
@@ -31,14 +33,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..exchange import Aggregated, Aggregator
+from ..exchange import Aggregated, Aggregator, LowBit
+from ..exchange.low_bit import Activity, LowBitMean
 from ..exchange.voting_sum import summed
 from ..gradient.sparse_grad import SparseGrad
 from ..memory import Memory
+from ..memory.owner_memory import OwnedChunk
 from ..memory.parameter_memory import BucketMemory
 from ..native.fused import Fused
 from ..selection.selectors import Selector
 from ..transports import Transport
+from ..wire.low_bit import chunks
 from ..wire.message import Context
 from .stats import DeltaMeter
 from .write_back import write_dense, write_sparse
@@ -132,6 +137,76 @@ class DenseRoute:
 
 
 @dataclass(eq=False, slots=True)
+class LowBitRoute:
+    """Sends every element of the corrected gradient in few bits. What both roundings keep is remembered.
+
+    Attributes:
+        aggregator: the exchange.
+        chunk: what this rank keeps as an owner. None: nothing is kept (``NoMemory``).
+    """
+
+    memory: Memory
+    held: BucketMemory
+    operands: Fused
+    context: Context
+    aggregator: LowBit
+    chunk: OwnedChunk | None
+    bad: int = field(default=0, init=False)
+    misses: int = field(default=0, init=False)
+    where: str = field(default="on this rank", init=False)
+    _active: Tensor | None = field(default=None, init=False)
+    _flags: Tensor | None = field(default=None, init=False)
+    _out: LowBitMean | None = field(default=None, init=False)
+    _rounding: Tensor | None = field(default=None, init=False)
+
+    def correct(self) -> None:
+        """Adds the gradient to the residual. A parameter whose gradient is all zero sends zeros."""
+        summed_up = self.memory.accumulate(self.operands)
+        _, self.bad, _, left_out = summed_up.report.tolist()
+        self._flags = summed_up.active
+        self._active = summed_up.active if left_out else None
+
+    def exchange(self, transport: Transport) -> bool:
+        """Averages the corrected gradient. The residual becomes what the first rounding kept."""
+        residual, mask = self.held.residual, self.held.mask(self._active)
+        sent = residual if mask is None else residual * mask
+        owned = self.chunk.values if self.chunk is not None else self._nothing(transport)
+        activity = None if self._flags is None else Activity(self._flags, self.held.offsets)
+        self._out = self.aggregator.mean(transport, sent, owned, self.bad > 0, self.context, activity)
+        if mask is not None:
+            residual.mul_(~mask).add_(sent)
+        return self._out.nonfinite
+
+    def _nothing(self, transport: Transport) -> Tensor:
+        start, stop = chunks(self.held.residual.numel(), transport.world_size)[transport.rank]
+        return self.held.residual.new_zeros(stop - start)
+
+    def take_back(self) -> None:
+        """Takes back what was sent, and the gradient out of the memory."""
+        assert self._out is not None
+        self._out.give_back(self.held.residual)
+        self.memory.undo(self.held, self.operands, self._active)
+
+    def write(self, factor: float, share: float) -> None:
+        """The buffer becomes ``share`` times the mean, which is ``factor`` times the sum."""
+        assert self._out is not None
+        self._rounding = write_dense(self.operands.grad, self._out.mean, share, share)
+
+    def commit(self) -> None:
+        """Makes what the second rounding kept this rank's, and adds what rounding kept from the model."""
+        assert self._out is not None
+        if self.chunk is not None:
+            self.chunk.values = self._out.owned
+        if self._rounding is not None:
+            self.held.residual.add_(self._rounding)
+
+    def rollback(self) -> None:
+        """Puts back what this rank sent."""
+        assert self._out is not None
+        self._out.give_back(self.held.residual)
+
+
+@dataclass(eq=False, slots=True)
 class SparseRoute:
     """Sends ``k`` pairs of the corrected gradient. The rest stays in the residual.
 
@@ -218,4 +293,4 @@ class SparseRoute:
         self.memory.restore(self.held, self._contributed)
 
 
-Route = PlainRoute | DenseRoute | SparseRoute
+Route = PlainRoute | DenseRoute | LowBitRoute | SparseRoute

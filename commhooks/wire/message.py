@@ -50,9 +50,7 @@ def pack(pairs: SparseGrad, nonfinite: bool, context: Context) -> Tensor:
         Shape ``(HEADER_WORDS + 2 k,)``, int32: header, indices, the values' bits.
     """
     message = pairs.indices.new_empty(HEADER_WORDS + 2 * pairs.k)
-    step = context.step & _STEP_BITS
-    header = [_MARK, context.bucket, step | _VOTE if nonfinite else step, pairs.k]
-    message[:HEADER_WORDS] = torch.tensor(header, dtype=torch.int32, device="cpu")
+    message[:HEADER_WORDS] = header_of(context, nonfinite, pairs.k)
     message[HEADER_WORDS : HEADER_WORDS + pairs.k] = pairs.indices
     message[HEADER_WORDS + pairs.k :] = pairs.values.view(torch.int32)
     return message
@@ -70,8 +68,8 @@ def unpack(message: Tensor, numel: int, sender: int, context: Context) -> tuple[
     Raises:
         SettingsMismatchError: the message is of another bucket or step, or holds another number of pairs.
     """
-    vote = _read_header(message[:HEADER_WORDS].tolist(), message.numel(), sender, context)
     k = (message.numel() - HEADER_WORDS) // 2
+    vote = read_header(message[:HEADER_WORDS].tolist(), k, sender, context)
     indices = message[HEADER_WORDS : HEADER_WORDS + k]
     values = message[HEADER_WORDS + k :].view(torch.float32)
     return SparseGrad(values, indices, numel), vote
@@ -92,28 +90,51 @@ def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool
     Raises:
         SettingsMismatchError: as :func:`unpack`.
     """
-    words = messages.shape[1]
+    k = (messages.shape[1] - HEADER_WORDS) // 2
     headers = messages[:, :HEADER_WORDS].tolist()
-    votes = [_read_header(header, words, rank, context) for rank, header in enumerate(headers)]
-    k = (words - HEADER_WORDS) // 2
+    votes = [read_header(header, k, rank, context) for rank, header in enumerate(headers)]
     indices = messages[:, HEADER_WORDS : HEADER_WORDS + k]
     values = messages[:, HEADER_WORDS + k :].view(torch.float32)
     return values, indices, any(votes)
 
 
-def _read_header(header: list[int], words: int, sender: int, context: Context) -> bool:
-    """Returns the vote. Raises unless the header fits ``context`` and a message of ``words`` words."""
-    mark, bucket, step, k = header
+def header_of(context: Context, nonfinite: bool, count: int) -> Tensor:
+    """Returns a message's header: int32 ``(HEADER_WORDS,)``, on the CPU.
+
+    Args:
+        context: which exchange this is.
+        nonfinite: the sender's vote.
+        count: how many pairs or elements the message is for.
+    """
+    step = context.step & _STEP_BITS
+    words = [_MARK, context.bucket, step | _VOTE if nonfinite else step, count]
+    return torch.tensor(words, dtype=torch.int32, device="cpu")
+
+
+def read_header(
+    header: list[int],
+    count: int,
+    sender: int,
+    context: Context,
+    unit: str = "pairs",
+    setting: str = "densities",
+) -> bool:
+    """Returns the vote in a header of :func:`header_of`.
+
+    Raises:
+        SettingsMismatchError: the header is of another exchange than ``context``, or of another ``count``.
+            The text names the ``unit`` of the count, and the ``setting`` that differs.
+    """
+    mark, bucket, step, found = header
     if (mark, bucket, step & _STEP_BITS) != (_MARK, context.bucket, context.step & _STEP_BITS):
         raise SettingsMismatchError(
             f"expected {context} from rank {sender}, got bucket {bucket}, step {step & _STEP_BITS} (mark "
             f"{mark:#x}): the ranks are out of step"
         )
-    expected = (words - HEADER_WORDS) // 2
-    if k != expected:
+    if found != count:
         raise SettingsMismatchError(
-            f"{context}: expected {expected} pairs from rank {sender}, got a message of {k}: the ranks' "
-            "densities differ"
+            f"{context}: expected {count} {unit} from rank {sender}, got a message of {found}: the ranks' "
+            f"{setting} differ"
         )
     return step < 0
 

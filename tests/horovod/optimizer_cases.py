@@ -36,7 +36,7 @@ def density_one_is_dense():
     for options in ({}, {"op": hvd.Sum}, {"backward_passes_per_step": 2}):
         passes = options.get("backward_passes_per_step", 1)
         expected, _ = train(dense(**options), 3, lr=0.05, passes=passes, drop=True)
-        for name in ("topk", "gtopk", "tree", "randomk"):
+        for name in ("topk", "gtopk", "tree", "randomk", "lossless"):
             model, optimizer = train(ours(name, 1.0, **options), 3, lr=0.05, passes=passes, drop=True)
             close(flat(model), flat(expected))
             assert same_everywhere(flat(model))

@@ -1,0 +1,165 @@
+"""``OwnerMemory``: what the second rounding of a low-bit exchange kept, of the chunks that this rank owns."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .parameter_memory import BucketMemory
+
+Piece = tuple[int, Tensor]
+"""Where the piece begins within its parameter, and its elements ``(m,)``, float32."""
+
+
+class OwnedChunk:
+    """What this rank keeps of the chunk of one bucket that it owns, as a mean over the ranks.
+
+    Attributes:
+        held: the bucket's other memory.
+        start, stop: the chunk within the bucket.
+        values: shape ``(stop - start,)``, float32. Replaced, never changed in place.
+    """
+
+    def __init__(self, held: BucketMemory, start: int, stop: int) -> None:
+        self.held, self.start, self.stop = held, start, stop
+        self.values = held.residual.new_zeros(stop - start)
+        self._before: Tensor | None = None
+
+    def begin(self, rescale: Tensor | None, undoable: bool) -> None:
+        """Begins a step.
+
+        Args:
+            rescale: shape ``(parameters,)``, float32: by what the values are multiplied. None: by 1.
+            undoable: whether :meth:`recall` may be asked to return to here.
+        """
+        self._before = self.values if undoable else None
+        if rescale is not None:
+            factors = rescale.repeat_interleave(self.held.segments.diff())
+            self.values = self.values * factors[self.start : self.stop]
+
+    def recall(self) -> None:
+        """Restores the values from before the last step, where it was begun as undoable."""
+        if self._before is not None:
+            self.values, self._before = self._before, None
+
+    def pieces(self) -> Iterator[tuple[Hashable, Piece]]:
+        """Views of the values by parameter."""
+        for position, key in enumerate(self.held.keys):
+            begin, end = self.held.offsets[position : position + 2]
+            first, last = max(begin, self.start), min(end, self.stop)
+            if first < last:
+                yield key, (first - begin, self.values[first - self.start : last - self.start])
+
+    def take(self, position: int, piece: Piece, world_size: int) -> None:
+        """Adds a piece of the parameter at ``position``; what is not of this chunk goes to the residual."""
+        offset, kept = piece
+        kept = kept.to(self.values)
+        begin = self.held.offsets[position] + offset
+        end = begin + kept.numel()
+        if end > self.held.offsets[position + 1]:
+            raise ValueError(
+                f"a piece of an owner's memory ends at element {offset + kept.numel()} of a parameter of "
+                f"{self.held.numels[position]}"
+            )
+        first, last = min(max(begin, self.start), end), max(min(end, self.stop), begin)
+        if first < last:
+            self.values[first - self.start : last - self.start] += kept[first - begin : last - begin]
+        else:
+            first = last = begin
+        residual = self.held.residual
+        residual[begin:first].add_(kept[: first - begin], alpha=world_size)
+        residual[last:end].add_(kept[last - begin :], alpha=world_size)
+
+
+class OwnerMemory:
+    """What this rank keeps as the owner of a chunk of each bucket.
+
+    It is carried over by parameter. Where a new layout, a loaded state or another number of ranks P gives
+    elements to another owner, this rank adds P times what it kept of them to its residual. So
+    ``mean_p residual_p + owned`` stays the same.
+
+    Args:
+        loaded: what :meth:`state_dict` returned. None: nothing.
+    """
+
+    def __init__(self, loaded: Mapping[str, Mapping[int, Tensor]] | None = None) -> None:
+        self._chunks: dict[int, OwnedChunk] = {}
+        self._loose: dict[Hashable, list[Piece]] = defaultdict(list)  # until the parameter's bucket comes
+        self._loaded = {
+            name: [(start, kept.clone()) for start, kept in found.items()]
+            for name, found in (loaded or {}).items()
+        }
+
+    def of_bucket(
+        self,
+        index: int,
+        held: BucketMemory,
+        bounds: tuple[int, int],
+        world_size: int,
+        names: Mapping[Hashable, str],
+    ) -> OwnedChunk:
+        """Returns this rank's chunk of a bucket.
+
+        Args:
+            index: the bucket's.
+            held: the bucket's other memory. A new layout has a new one.
+            bounds: where the chunk begins and ends in the bucket. An empty one: everything that was kept goes
+                to the residual.
+            world_size: P.
+            names: the parameters' names. A key that is a text is its own name.
+        """
+        chunk = self._chunks.get(index)
+        if chunk is not None and chunk.held is held and (chunk.start, chunk.stop) == bounds:
+            return chunk
+        keys = set(held.keys)
+        for other, old in list(self._chunks.items()):
+            if other == index or any(key in keys for key in old.held.keys):
+                for key, piece in self._chunks.pop(other).pieces():
+                    self._loose[key].append(piece)
+        chunk = self._chunks[index] = OwnedChunk(held, *bounds)
+        for position, key in enumerate(held.keys):
+            name = _name(key, names)
+            loaded = [] if name is None else self._loaded.pop(name, [])
+            for piece in (*self._loose.pop(key, []), *loaded):
+                chunk.take(position, piece, world_size)
+        return chunk
+
+    def discard(self) -> None:
+        """Restores every chunk from before the last step."""
+        for chunk in self._chunks.values():
+            chunk.recall()
+
+    def state_dict(self, names: Mapping[Hashable, str]) -> dict[str, dict[int, Tensor]]:
+        """Returns copies of all pieces: by the parameter's name and by where the piece begins in it."""
+        pieces = [pair for chunk in self._chunks.values() for pair in chunk.pieces()]
+        pieces += [(key, piece) for key, found in self._loose.items() for piece in found]
+        named = [(_name(key, names), piece) for key, piece in pieces]
+        named += [(name, piece) for name, found in self._loaded.items() for piece in found]
+        state: dict[str, dict[int, Tensor]] = {}
+        for name, (start, kept) in named:
+            if name is not None:
+                state.setdefault(name, {})[start] = kept.clone()
+        return state
+
+
+def gathered(states: list[dict[str, Any]]) -> dict[str, dict[int, Tensor]]:
+    """Returns the pieces of several ranks of one run together, in new memory.
+
+    Args:
+        states: the ranks' state dicts, each with what :meth:`OwnerMemory.state_dict` returned as ``"owned"``.
+    """
+    result: dict[str, dict[int, Tensor]] = {}
+    for state in states:
+        for name, found in state.get("owned", {}).items():
+            pieces = result.setdefault(name, {})
+            for start, kept in found.items():
+                pieces[start] = pieces[start] + kept if start in pieces else kept.clone()
+    return result
+
+
+def _name(key: Hashable, names: Mapping[Hashable, str]) -> str | None:
+    return names.get(key, key if isinstance(key, str) else None)
