@@ -141,3 +141,41 @@ def long_lines(text):
 @pytest.mark.parametrize("page", [p for p in PAGES if name_of(p) not in RENDERED], ids=name_of)
 def test_lines_are_short(page):
     assert not long_lines(page.read_text())
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def variables(folder):
+    """The environment variables of commhooks that the Python sources of a folder mention; the other name is of C."""
+    texts = [path.read_text() for path in folder.rglob("*.py")]
+    return {name for text in texts for name in re.findall(r"COMMHOOKS_[A-Z_]+", text)} - {
+        "COMMHOOKS_ABI_VERSION"
+    }
+
+
+def test_the_reference_is_complete():
+    """Every figure of stats(), every environment variable and every logger of the package is on the page."""
+    import commhooks
+    from commhooks.averaging import LocalSGD
+
+    page = (ROOT / "docs" / "reference" / "figures.md").read_text()
+    reducer = commhooks.Reducer(commhooks.TopK(0.1), commhooks.AllGather())
+    averager = LocalSGD(period=2)
+    figures = reducer.stats()
+    words = {*figures, *figures["seconds"], "averaged_by", *averager.stats()}
+    folder = ROOT / "commhooks"
+    logging = [path for path in folder.rglob("*.py") if "getLogger" in path.read_text()]
+    words |= {f"commhooks.{path.relative_to(folder).parts[0]}" for path in logging}
+    words |= variables(folder)
+    assert not {word for word in words if f"`{word}`" not in page and f"`{word}=" not in page}
+
+
+def test_every_error_is_in_troubleshooting():
+    import commhooks
+
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    named = [name for name in commhooks.__all__ if name.endswith("Error") and name != "CommHooksError"]
+    assert len(named) >= 4
+    assert not [name for name in named if name not in page]

@@ -24,17 +24,28 @@ def test_each_is_short_and_says_how_to_start_it():
         assert started or file.name == "reference_step.py", f"{file.name} does not say how to start it"
 
 
-@pytest.mark.parametrize("name", ["ddp", "local_sgd", "amp_clipping"])
+@pytest.mark.parametrize("name", ["ddp", "first", "local_sgd", "amp_clipping"])
 def test_under_torchrun(name):
     done = torchrun(EXAMPLES / f"{name}.py", 2, timeout=TIMEOUT)
     assert losses(done)[-1] < 0.05, done.show()
     if name == "amp_clipping":  # the loss scale was too large at first
         assert 0 < int(re.search(r"(\d+) steps skipped", done.stdout)[1]) < 20, done.show()
         return
+    if name == "first":
+        assert "720 bytes sent" in done.stdout, done.show()
+        return
     sent, dense = (
         int(n.replace(",", "")) for n in re.search(r": ([\d,]+) sent, ([\d,]+) in", done.stdout).groups()
     )
     assert sent < dense / 4, done.show()
+
+
+def test_every_scheme_is_measured():
+    done = torchrun(EXAMPLES / "measure.py", 2, args=[3], timeout=TIMEOUT)
+    names = re.findall(r"^(.+): [0-9.]+ ms a step", done.stdout, re.M)
+    assert names == ["no communication", "dense (DDP)", "fp16 hook", "top-k 0.01", "gTop-k 0.01"], done.show()
+    sent = [int(n.replace(",", "")) for n in re.findall(r", ([\d,]+) bytes", done.stdout)]
+    assert all(160_000 < n < 180_000 for n in sent) and len(sent) == 2, done.show()
 
 
 @pytest.mark.mpi

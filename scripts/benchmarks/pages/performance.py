@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache, partial
 
 from gpu import page
+from training import demo
 
-from ..harness.records import Record, load, one, select
+from ..harness.records import ROOT, Record, load, one, select
 from ..harness.table import markdown, ms, number, paragraph
 from ..network import accuracy, auto, exchange, overlap, step
 from . import names
@@ -254,7 +255,13 @@ def accuracies(job: str) -> list[str]:
     return markdown((title, "ms a step", *losses, f"test accuracy after {limit_s:.0f} s"), rows)
 
 
+def demonstration() -> list[str]:
+    """What `scripts/demo` prints."""
+    return markdown(demo.HEAD, demo.rows(load(ROOT / "docs" / "results" / "demo.jsonl")))
+
+
 TABLES = {
+    "demo": demonstration,
     "gpu": page.figures,
     "lead": lead,
     "steps-4": partial(steps, 4),
