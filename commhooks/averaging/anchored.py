@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,8 +14,9 @@ from ..errors import SettingsMismatchError
 from .agreement import Ranks
 from .averager import Averager, AveragerOptions
 from .compressed_change import CompressedChange
-from .flat import flatten
+from .flat import flatten, pieces, real_view, unflatten_
 from .sync_sets import Period
+from .wired_change import WiredChange, checksum
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,6 +30,10 @@ class Anchored(Averager):
     A tensor that joins later has no anchor yet. Its first synchronisation averages it plainly, and the result
     is its anchor. A tensor that leaves loses its anchor.
 
+    With a ``wire``, ``w_p - A`` of rank p's model and the anchor A is sent in few bits, A moves by the mean,
+    and ``w_p = A + e_p``, where ``e_p`` is what was not sent. So the next change holds it, and there is no
+    other memory of it. A tensor that leaves is averaged uncompressed, and what was withheld of it arrives.
+
     Args:
         period: as for :class:`Averager`.
         known: the tensors, at the common starting point. They are the anchor.
@@ -40,6 +46,7 @@ class Anchored(Averager):
 
     beside: ClassVar[tuple[str, ...]] = ()
     """Attribute names of the algorithm's own flat tensors, laid out as the anchor; zero at a start."""
+    _takes_wire = True
 
     def __init__(
         self,
@@ -51,22 +58,55 @@ class Anchored(Averager):
     ) -> None:
         super().__init__(period, known, **options)
         self._change: CompressedChange | None = None
+        self._wired = None if self.wire is None else WiredChange(self.wire)
+        self._withheld: Tensor | None = None  # between the exchange and the restart
+        self._left: int | None = None  # checksum of the model as the last synchronisation left it
         self._compares_start = anchored
         if anchored:
             numbers = self._members.trained(range(len(known)))
             if not numbers:
                 raise ValueError("params must hold at least one parameter that requires a gradient, got none")
-            self._change = CompressedChange(self.reducer, self._tensors(numbers), numbers)
+            self._change = CompressedChange(
+                self.reducer, self._tensors(numbers), numbers, narrow=self._wired is not None
+            )
             self._set_beside([torch.zeros_like(self._change.anchor) for _ in self.beside])
 
     def _set_beside(self, tensors: list[Tensor]) -> None:
         for name, tensor in zip(self.beside, tensors, strict=True):
             setattr(self, name, tensor)
 
+    @contextmanager
+    def common_model(self) -> Iterator[None]:
+        """Inside the ``with`` block the parameters are the anchor: the model that all ranks have in common.
+
+        It is the model to evaluate and to save, since with a wire, and between synchronisations, every rank
+        has a model of its own. Afterwards the parameters are as they were before, bit for bit. It takes a
+        copy of the parameters, and is not collective. Buffers are this rank's.
+
+        Raises:
+            RuntimeError: the averager has no anchor (``LocalSGD`` without a reducer or a wire).
+        """
+        if self._change is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no common model of its own: the ranks have it right after a "
+                "synchronisation"
+            )
+        tensors = self._tensors(self._change.numbers)
+        own = [tensor.detach().clone() for tensor in tensors]
+        unflatten_(tensors, self._change.anchor)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in zip(tensors, own, strict=True):
+                    tensor.copy_(before)
+
     def _mean_change(self, tensors: list[Tensor], ranks: Ranks) -> Tensor:
-        """The ranks' mean change since the anchor, a new ``(n,)``; by the reducer where there is one."""
+        """The ranks' mean change since the anchor, a new ``(n,)``; by wire or reducer where there is one."""
         change = self._change
         assert change is not None
+        if self._wired is not None:
+            return self._mean_by_wire(self._wired, tensors, ranks)
         if self.reducer is not None:
             own = torch.zeros_like(change.anchor) if self.rank in ranks.nonfinite else change.of(tensors)
             mean = change.reduce(own.clone())
@@ -77,13 +117,42 @@ class Anchored(Averager):
         self._figures.distance = float(torch.linalg.vector_norm(own.sub_(mean)))
         return mean
 
+    def _mean_by_wire(self, wired: WiredChange, tensors: list[Tensor], ranks: Ranks) -> Tensor:
+        """:meth:`_mean_change` by the wire. What this rank did not send waits for :meth:`_restart`."""
+        assert self._change is not None
+        anchor, left_out = self._change.anchor, self.rank in ranks.nonfinite
+        own = torch.zeros_like(anchor) if left_out else self._change.of(tensors)
+        propagate = self._nonfinite == "propagate"
+        mean = wired.mean(self.transport, own, self.step, self._what(), propagate)
+        self._withheld = own
+        if left_out:
+            self._figures.distance = float(torch.linalg.vector_norm(mean))
+        else:  # tensor by tensor: no further vector of the model's size
+            parts = zip(tensors, pieces(anchor, tensors), pieces(mean, tensors), strict=True)
+            norms = [torch.linalg.vector_norm(real_view(t).reshape(-1) - a - m) for t, a, m in parts]
+            self._figures.distance = float(torch.linalg.vector_norm(torch.stack(norms)))
+        return mean
+
+    def _restart(self, tensors: list[Tensor]) -> None:
+        """The tensors become the anchor, plus what the wire did not send of this rank's change."""
+        assert self._change is not None
+        withheld, self._withheld = self._withheld, None
+        anchor = self._change.anchor
+        unflatten_(tensors, anchor if withheld is None else withheld.add_(anchor))
+
     # -- membership ------------------------------------------------------------------------------------------
 
     def _divide(self, part: list[int]) -> tuple[list[int], list[int]]:
         if self._change is None:
             return super()._divide(part)
         anchored = set(self._change.numbers)
+        if self._wired is not None:  # what leaves is averaged uncompressed: nothing of it stays withheld
+            anchored = {n for n in anchored if self._members.tensors[n].requires_grad}
         return [n for n in part if n in anchored], [n for n in part if n not in anchored]
+
+    def _before_average(self, main: list[int]) -> None:
+        if self._wired is not None and self._change is not None and main != self._change.numbers:
+            self._relay(main)
 
     def _check_members(self, numbers: list[int]) -> None:
         if self._change is not None and not set(self._change.numbers) <= set(numbers):
@@ -97,10 +166,14 @@ class Anchored(Averager):
         numbers = self._members.trained(part)
         if self._change is not None and numbers != self._change.numbers:
             self._relay(numbers)
+        if self._wired is not None and self._change is not None:
+            self._left = checksum(self._tensors(self._change.numbers))
 
     def _relay(self, numbers: list[int]) -> None:
         """Lays the anchor out anew for these tensors."""
         assert self._change is not None
+        if self._wired is not None:
+            self._wired.hand_over(self._tensors(self._change.numbers), self.world_size)
         gone = [n for n in self._change.numbers if n not in numbers]
         if gone and self.reducer is not None:
             logger.warning(
@@ -123,6 +196,9 @@ class Anchored(Averager):
             self._compares_start = True
             if self.reducer is not None:
                 self._forget_withheld()
+            if self._wired is not None:
+                self._wired.forget()
+                self._left = None
 
     def _forget_withheld(self) -> None:
         assert self.reducer is not None
@@ -152,7 +228,8 @@ class Anchored(Averager):
     def _is_in_place(self) -> bool:
         if self._change is None:
             return super()._is_in_place()
-        return self._change.is_at(self._tensors(self._change.numbers))
+        tensors = self._tensors(self._change.numbers)
+        return self._change.is_at(tensors) if self._left is None else self._left == checksum(tensors)
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -164,10 +241,27 @@ class Anchored(Averager):
     def _load_shared_state(self, state: dict[str, Any]) -> None:
         if (self._change is None) != ("anchor" not in state):
             raise ValueError(
-                f"the state was saved {'without' if self._change is not None else 'with'} a reducer"
+                f"the state was saved {'without' if self._change is not None else 'with'} a reducer or a wire"
             )
         if self._change is not None:
             self._change.load_state_dict(state)
             anchor = self._change.anchor
             self._set_beside([state[name].to(anchor.device, anchor.dtype, copy=True) for name in self.beside])
             self._compares_start = True
+
+    def _own_state(self) -> dict[str, Any]:
+        return {} if self._wired is None else {"wire": self._wired.state_dict()}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        self._left, saved = None, state.get("wire")
+        if self._wired is not None and self._change is not None:
+            self._wired.forget()
+            if saved is not None:
+                numel = self._change.anchor.numel()
+                self._wired.load_state_dict(saved, numel, self.rank, self.world_size)
+        elif saved is not None and bool(saved["owned"].any()):
+            logger.warning(
+                "%s: what the saved wire's owner kept, of norm %.3g, is dropped: there is no wire here",
+                self._what(),
+                float(torch.linalg.vector_norm(saved["owned"])),
+            )

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteGradientError
+from ..exchange import LowBit
 from ..transports import Transport
 from . import watch
 from .agreement import Gather, Header, Ranks, agree
@@ -54,6 +55,7 @@ class AveragerOptions(TypedDict, total=False):
     buffers: BufferChoice
     also: Parameters
     reducer: Reducer | None
+    wire: LowBit | None
     nonfinite: Literal["error", "skip", "propagate"] | None
     timeout_s: float | None
     process_group: dist.ProcessGroup | None
@@ -67,6 +69,7 @@ _DEFAULTS: dict[str, Any] = {
     "buffers": "average",
     "also": None,
     "reducer": None,
+    "wire": None,
     "nonfinite": None,
     "timeout_s": None,
     "process_group": None,
@@ -102,9 +105,14 @@ class Averager(ModelAverager):
             momentum: the teacher of a moving average, for instance.
         reducer: compresses what is sent. The model's change since the last synchronisation goes through it,
             with its memory, in place of the model. It belongs to this averager alone.
+        wire: how the change is sent, such as ``LowBit(1)``, over the averager's own transport. What the wire
+            does not send stays in the rank's own model, so the models differ after a synchronisation:
+            ``common_model()`` has the one to evaluate and to save. For ``LocalSGD``, ``BlockMomentum``,
+            ``SlowMo`` and ``DiLoCo``, without a reducer.
         nonfinite: what NaN or Inf in any rank's parameters does, alike on all ranks. ``"error"`` (default):
             ``NonFiniteGradientError`` on all ranks, before anything is averaged. ``"skip"``: those ranks are
-            left out and take over the average of the others; with a reducer they count as not moved.
+            left out and take over the average of the others; with a reducer or a wire they count as not
+            moved, and what they had withheld from the wire is lost with their models.
             ``"propagate"``: the average becomes NaN everywhere. None: ``"error"``; with a reducer
             ``"propagate"``, so that the reducer's own policy decides. A buffer's element is averaged over the
             ranks where it is finite, unless the policy is ``"propagate"``.
@@ -121,11 +129,13 @@ class Averager(ModelAverager):
         synchronisations: averagings so far.
 
     Raises:
-        TypeError: an option that does not exist.
-        ValueError: an argument out of range, with its name and value; a reducer that another averager has.
+        TypeError: an option that does not exist, or a wire that is none.
+        ValueError: an argument out of range, with its name and value; a reducer that another averager has; a
+            wire for another averager, beside a reducer, or with a transport of its own.
     """
 
     local = False  # whether a rank gets messages from its neighbours only
+    _takes_wire: ClassVar[bool] = False
 
     def __init__(
         self, period: Period | None, known: Sequence[Tensor] = (), **options: Unpack[AveragerOptions]
@@ -140,6 +150,8 @@ class Averager(ModelAverager):
         self._buffers = Buffers(self.module, self.buffers)
         self._also = [] if given["also"] is None else tensors_of(given["also"])
         message_dtype(self._also)  # raises where one cannot be averaged
+        self.wire = given["wire"]
+        self._check_wire()
         self._nonfinite = policy or ("propagate" if self.reducer is not None else "error")
         self._heals_buffers = policy != "propagate"
         self.process_group = given["process_group"]
@@ -310,6 +322,7 @@ class Averager(ModelAverager):
             with self._figures.of(self._transports):
                 ranks, part = self._agree(numbers)
                 main, plain = self._divide(part)
+                self._before_average(main)
                 if main:
                     self._average(self._tensors(main), ranks)
                 self._average_plainly([*self._with_state(self._tensors(plain)), *self._also], ranks)
@@ -333,7 +346,7 @@ class Averager(ModelAverager):
             start=self._starting_point(),
             part=digest(part),
             model=digest_of(moving) if first else 0,
-            nonfinite=votes and _nonfinite([*self._with_state(moving), *self._also]),
+            nonfinite=votes and _nonfinite([*self._with_state(self._tensors(part)), *self._also]),
             spoiled=has_nonfinite(self._buffers.averaged()),
             weight=self._weight(),
         )
@@ -353,7 +366,26 @@ class Averager(ModelAverager):
             "parameter shapes": shown_layout(self._tensors(numbers)),
             "further tensors": f"{shown_layout(self._also)}; {self._state_layout(moving)}",
             "buffers": self._buffers.layout(),
+            **({} if self.wire is None else {"wire": f"{self.wire!r} of {shown_layout(moving)}"}),
         }
+
+    def _check_wire(self) -> None:
+        """Raises unless the wire is one, goes with this averager, and leaves the transport to it."""
+        if self.wire is None:
+            return
+        name = type(self).__name__
+        if not isinstance(self.wire, LowBit):
+            raise TypeError(f"wire must be a LowBit, got {type(self.wire).__name__}")
+        if not self._takes_wire or self.reducer is not None:
+            raise ValueError(
+                "wire goes with LocalSGD, BlockMomentum, SlowMo and DiLoCo, without a reducer: got "
+                f"{self.wire!r} for {name}, reducer={self.reducer!r}"
+            )
+        if self.wire.requested != "distributed":
+            raise ValueError(
+                f"wire: its transport is the averager's, so give transport= to {name}, got a {self.wire!r} "
+                f"over {self.wire.requested!r}"
+            )
 
     def _heed(self, ranks: Ranks) -> None:
         """Warns or raises by the ranks' votes, before any data is sent."""
@@ -410,6 +442,9 @@ class Averager(ModelAverager):
     def _divide(self, part: list[int]) -> tuple[list[int], list[int]]:
         """Divides the numbers: those that :meth:`_average` gets, and those averaged plainly."""
         return part, []
+
+    def _before_average(self, main: list[int]) -> None:
+        """Called before the tensors of these numbers are given to :meth:`_average`."""
 
     def _averaged(self, part: list[int]) -> None:
         """Called after the tensors of these numbers were averaged."""
@@ -499,6 +534,10 @@ class Averager(ModelAverager):
         with torch.inference_mode(False), torch.no_grad(), reporting(*self._transports()):
             yield
 
+    def _compression(self) -> str:
+        """How the change is compressed, for :meth:`settings`."""
+        return f"compressed={self.reducer is not None}" if self.wire is None else f"wire={self.wire!r}"
+
     def _what(self) -> str:
         return f"{type(self).__name__} after step {self.step}"
 
@@ -526,6 +565,7 @@ class Averager(ModelAverager):
             "members": self._members.state_dict(),
             "shared": self._shared_state(),
             "reducers": None if self.reducer is None else [self.reducer.state_dict()],
+            **self._own_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -552,6 +592,14 @@ class Averager(ModelAverager):
         if self.reducer is not None and state["reducers"] is not None:
             reducers = state["reducers"]
             self.reducer.load_state_dict(reducers[0] if saved != (None, None) else reducers)
+        self._load_own_state(state)
+
+    def _own_state(self) -> dict[str, Any]:
+        """The part of the state that differs from rank to rank, beside the reducer's, by name."""
+        return {}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`_own_state` returned."""
 
     def _shared_state(self) -> dict[str, Any]:
         """The part of the state that is the same on every rank, as new tensors and numbers."""

@@ -75,7 +75,7 @@ class BlockMomentum(BlockAverager):
 
     def settings(self) -> str:
         period = self.period if self.period is not None else self.sync
-        return f"BlockMomentum(mu={self.mu!r}, period={period}, compressed={self.reducer is not None})"
+        return f"BlockMomentum(mu={self.mu!r}, period={period}, {self._compression()})"
 
     def _move_anchor(self, change: Tensor) -> None:
         self.velocity.mul_(self.mu).add_(change)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .agreement import Ranks
 from .anchored import Anchored
 from .averager import AveragerOptions
-from .flat import Parameters, tensors_of, unflatten_
+from .flat import Parameters, tensors_of
 from .sync_sets import Period
 
 if TYPE_CHECKING:
@@ -51,6 +51,6 @@ class BlockAverager(Anchored):
 
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
         self._move_anchor(self._mean_change(tensors, ranks))
-        unflatten_(tensors, self.anchor)
+        self._restart(tensors)
         if self.reset_optimizer is not None:
             self.reset_optimizer.state.clear()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .flat import real_view
+from .wired_change import joined
 
 
 def average_checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def average_checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, A
         A new mapping with the same keys. Floating and complex tensors are averaged (in float64, rounded
         back): parameters, BatchNorm statistics, momentum buffers and Adam's moments. Everything else is
         rank 0's. A tensor that some ranks lack (a momentum buffer whose parameter had no gradient there)
-        counts as zero on them. Averagers' states hold all ranks' reducer memories, and can be loaded at any
-        world size.
+        counts as zero on them. Averagers' states hold all ranks' reducer memories and what the owners on a
+        wire keep, and can be loaded at any world size.
 
     Raises:
         ValueError: no checkpoint, or keys or shapes differ.
@@ -111,4 +112,6 @@ def _join_averagers(states: list[Any], path: str) -> dict[str, Any]:
     first = dict(states[0])
     if first["reducers"] is not None:
         first["reducers"] = [reducer for state in states for reducer in state["reducers"]]
+    if "wire" in first:
+        first["wire"] = joined([state["wire"] for state in states])
     return {**first, "rank": None, "world_size": None}

@@ -47,9 +47,10 @@ class CompressedChange:
         tensors: their present values are the anchor.
         numbers: one for each tensor, ascending. The memory's key of a tensor is ``"parameter 3"``.
         kind: the word before the number in that key.
+        narrow: the anchor is float32 without a reducer too.
 
     Attributes:
-        anchor: ``(n,)`` float32, or float64 without a reducer and with 64-bit tensors.
+        anchor: ``(n,)`` float32, or float64 where it need not be narrow and there are 64-bit tensors.
         numbers: of the tensors in it, ascending.
     """
 
@@ -59,8 +60,10 @@ class CompressedChange:
         tensors: Sequence[Tensor],
         numbers: Sequence[int],
         kind: str = "parameter",
+        narrow: bool = False,
     ) -> None:
         self.reducer, self.kind = reducer, kind
+        self._narrow = narrow or reducer is not None
         self.numbers: list[int] = []
         self._numels: list[int] = []
         self.anchor = torch.empty(0)
@@ -69,7 +72,7 @@ class CompressedChange:
     def start_from(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Makes the present values of these tensors the anchor."""
         dtype = message_dtype(tensors)
-        anchor = flatten(tensors, torch.float32 if self.reducer is not None else dtype)
+        anchor = flatten(tensors, torch.float32 if self._narrow else dtype)
         sizes = [numel(t) for t in tensors]
         if list(numbers) == self.numbers and sizes == self._numels and anchor.device == self.anchor.device:
             self.anchor.copy_(anchor)  # views of it stay views

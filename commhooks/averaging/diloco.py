@@ -101,7 +101,7 @@ class DiLoCo(BlockAverager):
         ]
         outer = f"{type(self.outer_optimizer).__name__}({'; '.join(groups)})"
         period = self.period if self.period is not None else self.sync
-        return f"DiLoCo({outer}, sync_every={period}, compressed={self.reducer is not None})"
+        return f"DiLoCo({outer}, sync_every={period}, {self._compression()})"
 
     def _varying(self) -> str:
         return f" at outer rates {[float(group['lr']) for group in self.outer_optimizer.param_groups]}"

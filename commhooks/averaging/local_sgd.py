@@ -31,9 +31,11 @@ class LocalSGD(Anchored):
         period: H, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
             themselves (from 1).
         weight: this worker's share in the average, relative to the others', such as its number of samples.
-            Positive. It may be changed before any synchronisation. Equal on all ranks with ``reducer``.
-        params: the parameters; needed with ``reducer`` only. Compressed averaging sends the change since the
-            last synchronisation, so all ranks must start equal. The first synchronisation checks that.
+            Positive. It may be changed before any synchronisation. Equal on all ranks with ``reducer``
+            or ``wire``.
+        params: the parameters; needed with ``reducer`` or ``wire`` only. Compressed averaging sends the
+            change since the last synchronisation, so all ranks must start equal. The first synchronisation
+            checks that.
         **options: of :class:`~commhooks.averaging.Averager`.
 
     Example::
@@ -59,14 +61,14 @@ class LocalSGD(Anchored):
     ) -> None:
         self.weight = weight
         self._weight()
-        compressed = options.get("reducer") is not None
+        compressed = any(options.get(name) is not None for name in ("reducer", "wire"))
         if compressed and params is None:
-            raise ValueError(f"params must be given together with a reducer, got {params!r}")
+            raise ValueError(f"params must be given together with a reducer or a wire, got {params!r}")
         known = [] if params is None else tensors_of(params)
         super().__init__(period, known, anchored=compressed, **options)
 
     def settings(self) -> str:
-        return f"LocalSGD({self.sync!r}, compressed={self.reducer is not None})"
+        return f"LocalSGD({self.sync!r}, {self._compression()})"
 
     def _weight(self) -> float:
         if not isinstance(self.weight, (int, float)) or not 0.0 < self.weight < math.inf:
@@ -81,8 +83,7 @@ class LocalSGD(Anchored):
             unflatten_(tensors, mean)
             return
         if not ranks.uniform:
-            raise ValueError(
-                f"weight must be equal on all ranks with a reducer, got {list(ranks.weights.values())}"
-            )
+            weights = list(ranks.weights.values())
+            raise ValueError(f"weight must be equal on all ranks with a reducer or a wire, got {weights}")
         self._change.anchor += self._mean_change(tensors, ranks)
-        unflatten_(tensors, self._change.anchor)
+        self._restart(tensors)

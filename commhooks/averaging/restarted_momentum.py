@@ -52,6 +52,8 @@ class RestartedMomentum(Anchored):
             ``dampening``.
     """
 
+    _takes_wire = False
+
     @says_what_to_write
     def __init__(
         self,

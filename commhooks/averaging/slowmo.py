@@ -74,10 +74,7 @@ class SlowMo(BlockAverager):
 
     def settings(self) -> str:
         period = self.period if self.period is not None else self.sync
-        return (
-            f"SlowMo(beta={self.beta!r}, alpha={self.alpha!r}, period={period}, "
-            f"compressed={self.reducer is not None})"
-        )
+        return f"SlowMo(beta={self.beta!r}, alpha={self.alpha!r}, period={period}, {self._compression()})"
 
     def _varying(self) -> str:
         return f" at inner rates {[float(group['lr']) for group in self.inner_optimizer.param_groups]}"

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import torch
+from low_bit_oracle import LowBitRanks
 
-from commhooks import AllGather, ErrorFeedback, Reducer, TopK
-from commhooks.averaging import BlockMomentum, DecentralizedMomentum, LocalSGD, RestartedMomentum, topology
+from commhooks import AllGather, ErrorFeedback, LowBit, Reducer, TopK
+from commhooks.averaging import (
+    BlockMomentum,
+    DecentralizedMomentum,
+    DiLoCo,
+    LocalSGD,
+    RestartedMomentum,
+    topology,
+)
 from commhooks.exchange.agreement import MESSAGE_BYTES
 
 from . import oracles
@@ -27,6 +35,7 @@ def check_all(transport):
     check_decentralized(transport)
     check_buffers_and_broadcast(transport)
     check_compressed(transport)
+    check_wire(transport)
 
 
 def check_local(transport):
@@ -120,3 +129,63 @@ def check_compressed(transport):
     everyone = torch.empty(transport.world_size, NUMEL, dtype=torch.float64)
     transport.all_gather(model.flat(), everyone, tag=1, what="models")
     assert (everyone == everyone[0]).all() and not torch.equal(everyone[0], start())
+
+
+WIRE_NUMEL, WIRE_STEPS = 700, 5
+
+
+def moved(rank, step):
+    """What rank's local step adds to its model: float32 ``(WIRE_NUMEL,)``."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(WIRE_NUMEL, generator=generator) * 0.1
+
+
+def wired(world_size, bits, period, outer, steps=WIRE_STEPS):
+    """Averaging on a low-bit wire as its pseudocode: the models ``[step][rank]``, and A after each step.
+
+    Args:
+        outer: makes an outer optimizer of a list of tensors.
+    """
+    anchor = torch.nn.Parameter(torch.zeros(WIRE_NUMEL))
+    optimizer, ranks = outer([anchor]), LowBitRanks(world_size, WIRE_NUMEL, bits)
+    w = [torch.zeros(WIRE_NUMEL) for _ in range(world_size)]
+    history = []
+    for step in range(1, steps + 1):
+        w = [w_p + moved(p, step) for p, w_p in enumerate(w)]
+        if step % period == 0:
+            mean, withheld = ranks.exchange([w_p - anchor.detach() for w_p in w])
+            anchor.grad = -mean
+            optimizer.step()
+            w = [e_p + anchor.detach() for e_p in withheld]
+        history.append(([w_p.clone() for w_p in w], anchor.detach().clone()))
+    return history
+
+
+def pair_of_parameters():
+    return [torch.nn.Parameter(torch.zeros(20, 30)), torch.nn.Parameter(torch.zeros(100))]
+
+
+def local_step(params, change):
+    with torch.no_grad():
+        for p, piece in zip(params, change.split([p.numel() for p in params]), strict=True):
+            p.add_(piece.view(p.shape))
+
+
+def flat_of(params):
+    return torch.cat([p.detach().reshape(-1) for p in params])
+
+
+def check_wire(transport):
+    """DiLoCo on wires of all bits has the bits of the simulation: A and every rank's own model."""
+    for bits in (1, 2, 4, 8, 32):
+        for options in ({"lr": 1.0}, {"lr": 0.75, "momentum": 0.5, "nesterov": True}):
+            outer = lambda params, o=options: torch.optim.SGD(params, **o)  # noqa: E731
+            expected = wired(transport.world_size, bits, 2, outer)
+            params = pair_of_parameters()
+            averager = DiLoCo(params, outer, sync_every=2, wire=LowBit(bits), transport=transport)
+            for step in range(1, WIRE_STEPS + 1):
+                local_step(params, moved(transport.rank, step))
+                averager.average_parameters(params)
+                models, anchor = expected[step - 1]
+                assert torch.equal(flat_of(params), models[transport.rank]), (bits, step)
+                assert torch.equal(averager.anchor, anchor), (bits, step)
