@@ -74,7 +74,8 @@ def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | 
     if not isinstance(state, SparseState):
         raise TypeError(f"state must be a SparseState, got {type(state).__name__}")
     reducer = state.reducer
-    check_optimizer(reducer.memory, reducer.selector, optimizer or getattr(reducer.memory, "optimizer", None))
+    optimizer = optimizer or getattr(reducer.memory, "optimizer", None)
+    check_optimizer(reducer.memory, reducer.selector, optimizer, reducer.aggregator)
     state.attach(ddp)
     state.set_names((plain_name(name), p) for name, p in ddp.module.named_parameters())
     state.process_group = ddp.process_group

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import callers_level
+from ..exchange import Aggregator, LowBit
 from ..memory import Memory
 from ..selection.selectors import RandomK, Selector
 
@@ -34,7 +35,9 @@ def is_plain_sgd(optimizer: torch.optim.Optimizer | None, memory: Memory | None)
     return isinstance(optimizer, torch.optim.SGD) and momentum_of(optimizer) == 0.0
 
 
-def check_optimizer(memory: Memory | None, selector: Selector | None, optimizer: Any) -> None:
+def check_optimizer(
+    memory: Memory | None, selector: Selector | None, optimizer: Any, aggregator: Aggregator | None = None
+) -> None:
     """Refuses combinations that do not train, and warns of doubtful ones. Called before data is sent.
 
     Warns:
@@ -67,7 +70,8 @@ def check_optimizer(memory: Memory | None, selector: Selector | None, optimizer:
             f"random-k diverges with momentum (here {momentum:g}, in {where}): what a place has withheld "
             "arrives at once and is multiplied. Use top-k, or SGD without momentum"
         )
-    if isinstance(optimizer, torch.optim.LBFGS) and selector is not None:
+    compresses = selector is not None or isinstance(aggregator, LowBit)
+    if isinstance(optimizer, torch.optim.LBFGS) and compresses:
         _warn("L-BFGS diverges: the gradients that it compares are compressed, each in another way. Use SGD")
 
 

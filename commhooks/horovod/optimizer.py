@@ -171,7 +171,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     process_set = check_process_set(process_set)
     names = _names(optimizer, named_parameters)
     memory = state.reducer.memory
-    check_optimizer(memory, state.reducer.selector, optimizer)
+    check_optimizer(memory, state.reducer.selector, optimizer, state.reducer.aggregator)
     wrapped = _wrap(optimizer)
     if isinstance(memory, ErrorFeedback) and memory.optimizer is optimizer:
         memory.optimizer = wrapped

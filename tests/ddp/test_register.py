@@ -133,13 +133,16 @@ CASES = [
     ("randomk", 0.9, "sgd", "random-k"),
     ("randomk", 0.9, None, "random-k"),
     ("topk", 0.0, "lbfgs", "L-BFGS"),
+    ("lowbit", 0.9, "adamw", "error"),
+    ("lowbit", 0.0, "adamw", ""),
+    ("lowbit", 0.0, "lbfgs", "L-BFGS"),
 ]
 
 
 @pytest.mark.parametrize("scheme, momentum, optimizer, outcome", CASES)
 def test_an_optimizer_that_does_not_go_with_the_state(scheme, momentum, optimizer, outcome):
     model = ddp_model()
-    state = getattr(SparseState, scheme)(0.1, memory=ErrorFeedback(momentum))
+    state = getattr(SparseState, scheme)(4 if scheme == "lowbit" else 0.1, memory=ErrorFeedback(momentum))
     chosen = optimizers()[optimizer]
     expected = contextlib.nullcontext()
     if outcome == "error":

@@ -44,6 +44,18 @@ def density_one_is_dense():
 
 
 @case()
+def low_bit_gradients_and_what_their_owners_keep():
+    model, optimizer = train(ours("lowbit"), 4, lr=0.05)
+    assert same_everywhere(flat(model))
+    before = optimizer.state_dict()["commhooks"]["owned"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    after = optimizer.state_dict()["commhooks"]["owned"]
+    assert before and before.keys() == after.keys()
+    for name, pieces in before.items():
+        assert all(torch.equal(kept, after[name][start]) for start, kept in pieces.items())
+
+
+@case()
 def transport_follows_the_launcher():
     _, optimizer = train(ours("gtopk"), steps=1)
     used = optimizer.sparse_state.reducer.transport
