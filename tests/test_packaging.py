@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,29 @@ from pathlib import Path
 
 import pytest
 
+import commhooks
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """The build reads it from the package's source, without importing torch, which a build has not."""
+    program = (
+        "import sys; from setuptools.config.pyprojecttoml import read_configuration\n"
+        "print(read_configuration('pyproject.toml')['project']['version'], 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [commhooks.__version__, "False"]
+
+
+def test_workflows_run_scripts_that_exist() -> None:
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    commands = [found for file in files for found in re.findall(r"^ *- run: (\S+)", file.read_text(), re.M)]
+    assert len(files) >= 2 and len(commands) >= len(files)
+    assert all(os.access(ROOT / command, os.X_OK) for command in commands)
 
 
 @pytest.fixture
