@@ -25,7 +25,7 @@ from .fused import Fused
 _LOG = logging.getLogger(__name__)
 
 #: ``COMMHOOKS_ABI_VERSION`` of the header. A library of another version is not used.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 #: Values of ``commhooks_status`` that the callers tell apart.
 INVALID, NO_MEMORY = 1, 2
@@ -73,6 +73,18 @@ class Rows(ctypes.Structure):
     )
 
 
+class Messages(ctypes.Structure):
+    """The C struct ``commhooks_messages``: low-bit messages."""
+
+    _fields_ = (
+        ("bytes", _ADDRESS),
+        ("rows", _I64),
+        ("size", _I64),
+        ("stride", _I64),
+        ("bits", _I32),
+    )
+
+
 def operands(fused: Fused, active: Tensor | None = None) -> Operands:
     """The C struct of ``fused``. It holds addresses: the tensors must outlive it.
 
@@ -104,6 +116,12 @@ def rows(values: Tensor, indices: Tensor) -> Rows:
     return Rows(values.data_ptr(), indices.data_ptr(), m, k, values.stride(0), indices.stride(0))
 
 
+def messages(rows: Tensor, bits: int) -> Messages:
+    """The C struct of low-bit messages, uint8 ``(m, size)`` with contiguous rows."""
+    count, size = rows.shape
+    return Messages(rows.data_ptr(), count, size, rows.stride(0), bits)
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -115,6 +133,9 @@ _SELECTED = [_ADDRESS] * 3  # values, indices, report
 _PAIRS = [_ADDRESS, _ADDRESS, _I64]  # values, indices, how many
 _MERGED = [_ADDRESS] * 4  # values, indices, survives_a, survives_b
 _ROWS = [ctypes.POINTER(Rows), _F32]  # rows, scale
+_ENCODED = [_ADDRESS, _I64, _I32]  # x, its elements, bits
+_MESSAGE = [_ADDRESS, _I64, _ADDRESS]  # message, its bytes, remainder
+_MESSAGES = ctypes.POINTER(Messages)
 _KEYS = [_U64, _U64, _U64, _I64, _I64, _ADDRESS]  # seed, step, stream, numel, k, indices
 _SCRATCH = [_ADDRESS, _I64, _ADDRESS]  # scratch, its bytes, stream
 
@@ -129,6 +150,9 @@ CPU_SIGNATURES: dict[str, _Signature] = {
     "contains": [_ADDRESS, _I64, _ADDRESS, _I64, _ADDRESS],
     "scatter_add": [_ADDRESS, _I64, *_ROWS],
     "write_back": [_ADDRESS, _I32, _I64, *_ROWS, _I32],
+    "low_bit_encode": [*_ENCODED, _I32, *_MESSAGE],
+    "low_bit_decode": [_MESSAGES, _I32, _ADDRESS, _I64],
+    "low_bit_decode_add": [_MESSAGES, _I32, _ADDRESS, _I64],
     "use_isa": [ctypes.c_char_p],
 }
 
@@ -142,6 +166,9 @@ CUDA_SIGNATURES: dict[str, _Signature] = {
     "merge_topk": [*_PAIRS, *_PAIRS, _I64, *_MERGED, *_SCRATCH],
     "scatter_add": [_ADDRESS, _I64, *_ROWS, _ADDRESS],
     "write_back": [_ADDRESS, _I32, _I64, *_ROWS, _ADDRESS],
+    "low_bit_encode": [*_ENCODED, *_MESSAGE, _ADDRESS],
+    "low_bit_decode": [_MESSAGES, _ADDRESS, _I64, _ADDRESS],
+    "low_bit_decode_add": [_MESSAGES, _ADDRESS, _I64, _ADDRESS],
 }
 
 

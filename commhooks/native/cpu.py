@@ -184,3 +184,28 @@ def write_back(
     rows = abi.rows(values, indices)
     explain = functools.partial(checks.row_order, indices, out.numel())
     _call("write_back", *target, rows, scale, _threads(threads), explain=explain)
+
+
+def low_bit_encode(
+    x: Tensor, bits: int, out: Tensor, remainder: Tensor | None = None, threads: int | None = None
+) -> None:
+    """See :func:`commhooks.native.ops.low_bit_encode`."""
+    rest = None if remainder is None else remainder.data_ptr()
+    target = out.data_ptr(), out.numel(), rest
+    _call("low_bit_encode", x.data_ptr(), x.numel(), bits, _threads(threads), *target)
+
+
+def low_bit_decode(message: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
+    """See :func:`commhooks.native.ops.low_bit_decode`; ``message`` has shape ``(1, size)``."""
+    _decode("low_bit_decode", message, bits, out, threads)
+
+
+def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
+    """See :func:`commhooks.native.ops.low_bit_decode_add`; ``messages`` has shape ``(rows, size)``."""
+    _decode("low_bit_decode_add", messages, bits, out, threads)
+
+
+def _decode(name: str, messages: Tensor, bits: int, out: Tensor, threads: int | None) -> None:
+    explain = functools.partial(checks.low_bit_contents, messages, bits, out.numel())
+    target = out.data_ptr(), out.numel()
+    _call(name, abi.messages(messages, bits), _threads(threads), *target, explain=explain)

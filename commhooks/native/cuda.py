@@ -165,3 +165,21 @@ def write_back(
     """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
     target = out.data_ptr(), abi.DTYPES[out.dtype], out.numel()
     _call(out.device, "write_back", *target, abi.rows(values, indices), scale)
+
+
+def low_bit_encode(
+    x: Tensor, bits: int, out: Tensor, remainder: Tensor | None = None, threads: int | None = None
+) -> None:
+    """See :func:`commhooks.native.ops.low_bit_encode`; ``threads`` has no meaning here."""
+    rest = None if remainder is None else remainder.data_ptr()
+    _call(x.device, "low_bit_encode", x.data_ptr(), x.numel(), bits, out.data_ptr(), out.numel(), rest)
+
+
+def low_bit_decode(message: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
+    """See :func:`commhooks.native.ops.low_bit_decode`; ``message`` has shape ``(1, size)``."""
+    _call(out.device, "low_bit_decode", abi.messages(message, bits), out.data_ptr(), out.numel())
+
+
+def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
+    """See :func:`commhooks.native.ops.low_bit_decode_add`; ``messages`` has shape ``(rows, size)``."""
+    _call(out.device, "low_bit_decode_add", abi.messages(messages, bits), out.data_ptr(), out.numel())

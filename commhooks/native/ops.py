@@ -395,7 +395,7 @@ def low_bit_encode(
         if remainder.data_ptr() != x.data_ptr():
             written.append(("remainder", remainder))
     checks.no_overlap(written, [("x", x)])
-    reference.low_bit_encode(x, bits, message, remainder, threads)
+    _implementation(device).low_bit_encode(x, bits, message, remainder, threads)
     return message
 
 
@@ -418,8 +418,10 @@ def low_bit_decode(message: Tensor, bits: int, out: Tensor, *, threads: int | No
     if rows.shape[0] != 1:
         raise ValueError(f"message must be one row, got {rows.shape[0]} rows")
     threads = checks.thread_count(threads)
-    checks.low_bit_contents(rows, bits, out.numel())
-    reference.low_bit_decode(rows, bits, out, threads)
+    implementation = _implementation(out.device)
+    if implementation is reference:
+        checks.low_bit_contents(rows, bits, out.numel())
+    implementation.low_bit_decode(rows, bits, out, threads)
 
 
 def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, *, threads: int | None = None) -> None:
@@ -440,5 +442,7 @@ def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, *, threads: int
     bits = checks.low_bits(bits)
     rows = checks.low_bit_messages(messages, bits, out)
     threads = checks.thread_count(threads)
-    checks.low_bit_contents(rows, bits, out.numel())
-    reference.low_bit_decode_add(rows, bits, out, threads)
+    implementation = _implementation(out.device)
+    if implementation is reference:
+        checks.low_bit_contents(rows, bits, out.numel())
+    implementation.low_bit_decode_add(rows, bits, out, threads)

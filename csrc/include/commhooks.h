@@ -25,7 +25,7 @@
 
 #include <stdint.h>
 
-#define COMMHOOKS_ABI_VERSION 3
+#define COMMHOOKS_ABI_VERSION 4
 #define COMMHOOKS_PAD INT32_MAX
 
 #if defined(_WIN32)
@@ -74,6 +74,16 @@ typedef struct {
   int64_t values_stride;  /* elements from one row to the next, at least 0 */
   int64_t indices_stride;
 } commhooks_rows;
+
+/* Low-bit messages of one vector's length and width. A message of numel elements has ceil(numel / 256) scales of 2
+ * bytes and then ceil(numel * bits / 8) bytes of codes; docs/kernels.md has the format. */
+typedef struct {
+  const uint8_t *bytes; /* row r: from bytes + r * stride on; any alignment */
+  int64_t rows;
+  int64_t size;   /* bytes of a message */
+  int64_t stride; /* bytes from one row to the next, at least 0 */
+  int32_t bits;   /* 1, 2, 4 or 8 */
+} commhooks_messages;
 
 /* What a selection reports; written to memory of the device (CUDA) or of the host (CPU). */
 typedef struct {

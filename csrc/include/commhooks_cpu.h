@@ -65,6 +65,20 @@ COMMHOOKS_API int32_t commhooks_cpu_scatter_add(float *dense, int64_t numel, con
 COMMHOOKS_API int32_t commhooks_cpu_write_back(void *out, int32_t dtype, int64_t numel, const commhooks_rows *rows,
                                                float scale, int32_t threads);
 
+/* Encodes x with `bits` bits an element into a message of `size` bytes. remainder[i] = x[i] - decoded value; it may be x
+ * itself; NULL: not wanted. */
+COMMHOOKS_API int32_t commhooks_cpu_low_bit_encode(const float *x, int64_t numel, int32_t bits, int32_t threads,
+                                                   uint8_t *message, int64_t size, float *remainder);
+
+/* out = the values of one message. All scales and codes are looked at first: one that no encoder writes gives
+ * COMMHOOKS_INVALID before anything is written. */
+COMMHOOKS_API int32_t commhooks_cpu_low_bit_decode(const commhooks_messages *messages, int32_t threads, float *out,
+                                                   int64_t numel);
+
+/* out += the values of each row, row by row, in one pass over out. Checks like low_bit_decode. */
+COMMHOOKS_API int32_t commhooks_cpu_low_bit_decode_add(const commhooks_messages *messages, int32_t threads, float *out,
+                                                       int64_t numel);
+
 /* Position of the first index that is out of order, negative or >= numel (padding aside); -1 when there is
  * none. */
 COMMHOOKS_API int64_t commhooks_cpu_check_indices(const int32_t *indices, int64_t k, int64_t numel);

@@ -81,6 +81,20 @@ COMMHOOKS_API commhooks_status commhooks_cuda_scatter_add(float *dense, int64_t 
 COMMHOOKS_API commhooks_status commhooks_cuda_write_back(void *out, int32_t dtype, int64_t numel,
                                                          const commhooks_rows *rows, float scale, void *stream);
 
+/* Encodes x with `bits` bits an element into a message of `size` bytes. remainder[i] = x[i] - decoded value; it may be
+ * x itself; NULL: not wanted. */
+COMMHOOKS_API commhooks_status commhooks_cuda_low_bit_encode(const float *x, int64_t numel, int32_t bits,
+                                                             uint8_t *message, int64_t size, float *remainder,
+                                                             void *stream);
+
+/* out = the values of one message. Nobody checks its bytes: a scale or code that no encoder writes gives NaN. */
+COMMHOOKS_API commhooks_status commhooks_cuda_low_bit_decode(const commhooks_messages *messages, float *out,
+                                                             int64_t numel, void *stream);
+
+/* out += the values of each row, row by row, in one launch and one pass over out. */
+COMMHOOKS_API commhooks_status commhooks_cuda_low_bit_decode_add(const commhooks_messages *messages, float *out,
+                                                                 int64_t numel, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -221,6 +221,54 @@ void fuzz_hostile_indices(Random &random) {
   CHECK(commhooks_cpu_contains(b.indices.get(), size, a.indices.get(), size, kept_b.get()) == ordered);
 }
 
+// Whether an encoder writes these scales and codes; one element at a time.
+bool from_an_encoder(const uint8_t *message, int64_t n, int32_t bits) {
+  const int64_t blocks = (n + 255) / 256;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float scale = from_half(static_cast<uint16_t>(message[2 * b] | message[2 * b + 1] << 8), COMMHOOKS_BF16);
+    if (std::isnan(scale) || (scale == 0.0f && !std::signbit(scale))) continue;
+    if (!(scale >= std::ldexp(1.0f, -100) && scale <= std::ldexp(1.0f, 100))) return false;
+  }
+  for (int64_t i = 0; bits >= 4 && i < n; ++i) {
+    const int byte = message[2 * blocks + i * bits / 8];
+    if ((bits == 8 ? byte : i % 2 == 0 ? byte & 15 : byte >> 4) == 0) return false;
+  }
+  return true;
+}
+
+// Encodes, and decodes what was encoded and what a hostile peer may send: any bytes, or a few of them changed.
+void fuzz_low_bit(Random &random) {
+  const int64_t n = random_size(random);
+  const int32_t bits = 1 << below(random, 4);
+  const int64_t size = 2 * ((n + 255) / 256) + (n * bits + 7) / 8;
+  const int32_t threads = 1 + static_cast<int32_t>(below(random, 4));
+  Buffer<float> x(n, random), rest(n, random), out(n, random);
+  Buffer<uint8_t> bytes(size, random);
+  fill(x, random, random() % 2 != 0);
+  float *const remainder = random() % 2 != 0 ? rest.get() : nullptr;
+  CHECK(commhooks_cpu_low_bit_encode(x.get(), n, bits, threads, bytes.get(), size, remainder) == COMMHOOKS_OK);
+  CHECK(from_an_encoder(bytes.get(), n, bits));
+  commhooks_messages messages{bytes.get(), 1, size, size, bits};
+  CHECK(commhooks_cpu_low_bit_decode(&messages, threads, out.get(), n) == COMMHOOKS_OK);
+  for (int64_t i = 0; remainder != nullptr && i < n; ++i) CHECK(same(rest[i], x[i] - out[i]));
+  CHECK(commhooks_cpu_low_bit_encode(x.get(), n, bits, threads, bytes.get(), size, x.get()) == COMMHOOKS_OK);
+  for (int64_t i = 0; remainder != nullptr && i < n; ++i) CHECK(same(rest[i], x[i]));
+
+  const bool any_bytes = random() % 3 == 0;
+  for (int64_t turns = any_bytes ? size : below(random, 4); turns > 0 && size > 0; --turns) {
+    bytes[any_bytes ? turns - 1 : below(random, size)] = static_cast<uint8_t>(random());
+  }
+  messages.rows = below(random, 4);
+  messages.stride = 0;
+  const bool fine = messages.rows == 0 || from_an_encoder(bytes.get(), n, bits);
+  Buffer<float> sum(n, random);
+  std::fill_n(sum.get(), n, 7.0f);
+  CHECK(commhooks_cpu_low_bit_decode_add(&messages, threads, sum.get(), n) == (fine ? COMMHOOKS_OK : COMMHOOKS_INVALID));
+  for (int64_t i = 0; (!fine || messages.rows == 0) && i < n; ++i) CHECK(sum[i] == 7.0f);
+  messages.size += random() % 2 != 0 ? 1 : -1;
+  CHECK(commhooks_cpu_low_bit_decode_add(&messages, threads, sum.get(), n) == COMMHOOKS_INVALID);
+}
+
 void fuzz(uint64_t seed, int rounds) {
   Random random(seed);
   for (int round = 0; round < rounds; ++round) {
@@ -229,6 +277,7 @@ void fuzz(uint64_t seed, int rounds) {
     fuzz_merge_and_scatter(random);
     fuzz_write_back(random);
     for (int i = 0; i < 20; ++i) fuzz_hostile_indices(random);
+    for (int i = 0; i < 8; ++i) fuzz_low_bit(random);
   }
 }
 
@@ -248,6 +297,21 @@ void refuse_bad_arguments() {
   const commhooks_rows row{&x, &index, 1, 1, 1, 1};
   CHECK(commhooks_cpu_scatter_add(&x, 1, &row, 1.0f) == COMMHOOKS_INVALID);
   CHECK(commhooks_cpu_write_back(&x, 0, 1, &row, 1.0f, 1) == COMMHOOKS_INVALID);
+  uint8_t bytes[3] = {};
+  commhooks_messages messages{bytes, 1, 3, 3, 8};
+  CHECK(commhooks_cpu_low_bit_encode(&x, 1, 8, 1, bytes, 3, nullptr) == COMMHOOKS_OK);
+  CHECK(commhooks_cpu_low_bit_decode(&messages, 1, &x, 1) == COMMHOOKS_OK);
+  CHECK(commhooks_cpu_low_bit_encode(&x, 1, 3, 1, bytes, 3, nullptr) == COMMHOOKS_INVALID);
+  CHECK(commhooks_cpu_low_bit_encode(&x, 1, 8, 0, bytes, 3, nullptr) == COMMHOOKS_INVALID);
+  CHECK(commhooks_cpu_low_bit_encode(&x, 1, 8, 1, bytes, 4, nullptr) == COMMHOOKS_INVALID);
+  CHECK(commhooks_cpu_low_bit_encode(nullptr, 1, 8, 1, bytes, 3, nullptr) == COMMHOOKS_INVALID);
+  CHECK(commhooks_cpu_low_bit_encode(&x, -1, 8, 1, bytes, 3, nullptr) == COMMHOOKS_INVALID);
+  CHECK(commhooks_cpu_low_bit_decode(nullptr, 1, &x, 1) == COMMHOOKS_INVALID);
+  CHECK(commhooks_cpu_low_bit_decode(&messages, 1, nullptr, 1) == COMMHOOKS_INVALID);
+  messages.rows = 2;
+  CHECK(commhooks_cpu_low_bit_decode(&messages, 1, &x, 1) == COMMHOOKS_INVALID);
+  messages.stride = -3;
+  CHECK(commhooks_cpu_low_bit_decode_add(&messages, 1, &x, 1) == COMMHOOKS_INVALID);
   CHECK(commhooks_cpu_check_indices(&index, 1, 5) == 0 && commhooks_cpu_check_indices(&index, 1, 6) == -1);
 }
 

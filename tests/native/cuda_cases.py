@@ -10,7 +10,7 @@ import kernel_cases
 import torch
 from torch import Tensor
 
-from commhooks.native import cuda, reference
+from commhooks.native import checks, cuda, reference
 from commhooks.native.fused import PAD, Fused, Selected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -296,3 +296,37 @@ def check_write_back(
     cuda.write_back(ours, values.to(device), indices.to(device), scale)
     reference.write_back(expected, values, indices, scale)
     same_bits(ours, expected, f"write_back {dtype} {numel} {rows} {k} {pads}")
+
+
+def check_low_bit(device: str, x: Tensor, bits: int, rows: int, what: str) -> None:
+    """Encodes ``x``, and decodes messages one byte of which an encoder may not have written."""
+    numel = x.numel()
+    size = checks.low_bit_size(numel, bits)
+    want, want_rest = torch.empty(size, dtype=torch.uint8), torch.empty(numel)
+    reference.low_bit_encode(x, bits, want, want_rest)
+    given = x.to(device)
+    room = torch.full((size + 2,), 0xA5, dtype=torch.uint8, device=device)
+    message, rest = room[1:-1], torch.empty(numel, device=device)
+    cuda.low_bit_encode(given, bits, message)
+    same_bits(message, want, f"{what}: message")
+    cuda.low_bit_encode(given, bits, message.fill_(0x5A), rest)
+    same_bits(message, want, f"{what}: message again")
+    same_bits(rest, want_rest, f"{what}: remainder")
+    same_bits(given, x, f"{what}: input")
+    cuda.low_bit_encode(given, bits, message.fill_(0x5A), given)
+    same_bits(message, want, f"{what}: message in place")
+    same_bits(given, want_rest, f"{what}: remainder in place")
+    assert room[[0, -1]].tolist() == [0xA5, 0xA5], f"{what}: written outside"
+    many = want.repeat(rows, 1)
+    if size:
+        many[-1, (numel * 7) % size] = numel % 256
+    got, expected = torch.empty(numel, device=device), torch.empty(numel)
+    cuda.low_bit_decode(many[-1:].to(device), bits, got)
+    reference.low_bit_decode(many[-1:], bits, expected)
+    same_bits(got, expected, f"{what}: decoded")
+    expected = torch.linspace(-1, 1, numel)
+    got = expected.to(device)
+    apart = torch.zeros(rows, size + 3, dtype=torch.uint8, device=device)[:, 2:-1].copy_(many)
+    cuda.low_bit_decode_add(apart, bits, got)
+    reference.low_bit_decode_add(many, bits, expected)
+    same_bits(got, expected, f"{what}: sum")

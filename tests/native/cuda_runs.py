@@ -137,6 +137,25 @@ def write(device: str) -> None:
                 cases.check_write_back(device, dtype, numel, rows, k, pads, 0.25)
 
 
+def low_bit(device: str, sizes: tuple[int, ...]) -> None:
+    """Low-bit messages of all kinds of data, random bit patterns among them."""
+    generator = torch.Generator().manual_seed(0)
+    for numel in sizes:
+        data = {
+            kind: kernel_cases.values(kind, numel, generator)
+            for kind in ("gaussian", "denormal", "bad", "zero")
+        }
+        data["huge"] = (torch.randn(numel, generator=generator) * 1e38).clamp(-3.4e38, 3.4e38)
+        data["small"] = torch.randn(numel, generator=generator) * 2.0**-97
+        data["halves"] = torch.randint(-14, 15, (numel,), generator=generator) * 0.5
+        data["bits"] = (
+            torch.randint(-(2**31), 2**31, (numel,), generator=generator).to(torch.int32).view(torch.float32)
+        )
+        for turn, (kind, x) in enumerate(data.items()):
+            for bits in (1, 2, 4, 8):
+                cases.check_low_bit(device, x, bits, 1 + turn % 3, f"{kind} numel {numel} bits {bits}")
+
+
 def hostile_indices(device: str, turns: int) -> None:
     """Indices with any bits, as a peer may send them: nothing outside the buffers changes."""
     generator = torch.Generator().manual_seed(0)
@@ -175,6 +194,7 @@ def small(device: str) -> int:
         cases.check_random_indices(device, numel, k)
     cases.check_merge_topk(device, 30_000, (3000, 4000), (10, 0), 2000, True)
     write(device)
+    low_bit(device, (1, 5003))
     hostile_indices(device, 20)
     return misses
 
@@ -191,6 +211,7 @@ def few(device: str) -> int:
     cases.check_select_indices(device, fused, torch.arange(0, 20_011, 7, dtype=torch.int32), "few")
     cases.check_random_indices(device, 70_001, 700)
     cases.check_merge_topk(device, 30_000, (3000, 4000), (10, 0), 2000, True)
+    low_bit(device, (5003,))
     return misses
 
 
@@ -205,6 +226,7 @@ def everything(device: str) -> int:
     random_and_merge(device, large=True)
     nan_memory(device, (1, 63, 1009, 20_011, 1_000_003))
     write(device)
+    low_bit(device, (0, 1, 255, 256, 257, 4097, 1_000_003))
     return misses
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from commhooks.native import reference
+from commhooks.native import abi, reference
 from commhooks.native.fused import PAD, Fused, Selected
 
 SIZES = (0, 1, 2, 7, 16, 63, 257, 1009, 4096, 4097, 6007, 20011, 70001)
@@ -33,6 +33,20 @@ _UNDEFINED = torch.tensor(
     [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001, -0x400000, 0x7FFFFFFE, 0x7F800000, -0x800000],
     dtype=torch.int32,
 )
+
+
+def usable(isa: str) -> bool:
+    """Whether this machine and the library have the instruction set; False without a library."""
+    try:
+        abi.use_isa(isa)
+    except ValueError:
+        return False
+    abi.use_isa(None)
+    return True
+
+
+#: The instruction sets that can be tested; the marker ``native`` skips the tests without a library.
+ISAS = ["scalar", *filter(usable, ("avx2", "avx512", "neon"))]
 
 
 def values(kind: str, numel: int, generator: torch.Generator) -> Tensor:

@@ -50,6 +50,10 @@ def test_lists() -> None:
     runs.write("cuda")
 
 
+def test_low_bit() -> None:
+    runs.low_bit("cuda", (0, 1, 255, 256, 257, 4097, 300_007))
+
+
 def test_nan_in_the_memory() -> None:
     runs.nan_memory("cuda", (1, 63, 1009, 20_011, 1_000_003))
 

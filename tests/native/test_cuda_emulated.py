@@ -82,6 +82,12 @@ def test_lists(misses_wanted: bool) -> None:
     runs.write("cpu")
 
 
+def test_low_bit(misses_wanted: bool) -> None:
+    if misses_wanted:
+        pytest.skip("these kernels do not guess")
+    runs.low_bit("cpu", (0, 1, 255, 256, 257, 4097))
+
+
 def test_hostile_indices(misses_wanted: bool) -> None:
     if misses_wanted:
         pytest.skip("these kernels do not guess")

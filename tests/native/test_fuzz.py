@@ -77,3 +77,59 @@ def test_merge_topk(
     k = int((used_a + used_b + 2) * of_k)
     for x, y in zip(ops.merge_topk(*a, *b, k), reference.merge_topk(*a, *b, k), strict=True):
         cases.same_bits("merge", x, y)
+
+
+@quick
+@given(
+    st.integers(0, 3000),
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(1, 3),
+    st.integers(0, 2**31),
+    st.integers(0, 2),
+    st.integers(1, 3),
+)
+def test_low_bit_decode_of_any_bytes(
+    numel: int, bits: int, rows: int, seed: int, turns: int, threads: int
+) -> None:
+    """Bytes that no encoder writes are refused with one text by both, and nothing is written; else one result."""
+    generator = torch.Generator().manual_seed(seed)
+    size = ops.low_bit_size(numel, bits)
+    if turns == 2:
+        messages = torch.randint(0, 256, (rows, size), generator=generator).to(torch.uint8)
+    else:
+        vectors = torch.randn(rows, numel, generator=generator)
+        messages = torch.stack([ops.low_bit_encode(x, bits) for x in vectors])
+        for _ in range(turns if size else 0):
+            at = int(torch.randint(0, rows * size, (), generator=generator))
+            messages.view(-1)[at] = int(torch.randint(0, 256, (), generator=generator))
+    start = torch.randn(numel, generator=generator)
+    outcomes = []
+    for implementation in ("library", "reference"):
+        out = start.clone()
+        with pytest.MonkeyPatch.context() as patch:
+            if implementation == "reference":
+                patch.setattr(ops, "_implementation", lambda device: reference)
+            try:
+                ops.low_bit_decode_add(messages, bits, out, threads=threads)
+                text = ""
+            except ValueError as error:
+                text = str(error)
+                cases.same_bits("untouched", out, start)
+        outcomes.append((text, out))
+    assert outcomes[0][0] == outcomes[1][0]
+    cases.same_bits("sum", outcomes[0][1], outcomes[1][1])
+
+
+@quick
+@given(st.integers(0, 700), st.integers(0, 700), st.sampled_from([1, 2, 4, 8]), st.integers(-9, 9))
+def test_low_bit_decode_of_another_size(numel: int, other: int, bits: int, off: int) -> None:
+    """A message of any other size is refused."""
+    size = max(ops.low_bit_size(other, bits) + off, 0)
+    message = torch.full((size,), 0x22, dtype=torch.uint8)
+    out = torch.ones(numel)
+    if size == ops.low_bit_size(numel, bits):
+        return
+    for call in (ops.low_bit_decode, ops.low_bit_decode_add):
+        with pytest.raises(ValueError, match=f"for {numel} elements of {bits} bits"):
+            call(message, bits, out)
+    assert bool((out == 1).all())

@@ -17,17 +17,7 @@ from commhooks.native.fused import PAD, Fused
 pytestmark = pytest.mark.native
 
 
-def usable(isa: str) -> bool:
-    """Whether this machine and the library have the instruction set; without a library the marker skips the tests."""
-    try:
-        abi.use_isa(isa)
-    except ValueError:
-        return False
-    abi.use_isa(None)
-    return True
-
-
-@pytest.fixture(params=["scalar", *filter(usable, ("avx2", "avx512", "neon"))], autouse=True)
+@pytest.fixture(params=cases.ISAS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per instruction set that this machine has."""
     abi.use_isa(request.param)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import kernel_cases as cases
 import numpy as np
@@ -11,16 +11,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from commhooks.native import ops, reference
+from commhooks.native import abi, ops, reference
 
 BITS = (1, 2, 4, 8)
 SIZES = (0, 1, 7, 255, 256, 257, 600)
 
 
-@pytest.fixture(params=["library", "reference"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_implementation", lambda device: reference)
+
+
+@pytest.fixture(params=["library", "reference"])
+def implementation(request: pytest.FixtureRequest) -> None:
     if request.param == "reference":
-        monkeypatch.setattr(ops, "_implementation", lambda device: reference)
+        request.getfixturevalue("torch_operators")
+
+
+@pytest.fixture(params=cases.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    abi.use_isa(request.param)
+    yield request.param
+    abi.use_isa(None)
 
 
 def to_bfloat16(value: np.float32) -> np.float32:
@@ -94,6 +106,7 @@ def inputs(numel: int, seed: int) -> list[Tensor]:
     ]
 
 
+@pytest.mark.usefixtures("torch_operators")
 @pytest.mark.parametrize("bits", BITS)
 def test_the_format(bits: int) -> None:
     for numel in SIZES:
@@ -111,6 +124,7 @@ def test_the_format(bits: int) -> None:
             cases.same_bits("decoded", decoded.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.usefixtures("torch_operators")
 @pytest.mark.parametrize("bits", BITS)
 def test_remainder_and_sum(bits: int) -> None:
     """The remainder is ``x - decoded`` to the bit, also in place; rows are added in order."""
@@ -148,6 +162,76 @@ def test_remainder_and_sum(bits: int) -> None:
                 cases.same_bits("no rows", total, want)
 
 
+def check_kernels(x: Tensor, bits: int, threads: int) -> None:
+    """Encodes, decodes and adds with the library and with torch operators: the same bits everywhere."""
+    numel, size = x.numel(), ops.low_bit_size(x.numel(), bits)
+    want, want_rest = torch.empty(size, dtype=torch.uint8), torch.empty(numel)
+    reference.low_bit_encode(x, bits, want, want_rest)
+    # The library's arrays begin anywhere, and what follows them stays.
+    room = torch.full((size + 4,), 0xA5, dtype=torch.uint8)
+    got = room[3:-1]
+    before, own = x.clone(), cases.unaligned(x) if threads == 2 else x.clone()
+    ops.low_bit_encode(x, bits, got, threads=threads)
+    cases.same_bits("x", x, before)
+    cases.same_bits("message", got, want)
+    rest = torch.empty(numel)
+    ops.low_bit_encode(own, bits, got.fill_(0x5A), rest, threads=threads)
+    cases.same_bits("message again", got, want)
+    cases.same_bits("remainder", rest, want_rest)
+    ops.low_bit_encode(own, bits, got.fill_(0x5A), own, threads=threads)
+    cases.same_bits("message in place", got, want)
+    cases.same_bits("remainder in place", own, want_rest)
+    assert room[[0, 1, 2, -1]].tolist() == [0xA5] * 4
+    decoded = torch.empty(numel)
+    reference.low_bit_decode(want[None], bits, decoded)
+    for out in (torch.empty(numel), cases.unaligned(torch.empty(numel))):
+        ops.low_bit_decode(got, bits, out, threads=threads)
+        cases.same_bits("decoded", out, decoded)
+    rows = got.expand(3, size)
+    total = torch.linspace(-1, 1, numel)
+    want_total = total.clone()
+    reference.low_bit_decode_add(rows, bits, want_total)
+    ops.low_bit_decode_add(rows, bits, total, threads=threads)
+    cases.same_bits("sum", total, want_total)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels(bits: int, isa: str) -> None:
+    for numel in (0, 1, 15, 255, 256, 257, 2304, 4097, 140_001):
+        # The largest is for several threads.
+        for number, x in enumerate(inputs(numel, numel)[: 2 if numel > 5000 else None]):
+            check_kernels(x, bits, threads=1 + number % 3 if numel <= 5000 else 3)
+    for seed in range(3):
+        any_bits = torch.randint(-(2**31), 2**31, (2000,), generator=torch.Generator().manual_seed(seed))
+        check_kernels(any_bits.to(torch.int32).view(torch.float32), bits, threads=2)
+
+
+@pytest.mark.native
+def test_large_outputs_and_threads(isa: str) -> None:
+    """Streaming stores, and shares that several threads take."""
+    x = cases.values("heavy", (1 << 20) + 300, torch.Generator().manual_seed(1))
+    for bits, threads in ((1, 2), (4, 3)):
+        check_kernels(x, bits, threads)
+
+
+@pytest.mark.native
+def test_kernels_keep_denormals_where_the_caller_flushes_them(isa: str) -> None:
+    x = cases.values("denormal", 1000, torch.Generator().manual_seed(1))
+    message = ops.low_bit_encode(x, 1, remainder=(want := torch.empty(1000)))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        rest = torch.empty(1000)
+        again = ops.low_bit_encode(x, 1, remainder=rest)
+    finally:
+        torch.set_flush_denormal(False)
+    cases.same_bits("message", again, message)
+    cases.same_bits("remainder", rest, want)
+    assert bool((rest != 0).any())
+
+
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("bits", BITS)
 def test_finite_in_finite_out(bits: int) -> None:
     """Sums that overflow and scales out of range lose nothing: value and remainder are finite."""
@@ -158,6 +242,7 @@ def test_finite_in_finite_out(bits: int) -> None:
         assert torch.allclose(decoded + rest, x, rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("bits", BITS)
 def test_what_is_not_sent_remains(bits: int) -> None:
     """Over many rounds with the remainder added: sent and remainder together are all that was put in."""
@@ -172,6 +257,7 @@ def test_what_is_not_sent_remains(bits: int) -> None:
     assert float(rest.norm()) < float(x.norm()) * (20 if bits <= 2 else 1)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_hostile_messages_are_refused_with_their_block() -> None:
     for bits in BITS:
         good = torch.stack([ops.low_bit_encode(torch.randn(600) + 0.1, bits) for _ in range(2)])
@@ -201,6 +287,7 @@ def test_hostile_messages_are_refused_with_their_block() -> None:
                 ops.low_bit_decode_add(bad, bits, torch.ones(600))
 
 
+@pytest.mark.usefixtures("implementation")
 def test_an_odd_number_of_four_bit_codes_ends_in_no_code() -> None:
     """The unused half of the last byte is 0 and no code; the used half may not be 0."""
     message = ops.low_bit_encode(torch.full((5,), -1.0), 4)

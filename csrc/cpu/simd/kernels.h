@@ -78,6 +78,30 @@ struct Survivors {
   uint8_t *b;
 };
 
+// Elements of one block of a low-bit message.
+constexpr int64_t kLowBitBlock = 256;
+
+struct LowBitEncode {
+  const float *x;
+  float *remainder;  // may be x; nullptr: not wanted
+  uint8_t *scales;   // 2 bytes a block
+  uint8_t *codes;
+  int64_t numel;
+  int32_t bits;
+  int32_t stream;  // whether the remainder gets streaming stores: then it begins on a cache line
+};
+
+struct LowBitDecode {
+  const uint8_t *messages;  // scales, then codes
+  int64_t rows;
+  int64_t stride;  // bytes from one message to the next
+  float *out;
+  int64_t numel;
+  int32_t bits;
+  int32_t add;     // whether values are added; else there is one row
+  int32_t stream;  // whether `out` gets streaming stores: then it begins on a cache line
+};
+
 struct Kernels {
   const char *name;
   // The fused pass over [begin, end); `append` chooses whether candidates are taken out.
@@ -112,6 +136,9 @@ struct Kernels {
   bool (*ascending)(const int32_t *indices, int64_t size);
   // One pass of the Feistel network over out[j] = first + j, in place over `size` indices.
   void (*feistel)(uint32_t *indices, int64_t size, const uint32_t *round_keys, int32_t half_bits);
+  // Blocks [begin, end) of a low-bit message.
+  void (*low_bit_encode)(const LowBitEncode &args, int64_t begin, int64_t end);
+  void (*low_bit_decode)(const LowBitDecode &args, int64_t begin, int64_t end);
 };
 
 extern const Kernels kScalarKernels;

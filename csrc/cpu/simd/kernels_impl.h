@@ -6,6 +6,7 @@
 
 #include "simd/dense_impl.h"
 #include "simd/lists_impl.h"
+#include "simd/low_bit_impl.h"
 #include "simd/merge_impl.h"
 
 namespace commhooks {
@@ -15,7 +16,8 @@ template <class V>
 constexpr Kernels make_kernels(const char *name, void (*stream)(void *, const void *, int64_t),
                                void (*unite_all)(const MergeInput &, Stretch *, int) = unite<V>) {
   return Kernels{name,  fuse<V>, carry,     collect<V>,     all_zero,       sample, key_range, between<V>,
-                 count, emit<V>, unite_all, emit_merged<V>, mark_common<V>, stream, ascending, feistel};
+                 count, emit<V>, unite_all, emit_merged<V>, mark_common<V>, stream, ascending, feistel,
+                 low_bit_encode<V>, low_bit_decode<V>};
 }
 
 }  // namespace

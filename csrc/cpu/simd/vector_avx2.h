@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "simd/bytes.h"
+
 namespace commhooks {
 namespace {
 
@@ -54,6 +56,30 @@ struct Avx2Vector {
   static Float broadcast(float x) { return _mm256_set1_ps(x); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  // For low-bit messages.
+  using Mask = __m256;
+  static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float magnitude(Float x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+  static Float clamp(Float x, Float low, Float high) { return _mm256_min_ps(_mm256_max_ps(x, low), high); }
+  static Float larger_key(Float a, Float b) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+  static Mask at_least(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+  static Float choose(Mask mask, Float a, Float b) { return _mm256_blendv_ps(b, a, mask); }
+  static Bytes16 low_bytes(const Float *x) {
+    const __m256i byte = _mm256_set1_epi32(0xff);
+    const __m256i words = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(x[0]), byte),
+                                              _mm256_and_si256(_mm256_castps_si256(x[1]), byte));
+    // Each half holds four bytes of x[0] and then four of x[1].
+    const __m256i packed = _mm256_packus_epi16(words, words);
+    const uint64_t first = static_cast<uint64_t>(_mm256_extract_epi64(packed, 0));
+    const uint64_t second = static_cast<uint64_t>(_mm256_extract_epi64(packed, 2));
+    return {(first & 0xffffffffu) | second << 32, first >> 32 | (second & ~uint64_t{0xffffffffu})};
+  }
+  static void from_bytes(Bytes16 bytes, Float *x) {
+    x[0] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes.low))));
+    x[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes.high))));
+  }
   static uint32_t above(Float x, uint32_t key) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
     const __m256i larger = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(static_cast<int32_t>(key)));

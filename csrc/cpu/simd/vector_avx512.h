@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "simd/bytes.h"
+
 namespace commhooks {
 namespace {
 
@@ -25,6 +27,24 @@ struct Avx512Vector {
   static Float broadcast(float x) { return _mm512_set1_ps(x); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  // For low-bit messages.
+  using Mask = __mmask16;
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float magnitude(Float x) { return _mm512_abs_ps(x); }
+  static Float clamp(Float x, Float low, Float high) { return _mm512_min_ps(_mm512_max_ps(x, low), high); }
+  static Float larger_key(Float a, Float b) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static Mask at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static Float choose(Mask mask, Float a, Float b) { return _mm512_mask_mov_ps(b, mask, a); }
+  static Bytes16 low_bytes(const Float *x) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_castps_si512(x[0]));
+    return {static_cast<uint64_t>(_mm_cvtsi128_si64(bytes)), static_cast<uint64_t>(_mm_extract_epi64(bytes, 1))};
+  }
+  static void from_bytes(Bytes16 bytes, Float *x) {
+    const __m128i both = _mm_set_epi64x(static_cast<long long>(bytes.high), static_cast<long long>(bytes.low));
+    x[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(both));
+  }
   static uint32_t above(Float x, uint32_t key) {
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
     return _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(static_cast<int32_t>(key)));

@@ -5,6 +5,8 @@
 #include <arm_neon.h>
 #include <stdint.h>
 
+#include "simd/bytes.h"
+
 namespace commhooks {
 namespace {
 
@@ -40,6 +42,30 @@ struct NeonVector {
   static Float broadcast(float x) { return vdupq_n_f32(x); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
+  // For low-bit messages.
+  using Mask = uint32x4_t;
+  static Float sub(Float a, Float b) { return vsubq_f32(a, b); }
+  static Float magnitude(Float x) { return vabsq_f32(x); }
+  static Float clamp(Float x, Float low, Float high) { return vminq_f32(vmaxq_f32(x, low), high); }
+  static Float larger_key(Float a, Float b) {
+    return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+  }
+  static Mask at_least(Float a, Float b) { return vcgeq_f32(a, b); }
+  static Float choose(Mask mask, Float a, Float b) { return vbslq_f32(mask, a, b); }
+  static uint64_t low_bytes_of_two(Float a, Float b) {
+    const uint16x4_t first = vmovn_u32(vreinterpretq_u32_f32(a));
+    const uint16x4_t second = vmovn_u32(vreinterpretq_u32_f32(b));
+    return vget_lane_u64(vreinterpret_u64_u8(vmovn_u16(vcombine_u16(first, second))), 0);
+  }
+  static Bytes16 low_bytes(const Float *x) { return {low_bytes_of_two(x[0], x[1]), low_bytes_of_two(x[2], x[3])}; }
+  static void from_bytes(Bytes16 bytes, Float *x) {
+    const uint16x8_t low = vmovl_u8(vcreate_u8(bytes.low));
+    const uint16x8_t high = vmovl_u8(vcreate_u8(bytes.high));
+    x[0] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)));
+    x[1] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)));
+    x[2] = vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)));
+    x[3] = vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)));
+  }
   static uint32_t above(Float x, uint32_t key) {
     const uint32x4_t magnitude = vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7fffffffu));
     return vaddvq_u32(vandq_u32(vcgtq_u32(magnitude, vdupq_n_u32(key)), vld1q_u32(kLaneBits)));

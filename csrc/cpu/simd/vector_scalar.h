@@ -3,6 +3,7 @@
 #ifndef COMMHOOKS_CPU_VECTOR_SCALAR_H
 #define COMMHOOKS_CPU_VECTOR_SCALAR_H
 
+#include "simd/bytes.h"
 #include "simd/half.h"
 
 namespace commhooks {
@@ -23,6 +24,39 @@ struct ScalarVector {
   static Float broadcast(float x) { return x; }
   static Float add(Float a, Float b) { return a + b; }
   static Float mul(Float a, Float b) { return a * b; }
+  // For low-bit messages. Which lanes: a type of the vector's own.
+  using Mask = uint32_t;  // all bits or none: a branch on data costs more
+  static Float sub(Float a, Float b) { return a - b; }
+  static Float magnitude(Float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+  // No NaN comes here.
+  static Float clamp(Float x, Float low, Float high) {
+    const Float least = x > low ? x : low;
+    return least < high ? least : high;
+  }
+  // The larger of two magnitudes as integers: NaN is above infinity.
+  static Float larger_key(Float a, Float b) {
+    const int32_t key_a = static_cast<int32_t>(bits_of(a));
+    const int32_t key_b = static_cast<int32_t>(bits_of(b));
+    return float_of(static_cast<uint32_t>(key_a > key_b ? key_a : key_b));
+  }
+  static Mask at_least(Float a, Float b) { return a >= b ? ~0u : 0u; }
+  static Float choose(Mask mask, Float a, Float b) { return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask)); }
+  // The lowest byte of the bits of each of 16 elements, which 16 / kLanes vectors hold.
+  static Bytes16 low_bytes(const Float *x) {
+    Bytes16 bytes{0, 0};
+    for (int j = 0; j < 8; ++j) {
+      bytes.low |= static_cast<uint64_t>(bits_of(x[j]) & 0xffu) << (8 * j);
+      bytes.high |= static_cast<uint64_t>(bits_of(x[8 + j]) & 0xffu) << (8 * j);
+    }
+    return bytes;
+  }
+  // 16 elements: the bytes as numbers.
+  static void from_bytes(Bytes16 bytes, Float *x) {
+    for (int j = 0; j < 8; ++j) {
+      x[j] = static_cast<float>(static_cast<int32_t>(bytes.low >> (8 * j) & 0xffu));
+      x[8 + j] = static_cast<float>(static_cast<int32_t>(bytes.high >> (8 * j) & 0xffu));
+    }
+  }
   // Bit per lane: whether the key (magnitude bits) is above `key`.
   static uint32_t above(Float x, uint32_t key) { return (bits_of(x) & 0x7fffffffu) > key ? 1u : 0u; }
   static Float clear(Float x, uint32_t lanes) { return lanes != 0 ? 0.0f : x; }

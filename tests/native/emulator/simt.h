@@ -164,6 +164,7 @@ inline uint32_t __float_as_uint(float value) { return static_cast<uint32_t>(to_b
 inline float __uint_as_float(uint32_t bits) { return from_bits<float>(bits); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 
 inline _Float16 __ushort_as_half(uint16_t bits) { return from_bits<_Float16>(bits); }
 inline uint16_t __half_as_ushort(_Float16 value) { return static_cast<uint16_t>(to_bits(value)); }
