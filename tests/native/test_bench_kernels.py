@@ -16,12 +16,14 @@ from benchmarks.kernels import cuda as kernels_cuda
 from benchmarks.kernels import cuda_checks as kernels_cuda_checks
 from benchmarks.kernels import cuda_tools as kernels_cuda_tools
 from benchmarks.kernels import data as kernels_data
+from benchmarks.kernels import low_bit
 from benchmarks.kernels.data import RealRun
 from benchmarks.kernels.records import BASELINES, KEYS, Records, bandwidth, copy_bandwidth, ratio
+from benchmarks.kernels.timing import Bench
 from emulator import build as emulator
 from torch import Tensor
 
-from commhooks.native import abi, cuda
+from commhooks.native import abi, cuda, reference
 
 ISSUE_KEYS = "bench kernel data numel density device threads metric unit value baselines".split()
 LABELS = {"kernel": "select_topk", "data": "gaussian", "numel": 1000, "density": 0.01}
@@ -195,3 +197,22 @@ def test_segments_fill_the_bucket() -> None:
     for numel in (1, 589_824, 589_825, 6_553_600):
         offsets = kernels_cuda_tools.segments_of(numel, "cpu")
         assert offsets[0] == 0 and offsets[-1] == numel and bool((offsets.diff() > 0).all())
+
+
+@pytest.mark.native
+def test_low_bit_rows(tmp_path: Path) -> None:
+    """Each width once beside one pass over a vector; a kernel that differs is told before it is timed."""
+    bench = Bench(1, 1, False, tmp_path / "file.jsonl")
+    low_bit.measure(bench, 3000)
+    assert [(record["kernel"], record["data"]) for record in bench.records] == [
+        (kernel, f"gaussian, {bits} bits")
+        for bits in (1, 2, 4, 8)
+        for kernel in ("low_bit_encode", "low_bit_decode_add")
+    ]
+    assert all(set(record["baselines"]) == {"r*=a"} for record in bench.records)
+
+
+def test_low_bit_rows_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "low_bit_encode", lambda x, bits, out, remainder: out.zero_())
+    with pytest.raises(AssertionError, match="4 bits disagree"):
+        low_bit.check(torch.randn(300), 4, 1)

@@ -1,4 +1,4 @@
-"""`scripts/bench kernels`: the kernels beside `r += g`, torch, numpy and memcpy.
+"""`scripts/bench kernels`: the kernels beside `r += g`, `r *= a`, torch, numpy and memcpy.
 
     scripts/bench kernels --quick               # 1M and 6.55M elements, 5 repetitions: under a minute
     scripts/bench kernels --json FILE           # everything: some minutes, 3 GB of memory
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from commhooks.native import abi
 
-from . import merge, selections, sparse
+from . import low_bit, merge, selections, sparse
 from .data import DATA, train
 from .timing import Bench
 
@@ -80,10 +80,18 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
         selections.measure_misses(bench, numel, density)
         sparse.measure(bench, numel, density)
         bench.save()
+    for numel in sizes(options):
+        low_bit.measure(bench, numel)
+        bench.save()
+
+
+def sizes(options: argparse.Namespace) -> Sequence[int]:
+    """Numbers of elements."""
+    return options.sizes or (_SIZES[:2] if options.quick else _SIZES)
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """Sizes and densities."""
-    for numel in options.sizes or (_SIZES[:2] if options.quick else _SIZES):
+    for numel in sizes(options):
         for density in _DENSITIES:
             yield numel, density

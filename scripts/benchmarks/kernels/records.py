@@ -13,7 +13,7 @@ KEYS = (
     "bench", "kernel", "data", "numel", "density", "device", "threads",
     "metric", "unit", "value", "baselines",
 )  # fmt: skip
-BASELINES = ("r+=g", "torch", "torch.topk", "memcpy", "numpy", "cub")
+BASELINES = ("r+=g", "r*=a", "torch", "torch.topk", "memcpy", "numpy", "cub")
 
 
 class Model(NamedTuple):
@@ -38,6 +38,7 @@ MODELS = {
     "random_indices": Model("4 k", lambda n, k: 4 * k),
     "merge_topk": Model("26 k", lambda n, k: 26 * k),  # two lists read, one and two flags an entry written
 }
+MODELS |= dict.fromkeys(("low_bit_encode", "low_bit_decode_add"), Model("8 n", lambda n, k: 8 * n))
 WITH_VELOCITY = Model("20 n", lambda n, k: 20 * n)
 HALF_GRADIENT = Model("10 n", lambda n, k: 10 * n)
 BY_BITMAP = Model(
