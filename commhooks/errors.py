@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = __name__.split(".")[0]
-_MEMORY = ("momentum", "factor_masking", "rescale_with_lr", "clip_norm")
+_MEMORY = ("momentum", "weight_decay", "factor_masking", "rescale_with_lr", "clip_norm", "norm_over")
 _SPELLINGS: dict[str, str] = {
     **{name: f"memory=ErrorFeedback({name}={{value!r}})" for name in _MEMORY},
+    "nesterov": "memory=ErrorFeedback(momentum=0.9, nesterov={value!r})",
     "factor_masking": "memory=ErrorFeedback(momentum=0.9, factor_masking={value!r})",
     "error_feedback": "memory=ErrorFeedback(), or memory=NoMemory() to send without it",
     "ratio": "density={value!r}",
@@ -35,7 +36,6 @@ _SPELLINGS: dict[str, str] = {
     "frequency": "period={value!r}",
     "period": "sync_every={value!r}",
     "warmup": "warmup_steps={value!r}",
-    "nesterov": "memory=ErrorFeedback(momentum=0.9)",
     "wd": "weight_decay={value!r}",
 }
 """Unknown argument: what to write instead.

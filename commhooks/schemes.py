@@ -146,13 +146,14 @@ def dense_memory(memory: Memory | None) -> Memory:
     """Returns the memory to use instead of ``memory`` when the exchange is dense.
 
     A dense exchange withholds nothing, so a plain ``ErrorFeedback`` becomes ``NoMemory()``. A memory with
-    momentum or clipping is kept, because both act on dense gradients too: momentum in the memory replaces
-    the optimizer's, and without it the model would train by another rule. A memory of the user's own class
-    is kept as well.
+    momentum, weight decay or clipping is kept, because all act on dense gradients too: momentum in the memory
+    replaces the optimizer's, and without it the model would train by another rule. A memory of the user's own
+    class is kept as well.
     """
     if memory is None or memory is UNSET:
         return NoMemory()
-    if type(memory) is ErrorFeedback and memory.momentum == 0.0 and memory.clip_norm is None:
+    plain = type(memory) is ErrorFeedback and memory.momentum == 0.0 and memory.clip_norm is None
+    if plain and not memory.decays:
         return NoMemory()
     return memory
 

@@ -361,6 +361,7 @@ LARGE_CLASSES = set()
 SETTINGS = {
     "ddp/state.py SparseState.__init__": "settings of SparseState",
     "ddp/state.py SparseState.auto": "settings of SparseState",
+    "ddp/state.py SparseState.for_optimizer": "settings of SparseState",
     "horovod/optimizer.py DistributedOptimizer": "horovod.torch.DistributedOptimizer",
     "reduction/reducer.py Reducer.__init__": "settings of Reducer",
 }

@@ -41,7 +41,8 @@ def check_optimizer(
     """Refuses combinations that do not train, and warns of doubtful ones. Called before data is sent.
 
     Warns:
-        UserWarning: momentum in the memory and in the optimizer; random-k with momentum anywhere; L-BFGS.
+        UserWarning: momentum, or weight decay, in the memory and in the optimizer; random-k with momentum
+            anywhere; L-BFGS.
 
     Raises:
         TypeError: ``optimizer`` has no ``param_groups``.
@@ -60,6 +61,14 @@ def check_optimizer(
         _warn(
             f"the optimizer's momentum {theirs:g} and ErrorFeedback's {ours:g} both act: momentum belongs to "
             "one place, set the optimizer's to 0"
+        )
+    theirs_decay = max(
+        (float(g.get("weight_decay") or 0.0) for g in getattr(optimizer, "param_groups", ())), default=0.0
+    )
+    if memory is not None and memory.decays and theirs_decay > 0.0:
+        _warn(
+            f"the optimizer's weight_decay {theirs_decay:g} and ErrorFeedback's both act: weight decay "
+            "belongs to one place, set the optimizer's to 0"
         )
     momentum = max(ours, theirs) or max(
         (_first_beta(g) for g in getattr(optimizer, "param_groups", ())), default=0.0

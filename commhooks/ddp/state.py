@@ -6,6 +6,8 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from ..exchange import Aggregator, Dense, LowBit
 from ..gradient.bucket import Bucket
 from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
+from ..memory.clipping import norm_of
 from ..memory.no_memory import NoMemory
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, dense_memory, make_parts
@@ -27,6 +30,7 @@ from ..transports import OVER_TORCH, Transport
 from ..transports.distributed import backend_for
 from .comm_thread import CommThread
 from .optimizers import check_optimizer, is_plain_sgd
+from .recipe import Recipe, check_moved
 from .step_watch import StepWatch
 from .wrapped import find_ddp
 
@@ -68,6 +72,7 @@ class SparseState:
         reducer: runs the pipeline for each bucket.
         error: the error that made the state fail, or None. A failed state raises it at every later step.
         plan: the decision of :meth:`auto`, or None.
+        moved: the optimizer's settings that :meth:`for_optimizer` put into the memory, or None.
         watch: observes whether the averages are used, zeroed or accumulated.
 
     Raises:
@@ -77,6 +82,8 @@ class SparseState:
 
     _owner: weakref.ref[Any] | None
     error: BaseException | None
+    moved: dict[str, object] | None = None
+    _waiting: list[_Full]
 
     @says_what_to_write
     def __init__(
@@ -120,6 +127,58 @@ class SparseState:
             load_mpi()  # MPI_Init belongs to the main thread. The first bucket comes on another one
         self.plan: Plan | None = None
         self._reset_runtime()
+
+    @classmethod
+    @says_what_to_write
+    def for_optimizer(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        density: float = 0.01,
+        transport: str | Transport = "distributed",
+        *,
+        warmup_steps: int,
+        scheme: str | None = None,
+        clip_norm: float | None = None,
+        norm_over: str = "bucket",
+        **options: Any,
+    ) -> SparseState:
+        """Makes the state that goes with an optimizer, and tells on rank 0 in one line what it did.
+
+        Of ``torch.optim.SGD`` it takes momentum, ``nesterov`` and weight decay into the memory and sets the
+        optimizer's to 0, so that they act on what each rank computes and not on what arrives. The velocity is
+        masked where a value was sent. A step of the optimizer raises ``ValueError`` when one of them is set
+        again, as ``OneCycleLR`` does with the momentum unless ``cycle_momentum=False``. Weight decay may
+        differ between the parameter groups. Other optimizers stay as they are. For those with a second moment
+        every element is sent in 4 bits, and the line names averaging, which sends less.
+
+        Call it before the optimizer loads a checkpoint of a run with such a state.
+
+        Args:
+            optimizer: the job's optimizer.
+            density: k/n in (0, 1] after the warm-up.
+            transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
+            warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none.
+            scheme: a name of ``commhooks.schemes.SCHEMES`` except ``"dense"``. None: ``"lowbit"``, which has
+                no density, for optimizers with a second moment, else ``"topk"``.
+            clip_norm: largest norm of this rank's gradient, before the memory.
+            norm_over: the norm of each ``"bucket"``, or of the whole ``"model"``: see ``ErrorFeedback``.
+            options: further arguments of this class except ``memory``.
+
+        Raises:
+            TypeError: ``optimizer`` is no torch optimizer, or ``memory`` is given.
+            ValueError: a number out of range, or settings of the optimizer that a memory cannot have:
+                momentum that differs between the groups, dampening, ``maximize`` with weight decay, random-k
+                with momentum.
+        """
+        if "memory" in options:
+            raise TypeError(
+                "for_optimizer() makes the memory: write SparseState.topk(..., memory=...) instead"
+            )
+        clip = None if clip_norm is None else (clip_norm, norm_over)
+        recipe = Recipe(optimizer, density, warmup_steps=warmup_steps, scheme=scheme, clip=clip)
+        state = cls._of(recipe.scheme, recipe.density, transport, memory=recipe.memory, **options)
+        state.moved = recipe.apply()
+        return state
 
     @classmethod
     @says_what_to_write
@@ -270,43 +329,85 @@ class SparseState:
         Returns:
             A future of ``buffer``. An error is raised where the future's value is used.
         """
+        # Before take(), which begins to watch parameters that register() has not named.
+        idle = self.watch.never_reached(parameters) if self.reducer.memory.decays else []
         stale = self.watch.take(parameters)
         devices: list[Any] = [buffer.device] if buffer.device.type == "cuda" else []
         done: Future[Tensor] = Future(devices=devices)
         if self._passthrough or self.error is not None:
             done.set_result(buffer)
             return done.then(self._check)
-        ready = ready_event(buffer)
-
-        def task() -> None:
-            try:
-                with stream_after(ready, buffer):
-                    self._reduce(buffer, index, parameters, is_last, stale)
-                    # Set on this stream, so that users of the result wait for the work queued on it.
-                    done.set_result(buffer)
-            except BaseException as error:  # the device itself failed
-                self._fail(error)
-                done.set_result(buffer)
-
-        self._thread.submit(task)
+        self._waiting.append(
+            _Full(buffer, index, parameters, is_last, stale, idle, ready_event(buffer), done)
+        )
+        if is_last or not self.reducer.memory.clips_model:
+            full, self._waiting = self._waiting, []
+            self._thread.submit(partial(self._run, full))
         return done.then(self._check)
 
-    def _reduce(
-        self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool, stale: list[int]
-    ) -> None:
-        """Reduces one bucket on the state's own thread. An error is kept for :meth:`raise_error`."""
+    def _run(self, full: list[_Full]) -> None:
+        """Reduces buckets on the state's own thread. Where the memory clips the model, they are a step's."""
+        norm = self._step_norm(full) if self.reducer.memory.clips_model else None
+        for one in full:
+            try:
+                with stream_after(one.ready, one.buffer):
+                    self._reduce(one, norm)
+                    # Set on this stream, so that users of the result wait for the work queued on it.
+                    one.done.set_result(one.buffer)
+            except BaseException as error:  # the device itself failed
+                self._fail(error)
+                one.done.set_result(one.buffer)
+
+    def _step_norm(self, full: list[_Full]) -> Tensor | None:
+        """Returns the norm of a whole step's gradients. An error is kept for :meth:`raise_error`."""
+        if self.error is not None:
+            return None
+        one_device, norms = len({one.buffer.device for one in full}) == 1, []
+        try:
+            for one in full:
+                with stream_after(one.ready, one.buffer):
+                    norm = norm_of(self._enter(one).buffer)
+                    norms.append(norm if one_device else norm.cpu())
+            with stream_after(full[-1].ready, full[-1].buffer):
+                return norm_of(torch.stack(norms))
+        except BaseException as error:
+            self._fail(error)
+            return None
+
+    def _enter(self, one: _Full) -> Bucket:
+        """Makes the bucket and takes stale gradients out of it."""
+        if one.bucket is None:
+            unreached = frozenset() if self._steps_all else frozenset((*one.stale, *one.idle))
+            one.bucket = self._bucket(one.buffer, one.index, one.parameters, one.is_last, unreached)
+            one.held = one.bucket.take_out(one.stale)
+        return one.bucket
+
+    def _reduce(self, one: _Full, norm: Tensor | None) -> None:
+        """Reduces one bucket. An error is kept for :meth:`raise_error`."""
         if self.error is not None:
             return
         try:
-            bucket = self._bucket(buffer, index, parameters, is_last)
-            held = bucket.take_out(stale)
-            self.reducer.reduce(bucket, self._loss_scale())
-            bucket.put_back(held)
-            if is_last:
-                self.watch.end_step(bool(self.reducer.nonfinite_buckets))
+            bucket = self._enter(one)
+            if norm is not None:
+                bucket = replace(bucket, step_norm=norm)
+            scale = self._loss_scale()
+            self.reducer.reduce(bucket, scale)
+            bucket.put_back(one.held)
+            if bucket.is_last:
+                bad = bool(self.reducer.nonfinite_buckets)
+                self.watch.end_step(bad)
+                if self.reducer.selector is not None and self.reducer.remembers and not bad:
+                    self.watch.remember_largest(bucket, scale)
         except BaseException as error:
             self._fail(error)
-            drain(buffer.device, _DRAIN_S)
+            drain(one.buffer.device, _DRAIN_S)
+
+    def forget_waiting(self) -> None:
+        """Gives buckets that wait for their step's last one back as they are. They are in no memory yet."""
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            self._indices.discard(one.index)
+            one.done.set_result(one.buffer)
 
     def set_names(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Sets the parameters' names, for ``state_dict`` and messages. :func:`register` calls it."""
@@ -316,12 +417,14 @@ class SparseState:
             if parameter.requires_grad and parameter.is_leaf:
                 self.watch.add(parameter, name)
 
-    def attach(self, owner: Any, average: bool = True) -> None:
+    def attach(self, owner: Any, average: bool = True, steps_all: bool = False) -> None:
         """Binds the state to one model.
 
         Args:
             owner: the model, held weakly.
             average: whether its gradients become the average over ranks, or their sum.
+            steps_all: whether the optimizer steps with parameters, too, that no backward pass reached, as
+                under Horovod. Such parameters then have weight decay; under DDP they have none.
 
         Raises:
             ValueError: the state belongs to another model already.
@@ -330,7 +433,7 @@ class SparseState:
             raise ValueError("this SparseState has a model already; each DDP model needs a state of its own")
         # Weakly: DDP's C++ part holds this state, and a cycle through C++ would never be collected.
         self._owner = weakref.ref(owner)
-        self.reducer.average = average
+        self.reducer.average, self._steps_all = average, steps_all
 
     def open(self, device_type: str | None = None) -> None:
         """Opens the transport if it is not open yet. A collective call, which the first bucket makes too.
@@ -381,6 +484,7 @@ class SparseState:
 
     def reset(self) -> None:
         """Sets the memory to zero and starts at step 0. Call it on all ranks between the same steps."""
+        self.forget_waiting()
         self._thread.wait()
         self.reducer.reset()
         self.watch.forgive()
@@ -404,16 +508,22 @@ class SparseState:
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's residuals and velocities by parameter name. Save one per rank.
 
+        ``"moved"`` has the settings that :meth:`for_optimizer` moved, by name.
+
         Raises:
             ValueError: the parameters' names are unknown.
         """
-        return self.reducer.state_dict()
+        moved = {} if self.moved is None else {"moved": dict(self.moved)}
+        return {**self.reducer.state_dict(), **moved}
 
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Loads this rank's state, or the list of all ranks' states of a run of any world size.
 
-        The first call opens the transport, which is collective. Errors as :meth:`Reducer.load_state_dict`.
+        The first call opens the transport, which is collective. Errors as :meth:`Reducer.load_state_dict`. A
+        state of :meth:`for_optimizer` also raises ``ValueError`` when the saved one moved other settings.
         """
+        for saved in state if isinstance(state, list) else [state]:
+            check_moved(saved, self.moved)
         self.open()
         self.reducer.load_state_dict(state)
         self._steps_seen = 0
@@ -423,6 +533,7 @@ class SparseState:
 
         Everything that the failed step sent or kept is forgotten. Compute that step's gradients again.
         """
+        self.forget_waiting()
         self._steps_seen = 0
         self._indices.clear()
         self.error = None
@@ -473,8 +584,17 @@ class SparseState:
         self._passthrough = False
         self._steps_seen = 0
         self._indices: set[int] = set()
+        self._waiting = []
+        self._steps_all = False
 
-    def _bucket(self, buffer: Tensor, index: int, parameters: tuple[Hashable, ...], is_last: bool) -> Bucket:
+    def _bucket(
+        self,
+        buffer: Tensor,
+        index: int,
+        parameters: tuple[Hashable, ...],
+        is_last: bool,
+        unreached: frozenset[int],
+    ) -> Bucket:
         """Makes the bucket and checks that it is of this state's model.
 
         Raises:
@@ -504,7 +624,7 @@ class SparseState:
         numels = tuple(p.numel() for p in parameters if isinstance(p, Tensor))
         if not self.reducer.connection.is_open:
             self.open(buffer.device.type)
-        return Bucket(index, buffer, parameters, numels, is_last)
+        return Bucket(index, buffer, parameters, numels, is_last, unreached, in_memory_order=True)
 
     def _loss_scale(self) -> float:
         """Returns this step's loss scale. Called on the state's thread, since reading it may wait."""
@@ -523,6 +643,30 @@ class SparseState:
         return done.value()
 
 
+@dataclass(eq=False, slots=True)
+class _Full:
+    """A bucket that DDP has filled.
+
+    Attributes:
+        stale: positions of parameters whose old ``.grad`` is in the buffer.
+        idle: positions of parameters that no backward pass has reached yet.
+        ready: the event after which the buffer is full; None on the CPU.
+        done: the future that DDP waits for.
+        bucket, held: once it was taken into the step: the bucket, and what ``take_out`` returned.
+    """
+
+    buffer: Tensor
+    index: int
+    parameters: tuple[Hashable, ...]
+    is_last: bool
+    stale: list[int]
+    idle: list[int]
+    ready: Any
+    done: Future[Tensor]
+    bucket: Bucket | None = None
+    held: dict[int, Tensor] = field(default_factory=dict)
+
+
 _DRAIN_S = 5.0
 """Seconds for which a failed bucket waits for its work on a GPU. A stalled NCCL kernel never ends."""
 
@@ -533,6 +677,8 @@ _RUNTIME = (
     "_passthrough",
     "_steps_seen",
     "_indices",
+    "_waiting",
+    "_steps_all",
     "process_group",
     "grad_scaler",
     "error",

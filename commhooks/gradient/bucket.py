@@ -24,6 +24,11 @@ class Bucket:
         keys: one per segment: DDP's ``Parameter`` object or a name. The memory is stored by key.
         numels: number of elements of each segment, in the buffer's order. The sum is ``n``.
         is_last: whether this bucket ends the step.
+        unreached: positions of parameters that no backward pass of this step reached, as far as it is known.
+        in_memory_order: whether a segment has its parameter's elements in the order of the parameter's own
+            memory, as DDP lays them out. False: in the order of its indices. The two differ for parameters in
+            ``torch.channels_last``.
+        step_norm: the L2 norm of all of this rank's gradients in this step, one element; None: unknown.
 
     Raises:
         TypeError: the buffer is sparse or of another dtype.
@@ -36,6 +41,9 @@ class Bucket:
     keys: tuple[Hashable, ...]
     numels: tuple[int, ...]
     is_last: bool = True
+    unreached: frozenset[int] = frozenset()
+    in_memory_order: bool = False
+    step_norm: Tensor | None = None
 
     def __post_init__(self) -> None:
         b = self.buffer
@@ -61,6 +69,25 @@ class Bucket:
     def numel(self) -> int:
         """Number of elements in the buffer."""
         return self.buffer.numel()
+
+    def weights(self) -> list[tuple[int, Tensor]]:
+        """Returns ``(position, values)`` of every parameter that this step's backward reached.
+
+        The values have shape ``(numel,)`` and the segment's order.
+
+        Raises:
+            ValueError: a key is no parameter, so that its values are unknown.
+        """
+        found = []
+        for position, (key, numel) in enumerate(zip(self.keys, self.numels, strict=True)):
+            if not isinstance(key, Tensor) or key.numel() != numel:
+                raise ValueError(
+                    f"bucket {self.index}: weight decay needs the parameters, and {key!r:.60} is none: it "
+                    "goes with DDP and with Horovod"
+                )
+            if position not in self.unreached:
+                found.append((position, _flat(key.detach(), self.in_memory_order)))
+        return found
 
     def take_out(self, positions: Sequence[int]) -> dict[int, Tensor]:
         """Sets the segments at ``positions``, which hold no gradient of this step, to zero.
@@ -92,3 +119,26 @@ class Bucket:
     def _segment(self, position: int) -> Tensor:
         start = sum(self.numels[:position])
         return self.buffer[start : start + self.numels[position]]
+
+
+def _flat(parameter: Tensor, in_memory_order: bool) -> Tensor:
+    """Returns the parameter's elements, shape ``(n,)``, in one of the two orders of :class:`Bucket`."""
+    if not in_memory_order or parameter.is_contiguous() or not _is_dense(parameter):
+        return parameter.reshape(-1)
+    return parameter.as_strided((parameter.numel(),), (1,))
+
+
+def shaped(segment: Tensor, parameter: Tensor) -> Tensor:
+    """Returns a view of ``segment`` (n,) in the parameter's shape, in the order of the parameter's memory.
+
+    DDP lays its buckets out like this. A parameter whose memory has gaps has its indices' order.
+    """
+    if parameter.is_contiguous() or not _is_dense(parameter):
+        return segment.view(parameter.shape)
+    return segment.as_strided(parameter.shape, parameter.stride(), segment.storage_offset())
+
+
+def _is_dense(parameter: Tensor) -> bool:
+    """Whether the elements lie without gaps. The elements of a parameter never overlap."""
+    steps = zip(parameter.shape, parameter.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in steps) + 1 == parameter.numel()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradient.bucket import shaped
+
 _MIB = 1 << 20
 _FIRST_CAP_MB = 1.0  # small, as in DDP: communication starts early in backward
 
@@ -18,7 +20,7 @@ class FusedBucket:
     Attributes:
         parameters: in the buffer's order.
         buffer: shape ``(n,)``, the parameters' dtype.
-        views: by parameter, its part of the buffer in the parameter's shape.
+        views: by parameter, its part of the buffer in the parameter's shape and order of memory, as in DDP.
         missing: parameters whose gradient has not arrived yet.
         future: of the exchange; None before it was started.
     """
@@ -31,7 +33,7 @@ class FusedBucket:
         self.views: dict[Tensor, Tensor] = {}
         start = 0
         for p in self.parameters:
-            self.views[p] = self.buffer[start : start + p.numel()].view(p.shape)
+            self.views[p] = shaped(self.buffer[start : start + p.numel()], p)
             start += p.numel()
         self.missing: set[Tensor] = set(self.parameters)
         self.future: Any = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ddp.recipe import Recipe
 from ..errors import SettingsMismatchError, says_what_to_write
 from ..memory import Memory
 from ..selection.density import DensitySchedule
@@ -89,6 +90,11 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
             votes, rest = divmod(total, int(_VOTE))
             complete = rest == world_size + 2
             if complete or self._averages is not None:
+                if self.core.memory.decays and not averages:
+                    raise ValueError(
+                        "op must be hvd.Average with weight decay in the memory, got hvd.Sum: a sum would "
+                        "have one L2 term of every rank"
+                    )
                 self._averages = averages
                 return votes > 0, complete
         raise ValueError(
@@ -193,6 +199,42 @@ class Compression:
         selector = RandomK(density, seed)
         core = CompressorCore(selector, named_parameters, memory, nonfinite, process_set, timeout_s)
         return RandomKCompressor(core)
+
+    @staticmethod
+    def for_optimizer(
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        density: float = 0.01,
+        *,
+        warmup_steps: int,
+        scheme: str = "topk",
+        clip_norm: float | None = None,
+        **options: Any,
+    ) -> SparseCompressor:
+        """Makes the compression that goes with an optimizer: see :meth:`commhooks.SparseState.for_optimizer`.
+
+        Call it before ``hvd.DistributedOptimizer`` wraps the optimizer.
+
+        Args:
+            optimizer: the job's optimizer. Momentum and weight decay of an SGD move into the memory.
+            named_parameters: the ones given to ``hvd.DistributedOptimizer``.
+            density: k/n in (0, 1] after the warm-up; k is at least 1 for each parameter.
+            warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none.
+            scheme: ``"topk"`` or ``"randomk"``.
+            clip_norm: largest norm of this rank's gradient of a parameter.
+            options: further arguments of :meth:`topk` or :meth:`randomk` except ``memory``.
+
+        Raises:
+            ValueError: as :meth:`commhooks.SparseState.for_optimizer`.
+        """
+        if scheme not in ("topk", "randomk"):
+            raise ValueError(f"scheme must be topk or randomk here, got {scheme!r}")
+        clip = None if clip_norm is None else (clip_norm, "bucket")
+        recipe = Recipe(optimizer, density, warmup_steps=warmup_steps, scheme=scheme, clip=clip)
+        make = Compression.topk if scheme == "topk" else Compression.randomk
+        compression = make(recipe.density, named_parameters, memory=recipe.memory, **options)
+        compression.core.moved = recipe.apply()
+        return compression
 
     @staticmethod
     @says_what_to_write

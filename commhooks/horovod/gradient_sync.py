@@ -51,7 +51,7 @@ class GradientSync:
         process_set: Any,
         sparse_as_dense: bool,
     ) -> None:
-        state.attach(self, average=not sums)
+        state.attach(self, average=not sums, steps_all=True)
         state.set_names((name, p) for p, name in names.items())
         self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
         self.passes, self.sparse_as_dense = passes, sparse_as_dense
@@ -146,6 +146,7 @@ class GradientSync:
 
     def reset(self) -> None:
         """Forgets which gradients have arrived. First waits for running exchanges, which use the memory."""
+        self.state.forget_waiting()
         for bucket in self.buckets:
             if bucket.future is not None:
                 _quietly(bucket.future.wait)

@@ -172,6 +172,11 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     names = _names(optimizer, named_parameters)
     memory = state.reducer.memory
     check_optimizer(memory, state.reducer.selector, optimizer, state.reducer.aggregator)
+    if memory.decays and op == hvd.Sum:
+        raise ValueError(
+            f"op must be hvd.Average with weight decay in the memory, got {op!r}: a sum would have one L2 "
+            "term of every rank"
+        )
     wrapped = _wrap(optimizer)
     if isinstance(memory, ErrorFeedback) and memory.optimizer is optimizer:
         memory.optimizer = wrapped

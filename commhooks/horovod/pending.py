@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ddp.recipe import check_moved
 from ..errors import NonFiniteGradientError
 from ..exchange import Aggregated
 from ..exchange.agreement import MESSAGE_BYTES, compare, encode
@@ -57,6 +58,9 @@ class CompressorCore:
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.
         process_set: the one given to the optimizer.
         timeout_s: seconds until a missing rank is an error, in the waits of commhooks, not in Horovod's.
+
+    Attributes:
+        moved: the optimizer's settings that were moved into the memory, or None.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class CompressorCore:
         self.timeout_s, self._process_set = float(timeout_s), process_set
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})
+        self.moved: dict[str, object] | None = None
         self._begun: set[Entry] = set()  # parameters whose gradients are in the present step
         self._name = f"commhooks.agreement.{next(_numbers[tuple(getattr(process_set, 'ranks', None) or ())])}"
         self._agreement: int | None = None  # handle of the exchange of settings
@@ -105,8 +110,9 @@ class CompressorCore:
             self.finish_step()
         self._start_agreement()
         flat = tensor.detach().reshape(-1)
-        held, _ = self.memory.for_bucket(Bucket(entry.index, flat, (entry.parameter,), (flat.numel(),)))
-        operands = self.memory.operands(held, flat, scale=None)
+        bucket = Bucket(entry.index, flat, (entry.parameter,), (flat.numel(),))
+        held, _ = self.memory.for_bucket(bucket)
+        operands = self.memory.operands(held, bucket, scale=None)
         k = self.selector.k(flat.numel(), entry.step)
         context = Context(entry.index, entry.step)
         route = SparseRoute(self.memory, held, operands, context, self.selector, k, entry.mask_key)
@@ -135,7 +141,7 @@ class CompressorCore:
             NonFiniteGradientError: ``bad``, under the policy ``"error"``.
         """
         route = pending.route
-        result = torch.empty_like(route.operands.grad)
+        result = torch.empty_like(route.operands.grad, dtype=pending.entry.parameter.dtype)
         if bad:
             route.take_back()
             pending.kept.settle()
@@ -143,7 +149,7 @@ class CompressorCore:
         else:
             route.out = Aggregated(rows, indices, contributed=route.pairs, refused=None, nonfinite=False)
             with self.step.figures.phase("write_back"):
-                route.write(factor, share, target=result)
+                route.write(result, factor, share)
             pending.kept.commit = route.commit
         return result.view(pending.shape)
 
@@ -196,10 +202,12 @@ class CompressorCore:
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory and step counts by parameter name. Call it between steps; save one per rank."""
         self._finish_if_complete()
-        return {"version": 1, "steps": self.steps(), **self.memory.table.state_dict()}
+        moved = {} if self.moved is None else {"moved": dict(self.moved)}
+        return {"version": 1, "steps": self.steps(), **self.memory.table.state_dict(), **moved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what this rank's :meth:`state_dict` gave."""
+        """Loads what this rank's :meth:`state_dict` gave. ``ValueError``: it moved other settings."""
+        check_moved(state, self.moved)
         self._begun.clear()
         self.step.forget()
         self.load_steps(state["steps"])

@@ -55,15 +55,25 @@ class Memory(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.settings().items())})"
 
+    @property
+    def decays(self) -> bool:
+        """Whether the memory adds weight decay, for which it reads the parameters' values."""
+        return False
+
+    @property
+    def clips_model(self) -> bool:
+        """Whether gradients are clipped by the norm of the whole step (``Bucket.step_norm``)."""
+        return False
+
     @abstractmethod
-    def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
+    def operands(self, held: BucketMemory, bucket: Bucket, *, scale: Tensor | None) -> Fused:
         """Returns the operands of the fused pass for one bucket.
 
-        The pass adds ``grad`` to ``held.residual`` and takes the selected pairs out.
+        The pass adds the gradient to ``held.residual`` and takes the selected pairs out.
 
         Args:
             held: the bucket's memory. The pass overwrites it.
-            grad: shape ``(n,)``. The pass only reads it.
+            bucket: the gradient and its parameters. Neither is changed.
             scale: one float32 element by which the gradient is multiplied. None: 1.
         """
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import says_what_to_write
+from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
 from ..native.fused import Fused
 from .base import Memory
+from .clipping import Clip
 from .parameter_memory import BucketMemory, ParameterMemory
 
 
@@ -19,43 +23,68 @@ class ErrorFeedback(Memory):
 
     Per parameter there is a residual ``u`` and, with momentum, a velocity ``v``, both float32. A step
     computes ``v <- momentum * v + g`` and ``c <- u + v``, and then ``u <- c`` where nothing was sent and 0
-    elsewhere: Algorithm 1 of M-DSGD (Zhao, Gao, Li, arXiv:1905.12960). The memory belongs to parameters, not
-    to bucket numbers, because DDP may change its bucket layout.
+    elsewhere: Algorithm 1 of M-DSGD (Zhao, Gao, Li, arXiv:1905.12960). With ``nesterov`` the second line is
+    ``c <- u + g + momentum * v``. With ``weight_decay`` the gradient ``g`` is
+    ``clip(grad) + weight_decay * w`` for a parameter ``w``, as in ``torch.optim.SGD``. At density 1 the
+    averages then are the updates of that SGD with the same three settings. The memory belongs to
+    parameters, not to bucket numbers, because DDP may change its bucket layout.
 
     Args:
         momentum: beta in [0, 1). With momentum here the optimizer's own momentum must be 0.
+        nesterov: Nesterov's form of the momentum. The velocity that is kept is ``(1 + momentum) * v``. A step
+            costs one more pass over residual and velocity.
+        weight_decay: factor of the L2 term, at least 0, for all parameters or by parameter. The optimizer's
+            own must be 0. Under DDP the term enters on ranks where a backward pass reached the parameter. A
+            step costs a float32 copy of the gradient, and one more pass over it and the parameters.
         factor_masking: set the velocity to zero where this rank's value contributed (section 3.1; Deep
             Gradient Compression). A step that sends everything (density 1, or the dense crossover) does not
             mask, because that would turn momentum off.
-        clip_norm: largest L2 norm of this rank's gradient per bucket, before it enters the memory. Clip here
-            and not the sparse average: what is cut off the average is in no rank's residual and is lost.
+        clip_norm: largest L2 norm of this rank's gradient, before it enters the memory. Clip here and not
+            the sparse average: what is cut off the average is in no rank's residual and is lost.
+        norm_over: ``"bucket"``: each bucket is clipped by its own norm. ``"model"``: all are clipped by the
+            norm of all of this rank's gradients. The buckets then wait for the last one, so that no
+            communication hides behind backward.
         rescale_with_lr: the optimizer. The residual is then constant in units of the parameters (eq. 3 and
             4): when a parameter group's learning rate changes, ``u <- (eta_{t-1} / eta_t) * u`` before use.
             A step with rate 0 does not rescale, and the rate before it is remembered.
 
     Raises:
-        ValueError: a number out of range, or ``factor_masking`` without momentum.
+        ValueError: a number out of range, or ``factor_masking`` or ``nesterov`` without momentum.
         TypeError: ``rescale_with_lr`` is not an optimizer.
     """
+
+    guard: object = None
+    """Kept with the memory: watches that settings which moved into it are not set in the optimizer again."""
+    norm_over: str = "bucket"
+    _clip: Clip | None = None
+    nesterov: bool = False
+    weight_decay: float | Mapping[Tensor, float] | None = 0.0
 
     @says_what_to_write
     def __init__(
         self,
         momentum: float = 0.0,
         *,
+        nesterov: bool = False,
+        weight_decay: float | Mapping[Tensor, float] = 0.0,
         factor_masking: bool = False,
         clip_norm: float | None = None,
+        norm_over: str = "bucket",
         rescale_with_lr: torch.optim.Optimizer | None = None,
     ) -> None:
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
         if factor_masking and momentum == 0.0:
             raise ValueError("factor_masking=True masks the velocity and needs momentum > 0")
-        if clip_norm is not None and not clip_norm > 0.0:
-            raise ValueError(f"clip_norm must be positive, got {clip_norm!r}")
+        if nesterov and momentum == 0.0:
+            raise ValueError("nesterov=True is a form of momentum and needs momentum > 0")
+        if clip_norm is None and norm_over != "bucket":
+            raise ValueError(f"norm_over={norm_over!r} says how to clip and needs clip_norm")
         if rescale_with_lr is not None and not hasattr(rescale_with_lr, "param_groups"):
             raise TypeError(f"rescale_with_lr must be an optimizer, got {type(rescale_with_lr).__name__}")
         self.momentum, self.factor_masking, self.clip_norm = float(momentum), factor_masking, clip_norm
+        self.norm_over, self._clip = norm_over, None if clip_norm is None else Clip(clip_norm, norm_over)
+        self.nesterov, self.weight_decay = bool(nesterov), _checked_decay(weight_decay)
         self.optimizer, self.rescales = rescale_with_lr, rescale_with_lr is not None
         self.table = self.new_table()
 
@@ -65,18 +94,55 @@ class ErrorFeedback(Memory):
     def settings(self) -> dict[str, object]:
         return {
             "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "weight_decay": _shown_decay(self.weight_decay),
             "factor_masking": self.factor_masking,
             "clip_norm": self.clip_norm,
+            "norm_over": self.norm_over,
             "rescale_with_lr": self.rescales,
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizer": None}
+        # Parameters are never pickled.
+        decay = None if isinstance(self.weight_decay, Mapping) else self.weight_decay
+        return {**super().__getstate__(), "optimizer": None, "guard": None, "weight_decay": decay}
 
-    def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
-        factor, rescale = self._factor(grad, scale), self._rescale(held) if self.rescales else None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.clip_norm is not None and self._clip is None:  # pickled by version 0.1
+            self._clip = Clip(self.clip_norm, self.norm_over)
+
+    @property
+    def clips_model(self) -> bool:
+        """Whether gradients are clipped by the norm of the whole step (``Bucket.step_norm``)."""
+        return self.norm_over == "model"
+
+    @property
+    def decays(self) -> bool:
+        """Whether the memory adds weight decay, for which it reads the parameters' values."""
+        return self.weight_decay != 0.0
+
+    def operands(self, held: BucketMemory, bucket: Bucket, *, scale: Tensor | None) -> Fused:
+        grad, factor = bucket.buffer, scale
+        if self._clip is not None:
+            factor = self._clip.factor(held, bucket, scale)
+        if self.decays:
+            grad, factor = self._with_decay(held, bucket, factor), None
+        rescale = self._rescale(held) if self.rescales else None
+        if not self.nesterov:
+            return Fused(
+                grad, held.residual, held.velocity, self.momentum, 1.0, factor, held.segments, rescale=rescale
+            )
         return Fused(
-            grad, held.residual, held.velocity, self.momentum, 1.0, factor, held.segments, rescale=rescale
+            grad,
+            self._looking_ahead(held, grad, rescale),
+            held.velocity,
+            self.momentum,
+            1.0 + self.momentum,
+            factor,
+            held.segments,
+            rescale=rescale,
+            residual_out=held.residual,
         )
 
     def mask_velocity(self, held: BucketMemory, contributed: SparseGrad) -> None:
@@ -86,32 +152,60 @@ class ErrorFeedback(Memory):
     def undo(self, held: BucketMemory, operands: Fused, active: Tensor | None) -> None:
         if held.recall():
             return
-        gradient = _scaled(operands.grad, operands.scale_tensor)
+        gradient = _scaled(operands.grad, operands.scale_tensor).mul_(operands.scale)
         gradient[~gradient.isfinite()] = 0.0
         mask = held.mask(active)
         if held.velocity is None:
             held.residual.sub_(gradient if mask is None else gradient * mask)
             return
         before = (held.velocity - gradient) / self.momentum
+        added = held.velocity - self._ahead * before
         if mask is None:
-            held.residual.sub_(held.velocity)
+            held.residual.sub_(added)
             held.velocity.copy_(before)
         else:
-            held.residual.sub_(held.velocity * mask)
+            held.residual.sub_(added * mask)
             held.velocity.copy_(torch.where(mask, before, held.velocity))
 
-    def _factor(self, grad: Tensor, scale: Tensor | None) -> Tensor | None:
-        """Returns ``scale`` times the clipping factor, or None for 1.
+    @property
+    def _ahead(self) -> float:
+        """The share of the old velocity that Nesterov's form takes off the corrected gradient."""
+        return self.momentum / (1.0 + self.momentum) if self.nesterov else 0.0
 
-        It is a tensor of one element on the gradient's device, so that the host need not wait for the norm.
+    def _looking_ahead(self, held: BucketMemory, grad: Tensor, rescale: Tensor | None) -> Tensor:
+        """Returns the residual with which the pass computes Nesterov's ``c = u + g + momentum * v``.
+
+        With ``w = (1 + momentum) * v`` in the place of the velocity, and the gradient multiplied by
+        ``1 + momentum``, that is ``c = (u - momentum / (1 + momentum) * w_before) + w``. The pass multiplies
+        what this returns by ``rescale``. Where a parameter is inactive, its residual stays as it is.
         """
-        if self.clip_norm is None:
-            return scale
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        if scale is not None:
-            norm = norm * scale.reshape(())
-        clip: Tensor = (self.clip_norm / norm).clamp(max=1.0).nan_to_num(1.0).reshape(1)
-        return clip if scale is None else clip * scale
+        assert held.velocity is not None
+        numels = held.segments.diff()
+        active = torch.stack([held.view(grad, position).any() for position in range(len(held.keys))])
+        share = (active * -self._ahead).to(torch.float32)
+        if rescale is not None:
+            share = share / rescale
+        every = share.repeat_interleave(numels, output_size=grad.numel())
+        return held.residual.addcmul(held.velocity, every)
+
+    def _with_decay(self, held: BucketMemory, bucket: Bucket, factor: Tensor | None) -> Tensor:
+        """Returns ``factor * gradient + weight_decay * parameter``, shape ``(n,)``, float32."""
+        grad = _scaled(bucket.buffer, factor)
+        for position, values in bucket.weights():
+            if decay := self._decay_of(held.keys[position]):
+                held.view(grad, position).add_(values, alpha=decay)
+        return grad
+
+    def _decay_of(self, parameter: Any) -> float:
+        if isinstance(self.weight_decay, float):
+            return self.weight_decay
+        if self.weight_decay is None:
+            raise ValueError(
+                "weight_decay by parameter is not pickled; set memory.weight_decay again after loading"
+            )
+        if parameter not in self.weight_decay:
+            raise ValueError(f"weight_decay: {self.table.name_of(parameter)} is not among its parameters")
+        return self.weight_decay[parameter]
 
     def _rescale(self, held: BucketMemory) -> Tensor | None:
         """Returns each parameter's last learning rate over its present one, float32; None when all are 1."""
@@ -137,3 +231,26 @@ def _scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
     """Returns a float32 copy of ``grad`` times ``scale``."""
     gradient = grad.to(torch.float32, copy=True)
     return gradient if scale is None else gradient * scale
+
+
+def _checked_decay(decay: float | Mapping[Tensor, float]) -> float | Mapping[Tensor, float]:
+    """Returns a number as float, and a mapping as a dict of floats.
+
+    Raises:
+        ValueError: a number is negative or not finite.
+    """
+    numbers = list(decay.values()) if isinstance(decay, Mapping) else [decay]
+    for number in numbers:
+        if not isinstance(number, (int, float)) or not 0.0 <= number < float("inf"):
+            raise ValueError(f"weight_decay must be at least 0 and finite, got {number!r}")
+    if isinstance(decay, Mapping):
+        return {parameter: float(number) for parameter, number in decay.items()}
+    return float(decay)
+
+
+def _shown_decay(decay: float | Mapping[Tensor, float] | None) -> object:
+    """Returns the number, or how many parameters have which number."""
+    if not isinstance(decay, Mapping):
+        return decay
+    counts = sorted(Counter(decay.values()).items())
+    return ", ".join(f"{number:g} for {count}" for number, count in counts)

@@ -24,8 +24,8 @@ class NoMemory(Memory):
         held.residual.zero_()
         return held, is_new
 
-    def operands(self, held: BucketMemory, grad: Tensor, *, scale: Tensor | None) -> Fused:
-        return Fused(grad, held.residual, scale_tensor=scale)
+    def operands(self, held: BucketMemory, bucket: Bucket, *, scale: Tensor | None) -> Fused:
+        return Fused(bucket.buffer, held.residual, scale_tensor=scale)
 
     def undo(self, held: BucketMemory, operands: Fused, active: Tensor | None) -> None:
         held.residual.zero_()

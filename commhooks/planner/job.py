@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..transports import Connection, Transport
+from ..transports.announce import tell
 from .plan import Job, Plan, choose, settle
 from .probe import probe, slowest
 
@@ -49,7 +49,7 @@ def plan_for(
         if isinstance(transport, str):
             opener.close()
     if rank == 0:
-        _tell(f"commhooks: {plan}")
+        tell(logger, f"commhooks: {plan}")
     return plan
 
 
@@ -82,10 +82,3 @@ def sizes_of(model: torch.nn.Module | int) -> tuple[int, int]:
     if not sum(numels):
         raise ValueError("model has no parameters that require a gradient")
     return sum(numels), max(numels)
-
-
-def _tell(line: str) -> None:
-    if logger.isEnabledFor(logging.INFO):
-        logger.info(line)
-    else:
-        sys.stderr.write(line + "\n")

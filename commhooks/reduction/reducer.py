@@ -148,7 +148,7 @@ class Reducer:
         else:
             factor = scale / transport.world_size if self.average else scale
             with step.figures.phase("write_back"):
-                route.write(factor, share=factor * transport.world_size)
+                route.write(bucket.buffer, factor, share=factor * transport.world_size)
             step.keep(route.commit, route.rollback)
         if bucket.is_last:
             self.finish_step()
@@ -310,7 +310,7 @@ class Reducer:
         selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
         chunk = self._owned(bucket, held, transport)  # may add to the residual
-        operands = memory.operands(held, buffer, scale=_inverse(scale, buffer))
+        operands = memory.operands(held, bucket, scale=_inverse(scale, buffer))
         if chunk is not None:
             chunk.begin(operands.rescale, self.undoable)
         if self.undoable:

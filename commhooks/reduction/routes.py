@@ -7,8 +7,8 @@ A route is one exchange.
 ``exchange``
     sums over ranks and returns whether any rank found NaN or Inf.
 ``write``
-    overwrites the gradient with ``factor`` times the sum. Rounding errors are divided by ``share`` before
-    they return to the memory (``write_back.py``).
+    overwrites a target, such as the gradient, with ``factor`` times the sum. Rounding errors are divided by
+    ``share`` before they return to the memory (``write_back.py``).
 ``take_back``
     is called instead of ``write`` when the bucket is thrown away. It restores the memory from before
     ``correct``.
@@ -21,7 +21,7 @@ Common attributes:
     context: which exchange this is.
     memory: corrects the gradient.
     held: the bucket's part of the memory.
-    operands: the operands of the fused pass. ``operands.grad`` is the buffer.
+    operands: the operands of the fused pass. The memory may have put a copy of the gradient into them.
     bad: the number of non-finite elements.
     where: where they were counted, for messages.
     misses: the number of selections whose sampled guess was wrong.
@@ -72,9 +72,9 @@ class PlainRoute:
     def take_back(self) -> None:
         """Does nothing: there is no memory."""
 
-    def write(self, factor: float, share: float) -> None:
-        """The buffer becomes ``factor`` times the sum."""
-        self.buffer.mul_(factor)
+    def write(self, target: Tensor, factor: float, share: float) -> None:
+        """Multiplies ``target``, which is the buffer, by ``factor``."""
+        target.mul_(factor)
 
     def commit(self) -> None:
         """Nothing."""
@@ -117,10 +117,10 @@ class DenseRoute:
         """Takes the gradient out of the memory."""
         self.memory.undo(self.held, self.operands, self._active)
 
-    def write(self, factor: float, share: float) -> None:
-        """The buffer becomes ``factor`` times the sum."""
+    def write(self, target: Tensor, factor: float, share: float) -> None:
+        """Overwrites ``target`` (n,) with ``factor`` times the sum."""
         assert self._values is not None
-        self._rounding = write_dense(self.operands.grad, self._values, factor, share)
+        self._rounding = write_dense(target, self._values, factor, share)
         self._values = None
 
     def commit(self) -> None:
@@ -187,10 +187,10 @@ class LowBitRoute:
         self._out.give_back(self.held.residual)
         self.memory.undo(self.held, self.operands, self._active)
 
-    def write(self, factor: float, share: float) -> None:
-        """The buffer becomes ``share`` times the mean, which is ``factor`` times the sum."""
+    def write(self, target: Tensor, factor: float, share: float) -> None:
+        """Overwrites ``target`` (n,) with ``share`` times the mean, which is ``factor`` times the sum."""
         assert self._out is not None
-        self._rounding = write_dense(self.operands.grad, self._out.mean, share, share)
+        self._rounding = write_dense(target, self._out.mean, share, share)
 
     def commit(self) -> None:
         """Makes what the second rounding kept this rank's, and adds what rounding kept from the model."""
@@ -262,21 +262,20 @@ class SparseRoute:
         self.memory.restore(self.held, self.pairs)
         self.memory.undo(self.held, self.operands, self._active)
 
-    def write(self, factor: float, share: float, target: Tensor | None = None) -> None:
+    def write(self, target: Tensor, factor: float, share: float) -> None:
         """Puts refused pairs back and overwrites ``target`` with ``factor`` times the sum.
 
         Args:
+            target: shape ``(n,)``.
             factor: as in :func:`~commhooks.reduction.write_back.write_sparse`.
             share: likewise.
-            target: shape ``(n,)``. None: the buffer.
         """
         assert self.out is not None
         out, self.out = self.out, None  # the rows of all ranks are not needed until the end of the step
         self._contributed = out.contributed
         if out.refused is not None:
             self.memory.restore(self.held, out.refused)
-        into = self.operands.grad if target is None else target
-        self._rounding = write_sparse(into, out.values, out.indices, factor, share)
+        self._rounding = write_sparse(target, out.values, out.indices, factor, share)
 
     def commit(self) -> None:
         """Masks the velocity where this rank contributed, and adds what rounding kept to the residual.

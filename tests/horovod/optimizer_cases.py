@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wrapping import SMALL_MB, dense, ours, scheme
 
 from commhooks import ErrorFeedback, SparseState, sparse_hook
-from commhooks.horovod import DistributedOptimizer
+from commhooks.horovod import Compression, DistributedOptimizer
 from commhooks.horovod import transport as transports
 
 
@@ -292,3 +292,97 @@ def two_optimizers_at_once():
         b.step()
     assert isinstance(a, torch.optim.SGD) and isinstance(b, torch.optim.Adam)
     assert same_everywhere(flat(first)) and same_everywhere(flat(second))
+
+
+@case()
+def decay_and_nesterov_in_the_memory_are_dense_sgd():
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.2}
+
+    def run(model, make, **given):
+        optimizer = make(model, torch.optim.SGD(model.parameters(), lr=0.05, **given))
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(model, hvd.rank(), step).backward()
+            optimizer.step()
+        return flat(model)
+
+    def channels_last(model):
+        return model.to(memory_format=torch.channels_last)
+
+    def stock(model, optimizer):
+        named = list(model.named_parameters())
+        compression = Compression.topk(1.0, named, memory=ErrorFeedback(**settings))
+        return hvd.DistributedOptimizer(optimizer, named_parameters=named, compression=compression)
+
+    expected = run(Net(), dense(), **settings)
+    close(run(Net(), ours("topk", 1.0, ErrorFeedback(**settings))), expected)
+    close(run(Net(), stock), expected)
+    image = channels_last(Images())
+    expected = images(Images(), dense(), **settings)  # Horovod itself refuses gradients in channels_last
+    close(images(image, ours("topk", 1.0, ErrorFeedback(**settings))), expected)
+    raises(
+        ValueError,
+        "op must be hvd.Average with weight decay",
+        lambda: ours("topk", 1.0, ErrorFeedback(weight_decay=0.1), op=hvd.Sum)(
+            image, torch.optim.SGD(image.parameters(), lr=0.1)
+        ),
+    )
+    hvd.barrier()
+
+
+@case()
+def for_optimizer_moves_the_settings_under_both_optimizers():
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.2}
+
+    def run(make):
+        model = Net()
+        optimizer = make(model, torch.optim.SGD(model.parameters(), lr=0.05, **settings))
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(model, hvd.rank(), step).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["momentum"] = 0.5
+        loss_of(model, hvd.rank(), 4).backward()
+        raises(ValueError, "cycle_momentum=False", optimizer.step)
+        optimizer.synchronize()
+        return flat(model)
+
+    def stock(model, optimizer):
+        named = list(model.named_parameters())
+        made = Compression.for_optimizer(optimizer, named, 1.0, warmup_steps=0)
+        assert made.state_dict()["moved"] == settings
+        return hvd.DistributedOptimizer(optimizer, named_parameters=named, compression=made)
+
+    def fused(model, optimizer):
+        state = SparseState.for_optimizer(optimizer, 1.0, warmup_steps=0, dense_crossover=False)
+        return DistributedOptimizer(optimizer, model.named_parameters(), state=state)
+
+    def plain(model, optimizer):
+        made = dense()(model, optimizer)
+        made.register_step_pre_hook(lambda o, *_: None if o.param_groups[0]["momentum"] > 0.6 else refuse())
+        return made
+
+    def refuse():
+        raise ValueError("cycle_momentum=False")
+
+    expected = run(plain)
+    close(run(stock), expected)
+    close(run(fused), expected)
+    hvd.barrier()
+
+
+class Images(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+
+
+def images(model, make, **given):
+    optimizer = make(model, torch.optim.SGD(model.parameters(), lr=0.05, **given))
+    for step in range(4):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(10 * step + hvd.rank())
+        model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+    return flat(model)

@@ -132,9 +132,9 @@ def test_unpickled_rescaling_asks_for_its_optimizer() -> None:
     bucket = Bucket(0, torch.ones(4), (parameter,), (4,))
     held, _ = memory.for_bucket(bucket)
     with pytest.raises(ValueError, match="set memory.optimizer again"):
-        memory.operands(held, bucket.buffer, scale=None)
+        memory.operands(held, bucket, scale=None)
     memory.optimizer = optimizer
-    memory.operands(held, bucket.buffer, scale=None)
+    memory.operands(held, bucket, scale=None)
 
 
 def make_one(transport):
