@@ -390,7 +390,7 @@ def test_small_buckets_go_densely_and_settings_must_agree():
 
 def test_mass_is_conserved_in_random_problems():
     """Any P, n and bits; zeros, equal magnitudes, and parameters without a gradient on some ranks or on all."""
-    for seed in range(24):
+    for seed in range(16):
         generator = torch.Generator().manual_seed(seed)
         draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: B023, E731
         world_size, bits = draw(1, 10), (1, 2, 4, 8)[seed % 4]
