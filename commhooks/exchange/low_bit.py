@@ -20,6 +20,7 @@ from ..wire.low_bit import (
     decode_add,
     encode,
     head_bytes,
+    is_finite,
     read_heads,
     write_head,
 )
@@ -142,8 +143,9 @@ class LowBit(Aggregator):
         if thrown_away:
             return LowBitMean(values[:0], owned, True, bits, sent)
         start, stop = bounds[rank]
-        total = values.new_zeros(stop - start)
-        decode_add(incoming[:, head:], bits, total)
+        total = values.new_empty(stop - start)
+        decode(incoming[0, head:], bits, total)
+        decode_add(incoming[1:, head:], bits, total)
         total.mul_(1.0 / transport.world_size).add_(owned)
         mean = self._rounded_again(transport, total, bounds, context)
         if mean is None:
@@ -169,8 +171,9 @@ class LowBit(Aggregator):
         numel, bits, head = bounds[-1][1], self.bits, head_bytes(0)
         largest = max(stop - start for start, stop in bounds)
         message = total.new_zeros(head + code_bytes(largest, bits), dtype=torch.uint8)
-        write_head(message, context, not bool(total.isfinite().all()), numel)
-        encode(total, bits, message[head : head + code_bytes(total.numel(), bits)])
+        codes = message[head : head + code_bytes(total.numel(), bits)]
+        encode(total, bits, codes)
+        write_head(message, context, not is_finite(codes, total.numel(), bits), numel)
         gathered = message.new_empty((transport.world_size, message.numel()))
         transport.all_gather(message, gathered, tag=context.tag + 1, what=str(context))
         if read_heads(gathered, context, numel)[0]:

@@ -58,6 +58,17 @@ def encode(values: Tensor, bits: int, out: Tensor) -> None:
         ops.low_bit_encode(values, bits, out, values)
 
 
+def is_finite(codes: Tensor, numel: int, bits: int) -> bool:
+    """Whether the ``numel`` elements that ``codes`` were made of are finite. The host waits for the device.
+
+    A block with an element that is not finite has scale NaN, so only the scales are read.
+    """
+    if bits == LOSSLESS:
+        return bool(codes.view(torch.float32).isfinite().all())
+    scales = codes[: 2 * -(-numel // BLOCK)].view(torch.bfloat16)
+    return not bool(scales.isnan().any())
+
+
 def decode(codes: Tensor, bits: int, out: Tensor) -> None:
     """Overwrites ``out`` ``(n,)`` with the values of ``codes`` ``(code_bytes(n, bits),)``."""
     if bits == LOSSLESS:
