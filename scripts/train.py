@@ -59,7 +59,8 @@ def render(summary: dict[str, Any]) -> str:
         rows.insert(6, ("test perplexity", f"{summary['test_perplexity']:.3f}"))
     if summary["averaging"] != "none":
         rows.insert(1, ("averaging", summary["averaging"]))
-    return table(("", "value"), rows)
+    written = f"\n\n{summary['sample']}" if "sample" in summary else ""
+    return table(("", "value"), rows) + written
 
 
 if __name__ == "__main__":

@@ -18,16 +18,19 @@ from commhooks import SparseState, sparse_hook
 from commhooks.averaging import PostLocalState, post_local_hook
 from commhooks.transports import make as make_transport
 
+from . import optimizers
 from .launch import World
-from .strategies import Compute, Sparse, StepInfo, Strategy, prime, sparse_state, wrap
+from .schedules import total_steps
+from .strategies import Compute, Sparse, StepInfo, Strategy, clip, prime, sparse_state, wrap
 
 KINDS = ("local", "block", "restarted", "decentralized", "stagewise")
 TOPOLOGIES = ("ring", "torus", "hypercube", "exponential", "complete", "one_peer_exponential")
-AVERAGING_HELP = "local SGD, block momentum (M-AVG), PR-SGD-Momentum, decentralized, or stagewise M-DSGD"
-SYNC_HELP = (
-    "of local and restarted: every (--period), growing, one-shot, suggested (by the papers), at:10,20,40"
+AVERAGING_HELP = (
+    "Local SGD, block momentum (M-AVG), PR-SGD-Momentum, decentralized, or stagewise M-DSGD (none)."
 )
-START_HELP = "reduce gradients by --scheme for so many steps first (post-local SGD)"
+SYNC_SETS = "every (by --period), growing, one-shot, suggested (by the papers), at:10,20,40"
+SYNC_HELP = f"Steps after which local and restarted average: {SYNC_SETS} (every)."
+START_HELP = "Steps in which --scheme reduces gradients first: post-local SGD (0)."
 
 
 class Averaged(Strategy):
@@ -41,21 +44,18 @@ class Averaged(Strategy):
             raise ValueError(
                 f"--transport {options.transport} connects {self.transport.world_size} of {world.size} ranks"
             )
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=options.lr,
-            momentum=options.momentum,
-            nesterov=options.nesterov,
-            weight_decay=options.weight_decay,
-        )
+        self.optimizer = optimizers.make(model, options)
+        # where a sparse hook reduces gradients first, its memory clips them until local steps begin
+        self._clip_norm = options.clip_norm
         self.bare, self.model = model, model
-        sync = sync_set(options, options.epochs * steps_per_epoch, world.size)
+        sync = sync_set(options, total_steps(options, steps_per_epoch), world.size)
         self.post_local: PostLocalState | None = None
         self.sparse: SparseState | None = None
         reducer = None
         if options.scheme != "dense" and not options.averaging_start:
             syncs = sum(step in sync for step in range(1, steps_per_epoch + 1))
-            reducer = sparse_state(_plain(options, self.transport), max(1, syncs)).reducer
+            plain = _plain(options, self.transport, clip_norm=None)  # a model's change is not clipped
+            reducer = sparse_state(plain, max(1, syncs)).reducer
         self.averager = make_averager(self, model, options, reducer, sync)
         if options.averaging_start:
             self._reduce_gradients_first(options, world, steps_per_epoch)
@@ -79,6 +79,8 @@ class Averaged(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
         loss = compute(self.model)
         loss.backward()
+        if self.sparse is None or (self.post_local is not None and self.post_local.local):
+            clip(self.bare, self._clip_norm)
         self.optimizer.step()
         self.averager.average_parameters(self.bare.parameters())
         extra = self._gradient_bytes()
@@ -225,6 +227,10 @@ def check(options: Any) -> None:
         raise ValueError(
             f"--averaging decentralized sends to neighbours only: --scheme {options.scheme} does not apply"
         )
+    if options.averaging in ("restarted", "decentralized", "stagewise") and options.optimizer != "sgd":
+        raise ValueError(
+            f"--averaging {options.averaging} is SGD's: --optimizer {options.optimizer} does not apply"
+        )
     if options.averaging == "stagewise" and options.scheme == "dense":
         raise ValueError("--averaging stagewise runs on a sparse hook: give --scheme topk, for instance")
     if not options.gamma > 0:
@@ -234,7 +240,7 @@ def check(options: Any) -> None:
 def _check_sync(options: Any) -> None:
     kind, colon, _ = options.sync.partition(":")
     if kind not in ("every", "growing", "one-shot", "suggested", "at") or (colon == ":") != (kind == "at"):
-        raise ValueError(f"--sync {options.sync} is none of: {SYNC_HELP}")
+        raise ValueError(f"--sync {options.sync} is none of: {SYNC_SETS}")
     if kind != "every" and options.averaging not in ("local", "restarted"):
         raise ValueError(
             f"--sync {options.sync} is for local and restarted: {options.averaging} has a --period"
@@ -253,7 +259,14 @@ def make(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> 
     return kind(model, options, world, steps_per_epoch)
 
 
-def _plain(options: Any, transport: Any) -> argparse.Namespace:
-    """The options with this transport, and momentum left to the optimizer."""
-    own = {"transport": transport, "momentum": 0.0, "factor_masking": False, "delta_every": 0}
+def _plain(options: Any, transport: Any, **more: Any) -> argparse.Namespace:
+    """The options with this transport, and momentum and weight decay left to the optimizer."""
+    own = {
+        "transport": transport,
+        "momentum": 0.0,
+        "momentum_in": "optimizer",
+        "factor_masking": False,
+        "delta_every": 0,
+        **more,
+    }
     return argparse.Namespace(**{**vars(options), **own})

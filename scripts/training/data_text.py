@@ -1,4 +1,4 @@
-"""Real text that every machine has: the Python standard library's own sources, by character or by word.
+"""Real text that every machine has: the Python standard library's own sources, by byte, character or word.
 
 Files are read in sorted order, the last tenth of each goes to the test set; the vocabulary is the training set's, most frequent first
 and then in the order of the code points, so it is the same wherever the interpreter is.
@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 UNKNOWN = "<unk>"
-LEVELS = ("char", "word")
+LEVELS = ("byte", "char", "word")
 # identifiers, numbers, runs of spaces, line ends, and every other character by itself
 WORD = re.compile(r"[^\W\d]\w*|\d+|[ \t]+|\n|[^\w\s]|\s")
+
+
+BYTES = tuple(f"0x{byte:02x}" for byte in range(256))
+"""The vocabulary of bytes."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ class Corpus:
     def vocabulary_size(self) -> int:
         return len(self.vocabulary)
 
+    def text(self, tokens: Tensor) -> str:
+        """The text that tokens (n,) stand for; what is unknown, or no UTF-8, becomes the replacement character."""
+        if self.vocabulary == BYTES:
+            return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+        return "".join(self.vocabulary[token] for token in tokens.tolist()).replace(UNKNOWN, "\ufffd")
+
 
 def sources() -> list[Path]:
     """The modules at the top of the standard library's folder, sorted by name."""
@@ -46,7 +56,7 @@ def load(
     """Read about `size` characters and number their tokens.
 
     Args:
-        level: "char" or "word".
+        level: "byte" (all 256 are tokens), "char" or "word".
         size: most characters read, training and test together.
         vocabulary: most tokens kept, the unknown one included; the rest becomes "<unk>".
         files: other files to read, in this order.
@@ -60,6 +70,8 @@ def load(
         raise ValueError(f"vocabulary={vocabulary} is below 2")
     if size < 1000:
         raise ValueError(f"size={size} is below 1000 characters")
+    if level == "byte":
+        return _bytes(size, files if files is not None else sources())
     train: list[str] = []
     test: list[str] = []
     left = size
@@ -76,6 +88,23 @@ def load(
         raise ValueError("no Python sources found on this machine")
     words = build_vocabulary(train, vocabulary)
     return Corpus(encode(train, words), encode(test, words), words)
+
+
+def _bytes(size: int, files: Sequence[Path]) -> Corpus:
+    """About `size` bytes of the files, the last tenth of each to the test set."""
+    train, test, left = bytearray(), bytearray(), size
+    for path in files:
+        content = path.read_bytes()[:left]
+        left -= len(content)
+        cut = len(content) - len(content) // 10
+        train += content[:cut]
+        test += content[cut:]
+        if left == 0:
+            break
+    if not test:
+        raise ValueError(f"no text found in {len(files)} files")
+    numbers = [torch.frombuffer(part, dtype=torch.uint8).long() for part in (train, test)]
+    return Corpus(*numbers, BYTES)
 
 
 def split(text: str, level: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-from . import launch, strategies
+from . import launch, optimizers, strategies
 
 
 class StockDense(strategies.Strategy):
@@ -16,6 +16,7 @@ class StockDense(strategies.Strategy):
 
     def __init__(self, model: nn.Module, options: Any, world: launch.World, steps_per_epoch: int) -> None:
         self.model, self.options, self.world = model, options, world
+        self._clip_norm = options.clip_norm if options.scheme == "dense" else None  # a memory clips by itself
         wrapped = self._wrap(model, options, steps_per_epoch)
         self.wrapped, self.optimizer = wrapped, View(wrapped)
         numel = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -24,14 +25,20 @@ class StockDense(strategies.Strategy):
     def _wrap(self, model: nn.Module, options: Any, steps_per_epoch: int) -> Any:
         import horovod.torch as hvd
 
-        sgd = strategies.sgd(model, options, momentum=options.momentum)
-        return hvd.DistributedOptimizer(sgd, named_parameters=model.named_parameters())
+        optimizer = optimizers.make(model, options)
+        return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
 
     def step(self, compute: strategies.Compute) -> Tensor:
         self.wrapped.zero_grad()
         loss = compute(self.model)
         loss.backward()
-        self.wrapped.step()
+        if self._clip_norm is None:
+            self.wrapped.step()
+            return loss.detach()
+        self.wrapped.synchronize()
+        strategies.clip(self.model, self._clip_norm)
+        with self.wrapped.skip_synchronize():
+            self.wrapped.step()
         return loss.detach()
 
     def info(self) -> strategies.StepInfo:
@@ -44,11 +51,11 @@ class Sparse(StockDense):
     def _wrap(self, model: nn.Module, options: Any, steps_per_epoch: int) -> Any:
         from commhooks.horovod import DistributedOptimizer
 
-        momentum = 0.0 if options.error_feedback else options.momentum
+        optimizer = optimizers.make(model, options, in_memory=options.momentum_in == "memory")
         return DistributedOptimizer(
-            strategies.sgd(model, options, momentum=momentum),
+            optimizer,
             model.named_parameters(),
-            state=strategies.sparse_state(options, steps_per_epoch),
+            state=strategies.sparse_state(options, steps_per_epoch, optimizer),
             bucket_cap_mb=options.bucket_mb,
         )
 
@@ -84,7 +91,8 @@ class StockSparse(Sparse):
             raise ValueError(
                 "--stock serves --scheme topk and randomk with error feedback, without --clip-norm"
             )
-        state = strategies.sparse_state(options, steps_per_epoch)  # for its selector and memory
+        optimizer = optimizers.make(model, options, in_memory=options.momentum_in == "memory")
+        state = strategies.sparse_state(options, steps_per_epoch, optimizer)  # for its selector and memory
         reducer = state.reducer
         extra = {"seed": options.seed} if options.scheme == "randomk" else {}
         make = getattr(Compression, options.scheme)
@@ -96,7 +104,7 @@ class StockSparse(Sparse):
             **extra,
         )
         return hvd.DistributedOptimizer(
-            strategies.sgd(model, options, momentum=0.0),
+            optimizer,
             named_parameters=model.named_parameters(),
             compression=self.compression,
         )

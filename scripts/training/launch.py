@@ -121,6 +121,10 @@ def _join(kind: str, device: str, timeout: timedelta) -> World:
 def _device(device: str, local_rank: int) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device must be one that this machine has, got {device!r}: torch sees no CUDA device"
+        )
     place = torch.device(device, local_rank % torch.cuda.device_count())
     torch.cuda.set_device(place)
     return place

@@ -17,6 +17,7 @@ from . import checkpoint, strategies, tasks
 from .launch import World
 from .log import Log, Progress
 from .options import fixed
+from .schedules import learning_rate, total_steps
 
 
 class Run:
@@ -34,7 +35,7 @@ class Run:
         self.task = tasks.make(options, share, world.device)
         self.numel = sum(p.numel() for p in self.task.model.parameters() if p.requires_grad)
         self.strategy = strategies.make(self.task.model, options, world, self.task.steps_per_epoch)
-        self.total = options.epochs * self.task.steps_per_epoch
+        self.total = total_steps(options, self.task.steps_per_epoch)
         self.done = 0
         self.carry = self.task.start()
         self.evaluation: dict[str, float] = {}
@@ -60,13 +61,14 @@ class Run:
             ends_epoch = self.done % self.task.steps_per_epoch == 0
             if ends_epoch or self.done == end or self.done % options.log_every == 0:
                 self._flush()
-            if ends_epoch:
+            if ends_epoch or self.done == self.total:
                 self._evaluate()
             if self._due(ends_epoch, end):
                 self._save()
         bar.close()
         summary = self._summary(time.perf_counter() - started)
         if self.done == self.total:
+            summary |= self._sample()
             self.log.write("end", **summary)
         self.log.close()
         self.strategy.close()
@@ -76,7 +78,7 @@ class Run:
         epoch, step = divmod(self.done, self.task.steps_per_epoch)
         if step == 0:
             self.carry = self.task.start()
-        lr = learning_rate(self.options, self.done, self.total)
+        lr = learning_rate(self.options, self.done, self.total, self.task.steps_per_epoch)
         for group in self.strategy.optimizer.param_groups:
             group["lr"] = lr
         self.strategy.model.train()
@@ -146,6 +148,13 @@ class Run:
         self.log.write("epoch", epoch=epoch, step=self.done, train_loss=train_loss, **self.evaluation)
         self._train_loss.clear()
 
+    def _sample(self) -> dict[str, str]:
+        """A text that the trained model writes; a collective call. Nothing where none is asked for."""
+        if not self.options.sample:
+            return {}
+        with self.strategy.evaluating():
+            return {"sample": self.task.sample(self.options.sample)}
+
     def _due(self, ends_epoch: bool, end: int) -> bool:
         options = self.options
         if options.checkpoint is None:
@@ -180,7 +189,7 @@ class Run:
         common, parts = found
         checkpoint.check_options(common["options"], fixed(self.options))
         same_size = common["world_size"] == self.world.size
-        if not same_size and self.options.task in ("text", "ptb"):
+        if not same_size and self.carry is not None:
             raise ValueError(f"this run cannot go from {common['world_size']} ranks to {self.world.size}")
         if not same_size and not self.strategy.replicated:
             parts = averaged(parts)
@@ -262,10 +271,3 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def learning_rate(options: Any, step: int, total: int) -> float:
-    """The rate of a step (from 0): constant, or a half cosine down to zero."""
-    if options.lr_schedule == "constant":
-        return float(options.lr)
-    return float(options.lr) * 0.5 * (1.0 + math.cos(math.pi * step / total))

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commhooks import ErrorFeedback, ExponentialWarmup, NoMemory, SparseState, register, schemes
 from commhooks.memory import Memory
 
+from . import optimizers
 from .launch import World
 
 SCHEMES = tuple(schemes.SCHEMES)
@@ -79,8 +80,9 @@ class DDP(Strategy):
     """Plain `DistributedDataParallel`: the baseline."""
 
     def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
-        self.optimizer = sgd(model, options, momentum=options.momentum)
+        self.optimizer = optimizers.make(model, options)
         self.model = wrap(model, options, world)
+        self._clip_norm = options.clip_norm
         bytes_a_step = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         # nothing counts inside DDP: the formula of a ring all-reduce
         self._bytes = 2 * (world.size - 1) * bytes_a_step / world.size
@@ -89,6 +91,7 @@ class DDP(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
         loss = compute(self.model)
         loss.backward()
+        clip(self.model, self._clip_norm)
         self.optimizer.step()
         return loss.detach()
 
@@ -103,10 +106,10 @@ class Sparse(DDP):
     """DDP with the sparse hook."""
 
     def __init__(self, model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> None:
-        in_memory = options.error_feedback
-        self.optimizer = sgd(model, options, momentum=0.0 if in_memory else options.momentum)
+        self.optimizer = optimizers.make(model, options, in_memory=options.momentum_in == "memory")
         self.model = wrap(model, options, world)
-        self.state = sparse_state(options, steps_per_epoch)
+        self._clip_norm = None  # the memory clips
+        self.state = sparse_state(options, steps_per_epoch, self.optimizer)
         self._delta_every = options.delta_every
         register(self.model, self.state)
 
@@ -142,11 +145,10 @@ def prime(
     optimizer.zero_grad(set_to_none=True)
 
 
-def sgd(model: nn.Module, options: Any, momentum: float) -> torch.optim.SGD:
-    """torch's SGD with the learning rate of the first step."""
-    return torch.optim.SGD(
-        model.parameters(), lr=options.lr, momentum=momentum, weight_decay=options.weight_decay
-    )
+def clip(model: nn.Module, norm: float | None) -> None:
+    """Scales all gradients of the model so that their L2 norm is at most `norm`; None: leaves them."""
+    if norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
 
 
 def wrap(model: nn.Module, options: Any, world: World, **more: Any) -> DistributedDataParallel:
@@ -155,8 +157,10 @@ def wrap(model: nn.Module, options: Any, world: World, **more: Any) -> Distribut
     return DistributedDataParallel(model, device_ids=places, bucket_cap_mb=options.bucket_mb, **more)
 
 
-def sparse_state(options: Any, steps_per_epoch: int) -> SparseState:
-    """The hook's state that the options describe.
+def sparse_state(
+    options: Any, steps_per_epoch: int, optimizer: torch.optim.Optimizer | None = None
+) -> SparseState:
+    """The hook's state that the options describe; `optimizer` is what `--rescale-with-lr` reads the rate of.
 
     Raises:
         ValueError: an unknown scheme, or values that the library refuses.
@@ -164,12 +168,21 @@ def sparse_state(options: Any, steps_per_epoch: int) -> SparseState:
     density: Any = options.density
     if options.warmup > 0:
         density = ExponentialWarmup(
-            options.density, warmup_epochs=options.warmup, steps_per_epoch=steps_per_epoch
+            options.density,
+            warmup_epochs=options.warmup,
+            steps_per_epoch=steps_per_epoch,
+            start=options.warmup_start,
         )
     memory: Memory = NoMemory()
     if options.error_feedback:
+        moves = options.optimizer == "sgd" and options.momentum_in == "memory"
         memory = ErrorFeedback(
-            momentum=options.momentum, factor_masking=options.factor_masking, clip_norm=options.clip_norm
+            momentum=options.momentum if moves else 0.0,
+            nesterov=moves and options.nesterov,
+            weight_decay=options.weight_decay if moves else 0.0,
+            factor_masking=options.factor_masking,
+            clip_norm=options.clip_norm,
+            rescale_with_lr=optimizer if options.rescale_with_lr else None,
         )
     return SparseState(
         *schemes.make_parts(options.scheme, density, options.transport, seed=options.seed, memory=memory),

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import data_cifar10, data_digits, data_ptb, data_text
+from . import data_cifar10, data_digits, data_ptb, data_text, gpt
 from .models import MLP, LanguageModel, ResNet20
 
 TASKS = ("digits", "text", "cifar10", "ptb")
-MODELS = ("resnet20", "mlp", "lstm")
+MODELS = ("resnet20", "mlp", "lstm", *gpt.SIZES)
+LANGUAGE_MODELS = ("lstm", *gpt.SIZES)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,67 @@ class Text:
         return sums
 
 
+class Windows:
+    """Language modelling on windows of `window` tokens, shuffled anew each epoch, without a state between them."""
+
+    def __init__(
+        self, corpus: data_text.Corpus, model: gpt.GPT, share: Share, device: torch.device, window: int
+    ) -> None:
+        total = share.batch_size * share.size
+        # one window less than there are, so that the cut can begin anywhere within a window
+        self.windows = (len(corpus.train) - 1) // window - 1
+        if self.windows < total or len(corpus.test) <= window:
+            raise ValueError(
+                f"batch_size={share.batch_size} on {share.size} ranks: the text has {max(0, self.windows)} windows of "
+                f"{window} tokens to train and {len(corpus.test)} tokens to test"
+            )
+        self.corpus, self.model, self.share, self.device, self.window = corpus, model, share, device, window
+        self.steps_per_epoch = self.windows // total
+        self._epoch, self._starts = -1, torch.empty(0, dtype=torch.int64)
+
+    def start(self) -> Tensor | None:
+        return None
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and the tokens that follow them, both (batch_size, window) int64, of this rank."""
+        share = self.share
+        if self._epoch != epoch:
+            generator = torch.Generator().manual_seed(share.seed * 1_000_003 + epoch)
+            offset = torch.randint(self.window, (1,), generator=generator)
+            self._starts = offset + self.window * torch.randperm(self.windows, generator=generator)
+            self._epoch = epoch
+        first = (step * share.size + share.rank) * share.batch_size
+        return self._cut(self.corpus.train, self._starts[first : first + share.batch_size])
+
+    def _cut(self, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        rows = tokens[starts[:, None] + torch.arange(self.window + 1)].to(self.device)
+        return rows[:, :-1], rows[:, 1:]
+
+    def loss(
+        self, model: nn.Module, epoch: int, step: int, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x, y = self.batch(epoch, step)
+        return functional.cross_entropy(model(x).flatten(0, 1), y.flatten()), None
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> Tensor:
+        sums = torch.zeros(3, dtype=torch.float64)
+        starts = torch.arange(0, len(self.corpus.test) - self.window, self.window)
+        for part in starts[self.share.rank :: self.share.size].split(32):
+            x, y = self._cut(self.corpus.test, part)
+            logits = model(x).flatten(0, 1)
+            loss = functional.cross_entropy(logits, y.flatten(), reduction="sum").item()
+            correct = (logits.argmax(1) == y.flatten()).sum().item()
+            sums += torch.tensor([loss, correct, y.numel()], dtype=torch.float64)
+        return sums
+
+    def sample(self, count: int) -> str:
+        """Text of `count` tokens that the model writes, beginning where the test text begins."""
+        begin = self.corpus.test[: min(16, self.window)]
+        written = gpt.sample(self.model, begin, count, self.share.seed)
+        return self.corpus.text(torch.cat((begin, written)))
+
+
 def make(options: Any, share: Share, device: torch.device) -> Task:
     """The task that `options` (the command line of train.py) asks for, with its model on `device`.
 
@@ -158,14 +220,18 @@ def make(options: Any, share: Share, device: torch.device) -> Task:
         ValueError: a model that does not fit the data, or data that are not there.
     """
     language = options.task in ("text", "ptb")
-    if language != (options.model == "lstm"):
+    if language != (options.model in LANGUAGE_MODELS):
         raise ValueError(f"--model {options.model} does not fit --task {options.task}")
     if language:
         corpus = (
             data_ptb.load(_folder(options))
             if options.task == "ptb"
-            else data_text.load(options.level, options.text_size, options.vocabulary)
+            else data_text.load(options.level, options.text_size, options.vocabulary, _texts(options))
         )
+        if options.model in gpt.SIZES:
+            size, window = corpus.vocabulary_size, options.window
+            transformer = gpt.GPT(size, window, options.model, options.dropout).to(device)
+            return Windows(corpus, transformer, share, device, window)
         network = LanguageModel(corpus.vocabulary_size, options.hidden, dropout=options.dropout).to(device)
         return Text(corpus, network, share, device, options.window)
     arrays = data_digits.load() if options.task == "digits" else data_cifar10.load(_folder(options))
@@ -177,6 +243,17 @@ def make(options: Any, share: Share, device: torch.device) -> Task:
         else MLP(arrays.train_x[0].numel(), classes, options.hidden)
     )
     return Images(arrays, model.to(device), share, device)
+
+
+def _texts(options: Any) -> list[Path] | None:
+    """The files of `--text-file`; None: the standard library's sources."""
+    files = getattr(options, "text_file", None)
+    if files is None:
+        return None
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise ValueError(f"--text-file {missing[0]} is no file")
+    return [Path(file) for file in files]
 
 
 def _folder(options: Any) -> Path:

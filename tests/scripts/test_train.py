@@ -13,6 +13,7 @@ from train import render
 from training import checkpoint, loop, options, strategies
 from training import launch as job_launch
 from training.log import Log, read, table
+from training.schedules import learning_rate
 
 TRAIN = ROOT / "scripts" / "train.py"
 MLP = ["--model", "mlp", "--hidden", "64", "--batch-size", "64", "--quiet"]
@@ -29,7 +30,7 @@ def in_ranks(size, *runs):
         world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
         return [loop.Run(parse(*run), world).train() for run in runs]
 
-    return spawn_gloo(ranks, size, timeout=200)[0]
+    return spawn_gloo(ranks, size, timeout=400)[0]
 
 
 def newest(folder):
@@ -128,7 +129,7 @@ def test_the_resume_test_can_fail(tmp_path, monkeypatch):
             return True
         return False
 
-    monkeypatch.setattr(strategies.DDP, "prime", forget)
+    monkeypatch.setattr(strategies.Sparse, "prime", forget)
     assert differs()
     monkeypatch.undo()
     monkeypatch.setattr(strategies.Sparse, "load_state_dict", forget)
@@ -299,6 +300,82 @@ def test_published_formats_train_from_a_local_folder(tmp_path):
     assert text["test_perplexity"] < 8
 
 
+def test_no_gpu_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse("--device", "cuda")
+    assert "error: --device cuda: torch sees no CUDA device" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'cuda': torch sees no CUDA device"):
+        job_launch._device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "momentum"), [("none", 0.0), ("local", 0.0), ("restarted", 0.9), ("decentralized", 0.9)]
+)
+def test_the_algorithms_about_momentum_have_some_by_default(averaging, momentum):
+    assert parse("--averaging", averaging).momentum == momentum
+    assert parse("--averaging", averaging, "--momentum", 0).momentum == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "in_memory", "in_optimizer", "rescales"),
+    [
+        (["--rescale-with-lr"], 0.5, 0.0, True),
+        (["--momentum-in", "optimizer"], 0.0, 0.5, False),
+        (["--no-error-feedback"], None, 0.5, False),
+    ],
+)
+def test_momentum_is_where_it_is_asked_for(given, in_memory, in_optimizer, rescales):
+    def ranks(rank, size):
+        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
+        chosen = parse(*MLP, "--scheme", "topk", "--momentum", 0.5, *given)
+        strategy = strategies.make(torch.nn.Linear(3, 2), chosen, world, 5)
+        memory, group = strategy.state.reducer.memory, strategy.optimizer.param_groups[0]
+        strategy.close()
+        follows = getattr(memory, "optimizer", None) is strategy.optimizer
+        return getattr(memory, "momentum", None), group["momentum"], follows
+
+    assert spawn_gloo(ranks, 1)[0] == (in_memory, in_optimizer, rescales)
+
+
+def test_dense_and_local_steps_clip_the_whole_gradient():
+    """One step of rate 1 without momentum moves the model by at most --clip-norm."""
+
+    def ranks(rank, size):
+        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
+        moved = []
+        for given in (
+            ["--scheme", "dense"],
+            ["--averaging", "local"],
+            ["--averaging", "local", "--scheme", "topk"],
+        ):
+            chosen = parse("--model", "mlp", *given, "--clip-norm", 0.01, "--lr", 1)
+            model = torch.nn.Linear(3, 2)
+            strategy = strategies.make(model, chosen, world, 5)
+            before = torch.cat([p.detach().flatten() for p in model.parameters()])
+            strategy.step(lambda m: 100 * m(torch.ones(4, 3)).square().sum())
+            after = torch.cat([p.detach().flatten() for p in model.parameters()])
+            moved.append(float((after - before).norm()))
+            strategy.close()
+        return moved
+
+    for moved in spawn_gloo(ranks, 2):
+        assert moved == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+def test_learning_rates():
+    def rates(*given, steps=range(12)):
+        chosen = parse("--lr", 1, *given)
+        return [round(learning_rate(chosen, step, 12, 3), 6) for step in steps]
+
+    assert rates("--lr-schedule", "constant", "--lr-warmup", 4)[:6] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = rates("--lr-warmup", 4)
+    assert cosine[4] == 1.0 and cosine[8] == 0.5 and 0 < cosine[11] < 0.05
+    assert rates("--lr-schedule", "step", "--lr-every", 2, "--lr-gamma", 0.5) == [1.0] * 6 + [0.5] * 6
+    falling = rates("--lr-schedule", "exponential", "--lr-gamma", 0.5)
+    assert falling[::3] == [1.0, 0.5, 0.25, 0.125] and falling == sorted(falling, reverse=True)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("scheme", strategies.SPARSE)
 def test_without_error_feedback_nothing_is_remembered(scheme):
@@ -318,6 +395,20 @@ def test_without_error_feedback_nothing_is_remembered(scheme):
         (["--epochs", "0"], "--epochs 0 is not positive"),
         (["--factor-masking"], "needs --momentum"),
         (["--no-error-feedback", "--clip-norm", "1"], "needs error feedback"),
+        (["--clip-norm", "0"], "--clip-norm 0.0 is not positive"),
+        (["--lr-warmup", "-1"], "--lr-warmup -1 is negative"),
+        (["--lr-gamma", "1.5"], "--lr-gamma 1.5 is outside (0, 1]"),
+        (["--warmup", "2", "--warmup-start", "0.001"], "--warmup-start 0.001 is below --density 0.01"),
+        (["--scheme", "dense", "--momentum-in", "memory"], "--momentum-in has no effect here"),
+        (["--scheme", "dense", "--no-error-feedback"], "--no-error-feedback has no effect here"),
+        (["--scheme", "dense", "--transport", "mpi"], "--transport has no effect here"),
+        (["--scheme", "dense", "--rescale-with-lr"], "it needs a sparse hook with error feedback"),
+        (["--nesterov"], "--nesterov has no effect here: it needs --momentum"),
+        (["--warmup-start", "0.5"], "--warmup-start has no effect here: it needs --warmup"),
+        (["--lr-every", "3"], "it needs --lr-schedule step"),
+        (["--mu", "0.5"], "--mu has no effect here: it needs --averaging block"),
+        (["--hidden", "64"], "--hidden has no effect here: it needs --model mlp or lstm"),
+        (["--averaging", "local", "--delta-every", "2"], "--delta-every has no effect here"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(given, message, capsys):
@@ -333,7 +424,9 @@ def test_a_task_that_cannot_be_had_is_one_line_and_a_status(tmp_path):
         "train.py: error: " in done.stderr and "ptb.train.txt" in done.stderr and "loop.py" not in done.stderr
     )
     with pytest.raises(ValueError, match="--model lstm does not fit --task digits"):
-        loop.tasks.make(parse("--model", "lstm"), loop.tasks.Share(0, 1, 8, 0), torch.device("cpu"))
+        loop.tasks.make(
+            parse("--model", "lstm", "--task", "digits"), loop.tasks.Share(0, 1, 8, 0), torch.device("cpu")
+        )
 
 
 def test_tables_are_markdown_with_aligned_columns():

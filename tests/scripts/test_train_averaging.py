@@ -122,7 +122,7 @@ def test_sync_says_after_which_steps(given, steps):
         (["--averaging", "local", "--period", 0], "--period 0"),
         (["--averaging", "block", "--mu", 1.0], "--mu 1.0"),
         (["--averaging", "block", "--averaging-start", 5], "--averaging-start.*block"),
-        (["--averaging", "restarted", "--nesterov"], "--nesterov needs"),
+        (["--averaging", "restarted", "--momentum", 0, "--nesterov"], "--nesterov needs"),
         (["--averaging", "block", "--sync", "growing"], "--sync growing.*block has a --period"),
         (["--averaging", "decentralized", "--sync", "one-shot"], "--sync one-shot.*decentralized"),
         (["--averaging", "local", "--sync", "at"], "--sync at is none of"),
