@@ -24,6 +24,7 @@ PAGES = {
     "docs/cost-model.md": "benchmarks.pages.cost_model",
     "docs/kernels.md": "benchmarks.pages.kernels",
     "docs/kernels-cuda.md": "benchmarks.pages.kernels_cuda",
+    "docs/recipes.md": "benchmarks.pages.recipes",
 }
 _BLOCK = re.compile(r"<!-- rendered: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 

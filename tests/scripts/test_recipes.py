@@ -1,0 +1,109 @@
+"""scripts/accuracy --recipes: its runs, its choice of rates, how it goes on, and what it renders."""
+
+import pytest
+import torch
+from launch import spawn_gloo
+from studies import recipes
+from training import launch as job_launch
+from training import options
+
+
+def test_every_command_of_the_study_is_one_of_train_py():
+    made = list(recipes.arms(list(recipes.NETWORKS)))
+    assert len(made) == len(set(made)) > 40
+    for arm in made:
+        parsed = options.parse(recipes.command(arm, 0.1, 3))
+        assert parsed.seed == 3 and parsed.lr == 0.1
+        assert (parsed.scheme == "dense") == (arm.variant == recipes.DENSE)
+        if arm.variant == recipes.RECIPE and arm.optimizer != "adamw":
+            assert parsed.factor_masking and parsed.momentum_in == "memory" and parsed.warmup > 0
+    # on every network each optimizer has its dense baseline first
+    first = {}
+    for arm in made:
+        first.setdefault((arm.network, arm.optimizer), arm.variant)
+    assert set(first.values()) == {recipes.DENSE}
+
+
+def record(arm, lr, seed, loss):
+    return {
+        "bench": "run",
+        **arm._asdict(),
+        "lr": lr,
+        "seed": seed,
+        "loss": loss,
+        "bytes_sent_per_step": 10.0,
+    }
+
+
+def test_the_rate_is_the_best_one_on_the_data_of_the_choice():
+    arm = recipes.Arm("quick", "sgd", recipes.DENSE, 1.0)
+    done = [record(arm, lr, recipes.CHOICE_SEED, loss) for lr, loss in ((0.1, 2.0), (0.2, 1.0), (0.4, None))]
+    done.append(record(arm, 0.1, 0, 0.5))  # the verdict's data do not count
+    assert recipes.best_rate(arm, done) == 0.2
+
+
+def test_the_page_compares_with_dense_and_says_what_diverges():
+    dense, sparse = (
+        recipes.Arm("quick", "sgd", v, d) for v, d in ((recipes.DENSE, 1.0), (recipes.RECIPE, 0.01))
+    )
+    wild = recipes.Arm("quick", "sgd", "no error feedback", 0.01)
+    late = recipes.Arm("quick", "sgd", "no error feedback", 0.001)
+    found = [
+        {"bench": "study", "ranks": 2, "rates": [1.0], "seeds": [0, 1]},
+        *(record(dense, 0.1, seed, loss) for seed, loss in ((recipes.CHOICE_SEED, 9.0), (0, 1.0), (1, 2.0))),
+        *(record(sparse, 0.2, seed, loss) for seed, loss in ((0, 1.01), (1, 2.02))),
+        *(record(wild, 0.2, seed, loss) for seed, loss in ((0, 1.0), (1, None))),
+        record(late, 0.2, 0, 1.0),
+    ]
+    text = recipes.page(found)
+    assert "| recipe            |    0.01 |  0.2 | 1.515 ± 0.714 |       +1.0% |" in text
+    assert "diverges" in text and "0.001" not in text
+    assert "Within 2% of dense's loss: recipe at 0.01." in text
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The quick study, interrupted after its third run and started again."""
+    file = tmp_path_factory.mktemp("study") / "recipes.jsonl"
+
+    def ranks(rank, size):
+        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
+        whole, trained = recipes.one, []
+
+        def stops(world, labels):
+            if len(trained) == 3:
+                raise KeyboardInterrupt
+            trained.append(labels)
+            return whole(world, labels)
+
+        recipes.one = stops
+        with pytest.raises(KeyboardInterrupt):
+            recipes.study(world, file, ["quick"], (1.0,), (0,))
+        recipes.one = lambda world, labels: trained.append(labels) or whole(world, labels)
+        found = recipes.study(world, file, ["quick"], (1.0,), (0,))
+        return found, trained
+
+    (found, trained), (other, _) = spawn_gloo(ranks, 2, timeout=120)
+    return file, found, trained, other
+
+
+def test_the_quick_study_goes_on_where_it_was_stopped(quick):
+    file, found, trained, other = quick
+    assert found == other == recipes.records.load(file)
+    assert len(trained) == len(found) - 1 == 2 * len(list(recipes.arms(["quick"])))  # none twice
+    assert all(r["loss"] is None or r["loss"] > 0 for r in found[1:])
+    text = recipes.page(found)
+    assert "## quick, sgd" in text and "| dense " in text and "recipe, clipped" in text
+
+
+def test_choice_and_verdict_see_other_data():
+    class Task(recipes.tasks.Text):
+        def __init__(self):
+            self.test = torch.arange(10)
+
+    halves = []
+    for second in (False, True):
+        task = Task()
+        recipes.keep_half(task, second)
+        halves.append(task.test.tolist())
+    assert halves == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
