@@ -1,4 +1,4 @@
-"""The command line: ``commhooks info`` and ``commhooks plan``, also as ``python -m commhooks``."""
+"""The command line: ``commhooks info``, ``plan`` and ``bench``, also as ``python -m commhooks``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .bench import command as bench_command
 from .native import abi
 from .planner import command
 from .transports.launcher import launched
@@ -55,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help=command.DESCRIPTION, description=command.DESCRIPTION)
     command.add_arguments(plan)
     plan.set_defaults(run=_plan)
+    bench = commands.add_parser(
+        "bench", help=bench_command.DESCRIPTION, description=bench_command.DESCRIPTION
+    )
+    bench_command.add_arguments(bench)
+    bench.set_defaults(run=_bench)
     return top
 
 
@@ -131,4 +137,17 @@ def _plan(arguments: argparse.Namespace) -> int:
         return 2
     if found is not None:
         print(json.dumps(command.as_dict(*found), indent=1) if arguments.json else command.text(*found))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Measures on all ranks; prints and saves the report on rank 0."""
+    try:
+        report = bench_command.run(arguments)
+    except (ValueError, ImportError) as error:
+        print(f"commhooks bench: {error}", file=sys.stderr)
+        return 2
+    if report is not None:
+        print(bench_command.text(report))
+        bench_command.save(report, arguments.json, arguments.plot)
     return 0

@@ -33,7 +33,7 @@ LEVELS = [
     {"reduction"},
     {"planner"},
     {"ddp"},
-    {"horovod", "averaging", "interop"},
+    {"horovod", "averaging", "interop", "bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,262 @@
+"""The command ``commhooks bench``: its options, its run, and the figures as text, JSON or a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..transports.launcher import launched
+from .child import START_S, Task, meeting_place
+from .child import measure as measure_in_child
+from .measure import FOREIGN, OURS, Row, attach, bytes_sent, check, timed
+from .models import MODELS, Source, make_job
+
+DEFAULT = ("dense", "fp16", "powersgd", "topk", "gtopk")
+DESCRIPTION = (
+    "Measures schemes on your own network, in a minute: plain DDP, torch's fp16 and PowerSGD hooks, and "
+    "ours. "
+    "Run it under the launcher of your training, with as many ranks. Gradients are on the CPU."
+)
+
+
+@dataclass
+class Report:
+    """The figures of one run.
+
+    Attributes:
+        model: what was measured.
+        numel: its parameters.
+        world_size: number of ranks.
+        hosts: names of the ranks' hosts.
+        density: share of a gradient that ours sends.
+        alone_s: seconds of a step without communication.
+        rows: one a scheme.
+    """
+
+    model: str
+    numel: int
+    world_size: int
+    hosts: list[str]
+    density: float
+    alone_s: float
+    rows: list[Row]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``bench`` to ``parser``."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", choices=MODELS, default="resnet50", help="Default: resnet50.")
+    what.add_argument("--numel", type=float, metavar="N", help="Square layers with about N parameters.")
+    what.add_argument(
+        "--module",
+        metavar="PACKAGE:FUNCTION",
+        help="Your own: the function returns (model, function of the model that returns a loss).",
+    )
+    parser.add_argument(
+        "--schemes",
+        nargs="+",
+        choices=(*FOREIGN, *OURS),
+        default=list(DEFAULT),
+        metavar="S",
+        help=f"Of {', '.join((*FOREIGN, *OURS))}. Default: {' '.join(DEFAULT)}.",
+    )
+    parser.add_argument("--density", type=float, default=0.01, metavar="D", help="Of ours. Default: 0.01.")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="For all. Default: 60.")
+    parser.add_argument("--json", metavar="FILE", help="Write the figures to FILE, times in seconds.")
+    parser.add_argument("--plot", metavar="FILE", help="Draw the figures into FILE. Needs matplotlib.")
+
+
+def run(arguments: argparse.Namespace) -> Report | None:
+    """Measures all schemes. A collective call.
+
+    Returns:
+        The report on rank 0; None on the others.
+
+    Raises:
+        ValueError: an argument out of range, or a single rank.
+    """
+    if not 0 < arguments.density <= 1:
+        raise ValueError(f"--density must be in (0, 1], got {arguments.density:g}")
+    if not arguments.seconds > 0:
+        raise ValueError(f"--seconds must be positive, got {arguments.seconds:g}")
+    if arguments.numel is not None and not 1 <= arguments.numel <= 1e10:
+        raise ValueError(f"--numel must be from 1 to 1e10, got {arguments.numel:g}")
+    with _group():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if size == 1:
+            raise ValueError(_one_rank())
+        numel = None if arguments.numel is None else round(arguments.numel)
+        model = None if arguments.module or numel else arguments.model
+        source = Source(model, numel, arguments.module)
+        begun, budget = time.monotonic(), arguments.seconds / (len(arguments.schemes) + 1)
+        job = make_job(source, rank)
+        alone_s, _ = timed(attach("dense", job, 1.0)[0], job, budget / 2, synchronise=False)
+        rows = {}
+        for scheme in sorted(arguments.schemes, key="powersgd".__eq__):  # it starts a process: last
+            late = _over(begun, arguments.seconds)
+            note = Row(scheme, note="not run: the time was over")
+            rows[scheme] = note if late else _row(scheme, source, arguments.density, budget, alone_s)
+        hosts: list[Any] = [None] * size
+        dist.all_gather_object(hosts, socket.gethostname())
+        ordered = [rows[scheme] for scheme in arguments.schemes]
+        count = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        report = Report(job.name, count, size, sorted(set(hosts)), arguments.density, alone_s, ordered)
+    return report if rank == 0 else None
+
+
+def text(report: Report) -> str:
+    """Returns the report as text for a terminal."""
+    ours, one_host = f"density {report.density:g}", len(report.hosts) == 1
+    lines = [
+        f"{report.model}: {report.numel:,} parameters, {report.world_size} ranks on {len(report.hosts)} "
+        f"host{'' if one_host else 's'}, {ours}",
+        f"forward and backward alone: {1000 * report.alone_s:.1f} ms",
+        "",
+        f"{'scheme':<12}{'step':>10}{'exposed':>10}{'sent':>14}{'to dense':>10}{'steps':>7}",
+        f"{'':<12}{'ms':>10}{'ms':>10}{'bytes':>14}{'':>10}",
+    ]
+    dense = next((r.step_s for r in report.rows if r.scheme == "dense"), None)
+    for row in report.rows:
+        if row.step_s is None or row.exposed_s is None:
+            lines.append(f"{row.scheme:<12}  {row.note}")
+            continue
+        sent = "-" if row.bytes_sent is None else f"{row.bytes_sent:,}"
+        faster = f"{row.step_s / dense:.2f}" if dense else "-"
+        figures = (
+            f"{1000 * row.step_s:>10.1f}{1000 * row.exposed_s:>10.1f}{sent:>14}{faster:>10}{row.steps:>7}"
+        )
+        lines.append(f"{row.scheme:<12}{figures}")
+    lines += [
+        "",
+        "step: forward and backward, the slowest rank's time, median over the steps",
+        "exposed: step - step inside no_sync, which is what communication adds",
+        "sent: by a rank in a step; counted for ours, 2 (P - 1) / P * size for dense and fp16",
+        "to dense: step / step of dense; below 1 is faster",
+    ]
+    if one_host:
+        lines.append("All ranks are on one host: this measures its memory, not a network.")
+    return "\n".join(lines)
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """Returns the report as values that JSON can hold. Times are in seconds."""
+    return asdict(report)
+
+
+def save(report: Report, json_file: str | None, plot_file: str | None) -> None:
+    """Writes the files that were asked for."""
+    if json_file:
+        Path(json_file).write_text(json.dumps(as_dict(report), indent=1) + "\n")
+    if plot_file:
+        _plot(report, plot_file)
+
+
+def _row(scheme: str, source: Source, density: float, budget: float, alone_s: float) -> Row:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if scheme == "powersgd":
+        host, port = meeting_place()
+        task = Task(rank, size, host, port, budget, source)
+        found = measure_in_child(task, 2 * budget + START_S)
+        everywhere = torch.tensor([int(found is not None)])
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        if found is None or not everywhere.item():
+            return Row(scheme, note=f"failed, or did not end within {2 * budget + START_S:.0f} s")
+        return Row(scheme, found[0], found[0] - alone_s, None, found[1])
+    job = make_job(source, rank)
+    ddp, state = attach(scheme, job, density)
+    try:
+        wrong = check(scheme, ddp, state, job)
+        if wrong:
+            return Row(scheme, note=wrong)
+        step_s, steps = timed(ddp, job, budget)
+        numel = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        return Row(scheme, step_s, step_s - alone_s, bytes_sent(scheme, state, numel, size), steps)
+    finally:
+        if state is not None:
+            state.close()
+
+
+def _over(begun: float, seconds: float) -> bool:
+    """Whether rank 0's time is over. A collective call."""
+    over = torch.tensor([int(time.monotonic() - begun > seconds)])
+    dist.broadcast(over, 0)
+    return bool(over.item())
+
+
+def _one_rank() -> str:
+    return (
+        "one rank sends nothing, so there is nothing to measure. Start as many as the training has:\n"
+        "  torchrun --nproc-per-node 4 -m commhooks bench\n"
+        "  mpiexec -n 4 python -m mpi4py -m commhooks bench"
+    )
+
+
+@contextmanager
+def _group() -> Iterator[None]:
+    """Makes torch's default process group over gloo where there is none, and ends it afterwards.
+
+    Raises:
+        ValueError: no launcher started this process.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    started = launched()
+    if started is None or started.world_size == 1:
+        raise ValueError(_one_rank())
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group("gloo")
+    else:
+        _beside_mpi()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _beside_mpi() -> None:
+    """Makes the process group with MPI's ranks: rank 0 opens a store, and MPI carries its address."""
+    from ..transports.mpi import load_mpi
+
+    comm = load_mpi().COMM_WORLD
+    names = comm.allgather(socket.gethostname())
+    host = "127.0.0.1" if len(set(names)) == 1 else names[0]
+    make: Any = dist.TCPStore  # type: ignore[attr-defined]
+    store = make(host, 0, comm.size, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
+    port = comm.bcast(store.port if store else None)
+    store = store or make(host, port, comm.size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
+
+
+def _plot(report: Report, file: str) -> None:
+    """Draws one bar a scheme: forward and backward, and what communication adds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in report.rows if r.exposed_s is not None]
+    names = [r.scheme for r in rows]
+    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(rows) + 1.5))
+    alone = [1000 * report.alone_s] * len(rows)
+    axes.barh(names, alone, color="0.75", label="forward and backward")
+    added = [1000 * max(0.0, r.exposed_s or 0.0) for r in rows]
+    axes.barh(names, added, left=alone, color="tab:blue", label="communication")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a step")
+    axes.set_title(f"{report.model}, {report.world_size} ranks on {len(report.hosts)} host(s), measured")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

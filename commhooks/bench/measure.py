@@ -1,0 +1,138 @@
+"""One scheme on one model: is its average right, how long is a step, what does a rank send."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ..ddp.hook import register
+from ..ddp.state import SparseState
+from ..schemes import SCHEMES, make_parts
+from .models import Job
+
+FOREIGN = ("dense", "fp16", "powersgd")
+"""Schemes that are DDP's own or torch's hooks. """
+OURS = tuple(name for name, scheme in SCHEMES.items() if scheme.selector is not None)
+"""Sparse schemes of ``commhooks.schemes.SCHEMES``."""
+MOST_STEPS = 100
+"""Steps that are timed at most. The least is 3."""
+_TOLERANCE = {"fp16": 2e-2}
+_ONE_BUCKET_MB = 100_000
+
+
+@dataclass
+class Row:
+    """Figures of one scheme, equal on all ranks.
+
+    Attributes:
+        scheme: its name.
+        step_s: seconds of a step: of the slowest rank, median over the steps. None if it was not measured.
+        exposed_s: ``step_s`` less that of a step inside ``no_sync``.
+        bytes_sent: bytes that rank 0 sends in a step: counted for ours, by formula for DDP's ring all-reduce.
+        steps: how many were timed.
+        note: what kept the scheme from being measured, or "".
+    """
+
+    scheme: str
+    step_s: float | None = None
+    exposed_s: float | None = None
+    bytes_sent: int | None = None
+    steps: int = 0
+    note: str = ""
+
+
+def attach(scheme: str, job: Job, density: float) -> tuple[DistributedDataParallel, SparseState | None]:
+    """Wraps the job's model in DDP and registers the scheme's hook; returns the state of one of ours."""
+    if scheme == "powersgd":  # over gloo it hangs with more than one bucket
+        ddp = DistributedDataParallel(job.model, bucket_cap_mb=_ONE_BUCKET_MB)
+        ddp.register_comm_hook(PowerSGDState(None, 1, start_powerSGD_iter=2), powerSGD_hook)
+        return ddp, None
+    ddp = DistributedDataParallel(job.model)
+    if scheme == "fp16":
+        ddp.register_comm_hook(None, fp16_compress_hook)
+    if scheme in FOREIGN:
+        return ddp, None
+    return ddp, register(ddp, SparseState(*make_parts(scheme, density)))
+
+
+def check(scheme: str, ddp: DistributedDataParallel, state: SparseState | None, job: Job) -> str:
+    """Compares one average with the mean gradient; returns what is wrong, or "". A collective call.
+
+    Ours has to hold ``average + mean residual = mean gradient``, and the same bits on all ranks.
+    """
+    with ddp.no_sync():
+        job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+    wanted = _mean(_gradient(ddp))
+    ddp.zero_grad()
+    job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+    got = _gradient(ddp)
+    ends = torch.stack([got, -got])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if not torch.equal(ends[0], -ends[1]):
+        return "the ranks hold different averages"
+    if state is not None:
+        kept = state.state_dict()["residual"]
+        names = [name for name, p in ddp.module.named_parameters() if p.requires_grad]
+        got = got + _mean(torch.cat([kept[name].flatten() for name in names]))
+    error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+    allowed = _TOLERANCE.get(scheme, 1e-4)
+    return (
+        "" if error <= allowed else f"wrong: off by {error:.1e} of the largest element, {allowed:g} allowed"
+    )
+
+
+def timed(
+    ddp: DistributedDataParallel, job: Job, seconds: float, synchronise: bool = True
+) -> tuple[float, int]:
+    """Times forward and backward for about ``seconds``. A collective call.
+
+    Returns:
+        The median over the steps of the slowest rank's seconds, and the number of steps.
+    """
+    _step(ddp, job, synchronise)
+    first = torch.tensor([max(_step(ddp, job, synchronise), 1e-6)])
+    dist.all_reduce(first, dist.ReduceOp.MAX)
+    steps = min(MOST_STEPS, max(3, int(seconds / float(first))))
+    taken = torch.tensor([_step(ddp, job, synchronise) for _ in range(steps)])
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return statistics.median(taken.tolist()), steps
+
+
+def bytes_sent(scheme: str, state: SparseState | None, numel: int, ranks: int) -> int | None:
+    """Returns the bytes a rank sends in a step; None where they are not known."""
+    if state is not None:
+        return int(state.stats()["bytes_sent"])
+    size = {"dense": 4, "fp16": 2}.get(scheme)
+    return None if size is None else round(2 * (ranks - 1) / ranks * size * numel)
+
+
+def _step(ddp: DistributedDataParallel, job: Job, synchronise: bool) -> float:
+    dist.barrier()
+    begun = time.perf_counter()
+    ddp.zero_grad()
+    if synchronise:
+        job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+    else:
+        with ddp.no_sync():
+            job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - begun
+
+
+def _gradient(ddp: DistributedDataParallel) -> Tensor:
+    parts: list[Any] = [p for p in ddp.module.parameters() if p.requires_grad]
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts])
+
+
+def _mean(vector: Tensor) -> Tensor:
+    total = vector.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -1,0 +1,126 @@
+"""``commhooks bench`` on tiny models: every scheme is checked and measured, what is wrong is said, nothing hangs."""
+
+import argparse
+import json
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import mpiexec, spawn_gloo
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from commhooks.bench import child, command, measure
+from commhooks.bench.measure import OURS, attach, check
+from commhooks.bench.models import GPT, ResNet50, Source, make_job
+
+TINY = Source(numel=2500)
+
+
+def arguments(*text):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(text)
+
+
+def own_model():
+    model = torch.nn.Linear(3, 2)
+    return model, lambda net: net(torch.ones(4, 3)).square().mean()
+
+
+def wrong_hook(factor):
+    def hook(state, bucket):
+        buffer = bucket.buffer().mul_(factor)
+        if factor != 1:
+            dist.all_reduce(buffer)
+        done = Future()
+        done.set_result(buffer)
+        return done
+
+    return hook
+
+
+def measured(rank, size):
+    """The report on rank 0, and what the check says of a sum for an average and of no average at all."""
+    asked = ["--numel", "2500", "--seconds", "60", "--density", "0.1", "--schemes", "dense", "fp16", *OURS]
+    report = command.run(arguments(*asked))
+    late = command.run(arguments("--numel", "2500", "--seconds", "1e-9", "--schemes", "dense"))
+    found = []
+    for factor in (1, 2):
+        job = make_job(TINY, rank)
+        ddp = DistributedDataParallel(job.model)
+        ddp.register_comm_hook(None, wrong_hook(factor))
+        found.append(check("dense", ddp, None, job))
+    own = make_job(Source(function="test_bench:own_model"), rank)
+    ddp, state = attach("topk", own, 0.5)
+    found.append(check("topk", ddp, state, own))
+    state.close()
+    return report, late, found
+
+
+def test_every_scheme_is_checked_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "MOST_STEPS", 5)
+    (report, late, found), (other, _, _) = spawn_gloo(measured, 2)
+    assert other is None
+    assert found[0] == "the ranks hold different averages"
+    assert found[1].startswith("wrong: off by") and found[2] == ""
+    assert [row.scheme for row in report.rows] == ["dense", "fp16", *OURS]
+    assert not [row.note for row in report.rows if row.note]
+    assert report.numel == 2500 and report.world_size == 2 and len(report.hosts) == 1
+    sent = {row.scheme: row.bytes_sent for row in report.rows}
+    assert sent["dense"] == 10_000 and sent["fp16"] == 5_000
+    assert sent["topk"] == sent["gtopk"] == 8 * 250 + 16
+    for row in report.rows:
+        assert row.steps >= 3 and row.exposed_s == pytest.approx(row.step_s - report.alone_s)
+    assert late.rows[0].note == "not run: the time was over" and "time was over" in command.text(late)
+    text = command.text(report)
+    assert "2,016" in text and "exposed: step - step inside no_sync" in text and "not a network" in text
+    files = [str(tmp_path / name) for name in ("report.json", "report.png")]
+    pytest.importorskip("matplotlib")
+    command.save(report, *files)
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][2]["bytes_sent"] == sent["topk"]
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_a_child_that_hangs_is_ended():
+    task = child.Task(0, 2, "127.0.0.1", 1, 1.0, TINY)
+    assert child.measure(task, 0.2) is None
+
+
+@pytest.mark.mpi
+def test_under_mpiexec_and_powersgd_in_a_child():
+    options = ["bench", "--numel", "2500", "--seconds", "60", "--schemes", "powersgd", "topk"]
+    program = f"import sys\nfrom commhooks.cli import main\nsys.exit(main({options!r}))\n"
+    done = mpiexec(program, 2, timeout=120)
+    assert "2,500 parameters, 2 ranks" in done.stdout, done.show()
+    assert re.findall(r"^(powersgd|topk) +[0-9.]+ ", done.stdout, re.M) == ["powersgd", "topk"], done.show()
+
+
+def test_the_models_are_what_they_are_called():
+    assert sum(p.numel() for p in ResNet50().parameters()) == 25_557_032
+    assert 9.5e6 < sum(p.numel() for p in GPT().parameters()) < 10.5e6
+    for model in ("resnet50", "gpt-10m"):
+        job = make_job(Source(model=model), 0)
+        with torch.no_grad():
+            assert job.loss(job.model).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--density", "0"], r"--density must be in \(0, 1\], got 0"),
+        (["--seconds", "0"], "--seconds must be positive, got 0"),
+        (["--numel", "nan"], "--numel must be from 1 to 1e10, got nan"),
+        ([], "torchrun --nproc-per-node 4 -m commhooks bench"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        command.run(arguments(*options))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere:f", "os:getcwd"])
+def test_a_function_that_makes_no_model(name):
+    with pytest.raises(ValueError, match=f"--module.*{name}"):
+        make_job(Source(function=name), 0)
