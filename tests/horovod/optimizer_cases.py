@@ -47,10 +47,11 @@ def density_one_is_dense():
 def low_bit_gradients_and_what_their_owners_keep():
     model, optimizer = train(ours("lowbit"), 4, lr=0.05)
     assert same_everywhere(flat(model))
-    before = optimizer.state_dict()["commhooks"]["owned"]
+    before = optimizer.state_dict()["commhooks"].get("owned", {})
     optimizer.load_state_dict(optimizer.state_dict())
-    after = optimizer.state_dict()["commhooks"]["owned"]
-    assert before and before.keys() == after.keys()
+    after = optimizer.state_dict()["commhooks"].get("owned", {})
+    assert before or hvd.rank() < hvd.size() - 1  # a bucket of one block belongs to the last rank
+    assert before.keys() == after.keys()
     for name, pieces in before.items():
         assert all(torch.equal(kept, after[name][start]) for start, kept in pieces.items())
 
