@@ -295,7 +295,7 @@ class Averager(ModelAverager):
         }
 
     def close(self) -> None:
-        """Closes the transport. All ranks should call it; it waits for none of them."""
+        """Closes the transport. It needs no other rank."""
         self._channel.close()
 
     def __repr__(self) -> str:

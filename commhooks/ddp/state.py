@@ -540,7 +540,7 @@ class SparseState:
         self.reducer.restart(saved)
 
     def close(self) -> None:
-        """Joins the state's thread and closes the transport. Call it on all ranks. The memory stays."""
+        """Joins the state's thread and closes the transport, without other ranks. The memory stays."""
         self._thread.close()
         self.reducer.connection.close()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ..ddp.state import SparseState
 from ..errors import PeerLostError, PeerTimeoutError
-from ..transports import DEFAULT_TIMEOUT_S
-from ..transports.mpi import load_mpi
+from ..transports import DEFAULT_TIMEOUT_S, finalization
+from ..transports.mpi import abort, load_mpi
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
 from .transport import open_transport
@@ -24,6 +25,7 @@ from .transport import open_transport
 logger = logging.getLogger(__name__)
 
 _LEAVE_S = 10.0  # how long a rank waits for the others when it leaves
+_LEAVE_TAG = 32767  # of no exchange
 _all: weakref.WeakSet[GradientSync] = weakref.WeakSet()
 
 
@@ -56,6 +58,7 @@ class GradientSync:
         self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
         self.passes, self.sparse_as_dense = passes, sparse_as_dense
         self._session: object = None
+        self._at_exit: Callable[[], None] | None = None
         self._lock = threading.Lock()  # gradients on several devices arrive on several threads
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self._remaining = dict.fromkeys(self._bucket_of, passes)
@@ -66,7 +69,7 @@ class GradientSync:
         if not is_elastic():  # in an elastic job a new worker must first pass hvd.elastic's own sync
             self.open()
         _all.add(self)
-        _close_at_exit(self)
+        finalization.wait_for(self)
 
     def open(self) -> None:
         """Opens the transport unless this session has it open. A collective call of the process set."""
@@ -85,6 +88,7 @@ class GradientSync:
             self._raise(error)
         connection.adopt(transport)
         self._session = session()
+        self._close_at_exit()
 
     def set_passes(self, passes: int) -> None:
         """Changes the number of backward passes per step, between steps."""
@@ -181,23 +185,45 @@ class GradientSync:
             raise horovod().HorovodInternalError(str(error)) from error
         raise error
 
+    @property
+    def is_exchanging(self) -> bool:
+        """Whether a submitted bucket is still on its way."""
+        return any(bucket.future is not None and not bucket.future.done() for bucket in self.buckets)
+
     def leave(self) -> None:
         """Waits for all ranks, then joins the communication thread and closes the transport.
 
         The first rank whose ``hvd.shutdown()`` runs shuts Horovod down on all ranks, and MPI too where
         Horovod has started it. No rank may still be exchanging then. Nothing is closed if the other ranks do
-        not come within 10 s, if the state has failed, or in the middle of a step.
+        not come within 10 s, if the state has failed, or in the middle of a step. After ``hvd.shutdown()``
+        over MPI it closes without waiting.
         """
         state, connection = self.state, self.state.reducer.connection
-        if state.error is None and connection.is_open and self._next == 0:
-            transport, self._session = connection.transport, None
-            transport.timeout_s = min(transport.timeout_s, _LEAVE_S)
+        if state.error is not None or not connection.is_open or self._next != 0:
+            return
+        transport = connection.transport
+        if transport.is_alive:
+            limit_s, transport.timeout_s = transport.timeout_s, min(transport.timeout_s, _LEAVE_S)
             try:
-                transport.all_reduce(torch.zeros(1), tag=0, what="leaving")
+                transport.barrier(tag=_LEAVE_TAG, what="leaving")
             except Exception as error:  # the others are gone already
                 logger.debug("left alone: %s", error)
                 return
-            _quietly(state.close)
+            finally:
+                transport.timeout_s = limit_s
+        self._session = None
+        _quietly(state.close)
+
+    def _close_at_exit(self) -> None:
+        """Registers :meth:`leave` to run at exit, for each session anew.
+
+        Exit handlers run in reverse order. So it runs before those of Horovod and of our process group, which
+        were registered for the same session just before.
+        """
+        if self._at_exit is not None:
+            atexit.unregister(self._at_exit)
+        self._at_exit = functools.partial(_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
 
 
 def _close_stale() -> None:
@@ -214,23 +240,14 @@ def _quietly(action: Any) -> None:
         logger.debug("closing: %s", error)
 
 
-def _close_at_exit(sync: GradientSync) -> None:
-    """Registers :meth:`GradientSync.leave` to run at exit.
-
-    Horovod's own exit handler was registered earlier and therefore runs later.
-    """
-    reference = weakref.ref(sync)
-
-    def close() -> None:
-        alive = reference()
-        if alive is None:
-            return
-        connection = alive.state.reducer.connection
-        if hasattr(sys, "last_value") and connection.is_open and connection.transport.name == "mpi":
-            # An exception ends this process. Horovod would finalize MPI on ranks that still exchange, and
-            # these would hang or crash.
-            sys.stdout.flush()
-            load_mpi().COMM_WORLD.Abort(1)
-        alive.leave()
-
-    atexit.register(close)
+def _at_exit(reference: weakref.ref[GradientSync]) -> None:
+    sync = reference()
+    if sync is None:
+        return
+    connection = sync.state.reducer.connection
+    if hasattr(sys, "last_value") and connection.is_open and connection.transport.name == "mpi":
+        # An exception ends this process. Horovod would finalize MPI on ranks that still exchange, and these
+        # would wait for this one.
+        sys.stdout.flush()
+        abort(load_mpi())
+    sync.leave()

@@ -79,9 +79,9 @@ class SparseOptimizer:
             self._sync.set_passes(passes)
 
     def close(self) -> None:
-        """Joins the communication thread and closes the transport. Call it on all ranks, between steps.
+        """Joins the communication thread and closes the transport. A collective call, between steps.
 
-        The exit of the process does it too.
+        The exit of the process does it too. When the other ranks do not come within 10 s nothing is closed.
         """
         if self._sync is not None:
             self._sync.leave()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from . import device_copy
@@ -49,7 +50,8 @@ class Transport(ABC):
 
     Tensors may be on the CPU or on a GPU. The network sends from devices of ``device_type``; other tensors
     are copied there and back (``device_copy.py``). Every call blocks its thread until it is complete, or
-    raises within ``timeout_s``. What is received on a GPU is complete for later work on the current stream.
+    raises. It waits at most ``timeout_s``; in a collective that consists of point-to-point messages, at most
+    ``timeout_s`` in each round. What is received on a GPU is complete for later work on the current stream.
     ``tag`` (0 to 32767) distinguishes messages that are under way at the same time. ``what`` names the
     messages in errors ("bucket 3, round 1").
 
@@ -151,6 +153,8 @@ class Transport(ABC):
 
         Point-to-point messages are sent along a binomial tree.
         """
+        if not 0 <= root < self.world_size:
+            raise ValueError(f"root must be a rank below {self.world_size}, got {root}")
         self._is_foreign(buffer)
         copies = device_copy.Copies(self.device_type)
         here = copies.both(buffer)
@@ -166,6 +170,18 @@ class Transport(ABC):
                 self.exchange([], [(parent, here)], tag=tag, what=what)
             step *= 2
         copies.give_back()
+
+    def barrier(self, *, tag: int, what: str) -> None:
+        """Waits until all ranks have called it, by point-to-point messages of one byte in ``log2 P`` rounds.
+
+        Unlike an all-reduce it cannot be confused with collectives of ranks that do not call it.
+        """
+        here = torch.zeros(1, dtype=torch.uint8, device=self.device_type)
+        distance = 1
+        while distance < self.world_size:
+            to, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
+            self.exchange([(to, here)], [(source, torch.empty_like(here))], tag=tag, what=what)
+            distance *= 2
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -207,7 +223,7 @@ class Transport(ABC):
         """Call this when the rank gives up on its peers. It may change how the process exits."""
 
     def close(self) -> None:
-        """Frees the transport's resources. Call it on all ranks. A second call does nothing."""
+        """Frees the transport's resources. It needs no other rank. A second call does nothing."""
 
 
 def nbytes(buffer: Tensor) -> int:

@@ -150,7 +150,7 @@ class Connection:
         self._transport, self._opened_here = transport, False
 
     def close(self) -> None:
-        """Closes the transport, if it is open. Call it on all ranks."""
+        """Closes the transport, if it is open. It needs no other rank."""
         transport, self._transport = self._transport, None  # dropped even if closing it fails
         if transport is not None:
             transport.close()

@@ -80,18 +80,19 @@ class DistributedTransport(Transport):
     def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
         self._check_alive(what)
         pending: list[tuple[Any, str]] = []
-        if self.backend == "nccl":
-            operations = [dist.P2POp(dist.irecv, b, self._ranks[p], self._own.group) for p, b in receives]
-            operations += [dist.P2POp(dist.isend, b, self._ranks[p], self._own.group) for p, b in sends]
-            pending = [(work, "any peer") for work in dist.batch_isend_irecv(operations)]
-        else:
-            try:
-                for peer, b in receives:
-                    pending.append((dist.irecv(b, self._ranks[peer], self._own.group, tag), f"rank {peer}"))
-                for peer, b in sends:
-                    pending.append((dist.isend(b, self._ranks[peer], self._own.group, tag), f"rank {peer}"))
-            except RuntimeError as error:
-                raise self._typed(error, what, f"rank {peer}") from error
+        name = "any peer"
+        try:
+            if self.backend == "nccl":
+                operations = [dist.P2POp(dist.irecv, b, self._ranks[p], self._own.group) for p, b in receives]
+                operations += [dist.P2POp(dist.isend, b, self._ranks[p], self._own.group) for p, b in sends]
+                pending = [(work, name) for work in dist.batch_isend_irecv(operations)]
+            else:
+                for start, messages in ((dist.irecv, receives), (dist.isend, sends)):
+                    for peer, b in messages:
+                        name = f"rank {peer}"
+                        pending.append((start(b, self._ranks[peer], self._own.group, tag), name))
+        except RuntimeError as error:
+            raise self._typed(error, what, name) from error
         deadline = time.monotonic() + self.timeout_s
         for work, name in pending:
             try:

@@ -104,7 +104,7 @@ def run(world_size: int, work: Callable[[InProcessTransport], T], timeout_s: flo
     """Runs ``work(transport)`` for every rank in a thread of its own and returns the results by rank.
 
     When a rank raises an exception, the waits of all others end at once with ``PeerLostError``. The exception
-    is raised again here, before any ``PeerLostError``.
+    is raised again here: the first one that was raised and is no ``PeerLostError``.
     """
     transports = group(world_size, timeout_s)
     results: list[T | None] = [None] * world_size
@@ -114,10 +114,7 @@ def run(world_size: int, work: Callable[[InProcessTransport], T], timeout_s: flo
         try:
             results[transport.rank] = work(transport)
         except BaseException as error:
-            if not isinstance(error, PeerLostError):
-                errors.insert(0, error)
-            else:
-                errors.append(error)
+            errors.append(error)
             transport.fail(error)
 
     threads = [threading.Thread(target=main, args=(t,), name=f"rank {t.rank}") for t in transports]
@@ -126,5 +123,5 @@ def run(world_size: int, work: Callable[[InProcessTransport], T], timeout_s: flo
     for thread in threads:
         thread.join()
     if errors:
-        raise errors[0]
+        raise next((e for e in errors if not isinstance(e, PeerLostError)), errors[0])
     return results  # type: ignore[return-value]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
-from . import pairwise
+from . import finalization, pairwise
 from .base import DEFAULT_TIMEOUT_S, Message, Transport, nbytes
 from .cuda_aware import is_cuda_aware
 from .deadline import Deadline
@@ -79,6 +79,7 @@ class MpiTransport(Transport):
         self, comm: Any = None, timeout_s: float = DEFAULT_TIMEOUT_S, device_type: str = "cpu"
     ) -> None:
         self._mpi = load_mpi()
+        finalization.watch(self._mpi)
         parent = self._mpi.COMM_WORLD if comm is None else comm
         super().__init__(parent.Get_rank(), parent.Get_size(), timeout_s)
         multiple = self._mpi.Query_thread() >= self._mpi.THREAD_MULTIPLE
@@ -92,40 +93,47 @@ class MpiTransport(Transport):
             self.device_type = "cuda"
 
     def _complete(self, start: Callable[[], Any]) -> None:
-        try:
-            with self._lock:
-                request = start()
-        except self._mpi.Exception as error:
-            raise PeerLostError(f"rank {self.rank}, opening the transport: {error}") from error
-        self._wait([request], "opening the transport", "any rank")
+        self._do(lambda: [start()], "opening the transport", "any rank")
 
     def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
-        self._finish_kernels()
-        with self._lock:
-            posted = [self._comm.Irecv(_bytes(b), source=p, tag=tag) for p, b in receives]
-            posted += [self._comm.Isend(_bytes(b), dest=p, tag=tag) for p, b in sends]
-        peers = [f"rank {p}" for p, _ in (*receives, *sends)]
-        self._wait(posted, what, peers)
+        def start() -> list[Any]:
+            received = [self._comm.Irecv(_bytes(b), source=p, tag=tag) for p, b in receives]
+            return received + [self._comm.Isend(_bytes(b), dest=p, tag=tag) for p, b in sends]
+
+        self._finish_kernels([b for _, b in (*sends, *receives)])
+        self._do(start, what, [f"rank {p}" for p, _ in (*receives, *sends)])
 
     @property
     def is_alive(self) -> bool:
-        return self._comm != self._mpi.COMM_NULL and not self._mpi.Is_finalized()
+        return self._comm != self._mpi.COMM_NULL and not finalization.is_over(self._mpi)
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
-        self._finish_kernels()
-        with self._lock:
-            request = self._comm.Iallgather(_bytes(send), _bytes(receive))
-        self._wait([request], f"{what}, all-gather", "any rank")
+        self._finish_kernels([send, receive])
+        self._do(
+            lambda: [self._comm.Iallgather(_bytes(send), _bytes(receive))], f"{what}, all-gather", "any rank"
+        )
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
         if self.world_size & (self.world_size - 1) and nbytes(buffer) >= _ROTATION_BYTES:
             # MPICH sends whole buffers from and back to the ranks beyond a power of two.
             pairwise.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
             return
-        self._finish_kernels()
-        with self._lock:
-            request = self._comm.Iallreduce(self._mpi.IN_PLACE, _array(buffer), op=self._mpi.SUM)
-        self._wait([request], f"{what}, all-reduce", "any rank")
+        self._finish_kernels([buffer])
+        self._do(
+            lambda: [self._comm.Iallreduce(self._mpi.IN_PLACE, _array(buffer), op=self._mpi.SUM)],
+            f"{what}, all-reduce",
+            "any rank",
+        )
+
+    def _do(self, start: Callable[[], list[Any]], what: str, peers: list[str] | str) -> None:
+        """Starts operations and waits for them. ``start`` returns their requests, ``peers`` as in _wait."""
+        with finalization.calls(self.rank, what):
+            try:
+                with self._lock:
+                    requests = start()
+            except self._mpi.Exception as error:
+                raise PeerLostError(f"rank {self.rank}, {what}: {error}") from error
+            self._wait(requests, what, peers)
 
     def _wait(self, requests: list[Any], what: str, peers: list[str] | str) -> None:
         """Polls until all requests are complete; a timeout error names the peers of the incomplete ones.
@@ -135,6 +143,7 @@ class MpiTransport(Transport):
         deadline, polls = Deadline(self.timeout_s), 0
         while not self._tested(lambda: self._mpi.Request.Testall(requests), what):
             polls += 1
+            finalization.check_wait(self.rank, what)
             time.sleep(0 if polls < _SPIN_POLLS else _SLEEP_S)
             if deadline.has_passed():
                 if isinstance(peers, list):
@@ -144,10 +153,10 @@ class MpiTransport(Transport):
                     f"rank {self.rank}, {what}: no answer from {peers} for {self.timeout_s:g} s"
                 )
 
-    def _finish_kernels(self) -> None:
-        """Waits for the current stream, on which the tensors to be sent are written: MPI ignores streams."""
-        if self.device_type == "cuda":
-            torch.cuda.current_stream().synchronize()
+    def _finish_kernels(self, buffers: Sequence[Tensor]) -> None:
+        """Waits for the streams on which ``buffers`` are written and read: MPI ignores streams."""
+        for device in {buffer.device for buffer in buffers if buffer.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
     def _tested(self, test: Callable[[], bool], what: str) -> bool:
         try:
@@ -161,12 +170,18 @@ class MpiTransport(Transport):
         if not self._failed and self.world_size > 1:
             self._failed = True
             self._release.detach()  # messages may still be under way in the duplicate
-            atexit.register(self._mpi.COMM_WORLD.Abort, 1)  # runs before mpi4py's own Finalize
+            atexit.register(abort, self._mpi)  # runs before mpi4py's own Finalize
 
     def close(self) -> None:
         """Leaves the duplicate to the next transport of the same ranks; freeing it would need all ranks."""
         self._release()
         self._comm = self._mpi.COMM_NULL
+
+
+def abort(mpi: Any) -> None:
+    """Ends all ranks of the job with exit status 1, unless MPI is finalized."""
+    if not finalization.is_over(mpi):
+        mpi.COMM_WORLD.Abort(1)
 
 
 def _bytes(buffer: Tensor) -> Any:

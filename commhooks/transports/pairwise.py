@@ -26,7 +26,7 @@ def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> 
     """Overwrites ``buffer`` with its sum over the ranks, bit-identical on every rank.
 
     Every rank adds up one of ``P`` parts in rank order and sends the result to all. This takes ``2 (P - 1)``
-    turns and the tags ``tag`` and ``tag + 1``.
+    turns. Messages between two ranks arrive in the order in which they were sent, so one tag suffices.
     """
     flat, world_size = buffer.view(-1), transport.world_size
     bounds = [flat.numel() * r // world_size for r in range(world_size + 1)]
@@ -38,7 +38,7 @@ def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> 
     mine.copy_(rows[0])
     for row in rows[1:]:
         mine += row
-    _turns(transport, [mine] * world_size, parts, tag + 1, what)
+    _turns(transport, [mine] * world_size, parts, tag, what)
 
 
 def _turns(

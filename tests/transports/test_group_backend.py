@@ -1,5 +1,6 @@
 """Which backend the distributed transport takes, and what it warns of, without a GPU."""
 
+import types
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from launch import spawn_gloo
 
+from commhooks import PeerLostError
 from commhooks.transports import distributed
 from commhooks.transports.distributed import DistributedTransport, backend_for
 
@@ -52,6 +54,21 @@ def test_variables_that_serialise_launches_are_warned_of(monkeypatch, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         distributed._warn_of_launch_order()
+
+
+def test_a_failure_of_nccl_to_start_is_a_lost_peer(monkeypatch):
+    """Outside of torch's type a Reducer would not fail the transport, and the ranks would wait for each other."""
+    transport = object.__new__(DistributedTransport)
+    transport.backend, transport.rank, transport._ranks = "nccl", 0, [0, 1]
+    transport._own = types.SimpleNamespace(is_alive=True, group=None)
+
+    def fails(operations):
+        raise RuntimeError("NCCL error: unhandled system error. Last error: connection closed")
+
+    monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
+    monkeypatch.setattr(dist, "batch_isend_irecv", fails)
+    with pytest.raises(PeerLostError, match="rank 0, bucket 2: lost a connection .* any peer"):
+        transport.move([(1, torch.zeros(1))], [], 0, "bucket 2")
 
 
 def _gathers(rank, size):

@@ -226,3 +226,26 @@ def test_gpu_buffers_are_sent_directly_only_where_the_library_can():
     assert "itself: False cpu" in done.stdout, done.show()
     assert "told yes: True cuda cpu" in done.stdout and "told no: False" in done.stdout
     assert "said: COMMHOOKS_MPI_CUDA_AWARE must be 0 or 1, got 'perhaps'" in done.stdout
+
+
+def test_the_streams_of_the_tensors_devices_are_waited_for(monkeypatch):
+    """A thread's current device may be another GPU than that of a bucket."""
+    import torch
+
+    from commhooks.transports.mpi import MpiTransport
+
+    waited = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def synchronize(self):
+            waited.append(self.device)
+
+    class OnGpu:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    MpiTransport._finish_kernels(object.__new__(MpiTransport), [OnGpu(), torch.zeros(1), OnGpu()])
+    assert waited == [torch.device("cuda", 1)]

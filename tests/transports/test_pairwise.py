@@ -23,6 +23,23 @@ def test_rows_and_sums(world_size, numel):
         assert whole.tolist() == [world_size * (world_size + 1) // 2] * numel
 
 
+def test_it_uses_no_other_tag():
+    """The next tag may be another message's."""
+
+    def work(transport):
+        move, tags = transport.move, set()
+
+        def recorded(sends, receives, tag, what):
+            tags.add(tag)
+            move(sends, receives, tag, what)
+
+        transport.move = recorded
+        rows_and_sums(pairwise, transport, [torch.ones(10)] * 3)
+        return tags
+
+    assert in_process.run(3, work) == [{0, 1, 3}] * 3
+
+
 @pytest.mark.parametrize("call", [pairwise.all_gather, pairwise.all_reduce])
 def test_the_missing_rank_and_the_turn_are_named(call):
     def work(transport):

@@ -5,6 +5,7 @@ import sys
 import torch
 from mpi4py import MPI
 
+from commhooks import PeerLostError
 from commhooks.transports.mpi import MpiTransport
 
 first, second = MpiTransport(timeout_s=60.0), MpiTransport(timeout_s=60.0)
@@ -51,5 +52,16 @@ try:
     raise SystemExit("a transposed buffer was sent")
 except ValueError as error:
     assert "contiguous" in str(error)
+for refused in (-1, size):
+    try:
+        first.broadcast(torch.zeros(1), root=refused, tag=7, what="copy")
+        raise SystemExit(f"root {refused} was taken")
+    except ValueError as error:
+        assert f"root must be a rank below {size}, got {refused}" in str(error)
+try:  # MPI itself refuses to post it
+    first.move([(size + 7, torch.zeros(1))], [], 2, "bucket 4")
+    raise SystemExit("a message to nobody was sent")
+except PeerLostError as error:
+    assert f"rank {rank}, bucket 4: " in str(error)
 first.close(), first.close(), second.close()
 sys.stdout.write("calls well\n")
