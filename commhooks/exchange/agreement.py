@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import SettingsMismatchError
 from ..transports import Transport
+from ..wire.message import Context
 
 MESSAGE_BYTES = 1024
 _CHECKSUM_BYTES = 8
@@ -122,6 +123,16 @@ def agree(
         transport.all_gather(message, messages, tag=tag, what=what_for)
         compare(messages, transport.rank, what, advice=advice)
     return [float(x) for x in gathered[:, _CHECKSUM_BYTES:].contiguous().view(torch.float64)]
+
+
+def agree_on_context(transport: Transport, context: Context) -> None:
+    """Compares which exchange each rank is in, and what it will send next. A collective call.
+
+    Raises:
+        SettingsMismatchError: the ranks differ. The text names all values.
+    """
+    settings = {"bucket": context.bucket, "step": context.step, "pairs at the next step": context.next_k}
+    agree(transport, settings, tag=context.tag, what=str(context))
 
 
 def _read(message: Tensor) -> dict[str, str]:

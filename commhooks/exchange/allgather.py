@@ -21,7 +21,7 @@ class AllGather(Aggregator):
         send = pack(pairs, nonfinite, context)
         received = send.new_empty((transport.world_size, send.numel()))
         transport.all_gather(send, received, tag=context.tag, what=str(context))
-        values, indices, vote = unpack_all(received, context)
+        values, indices, vote = unpack_all(received, pairs.numel, context)
         return Aggregated(values, indices, contributed=pairs, refused=None, nonfinite=vote)
 
     def wire_bytes(self, k: int, world_size: int) -> int:

@@ -66,7 +66,8 @@ class Aggregator(ABC):
             context: which exchange this is.
 
         Raises:
-            SettingsMismatchError: another rank is at another bucket or step, or sent another number of pairs.
+            SettingsMismatchError: another rank is at another bucket or step, or sends another number of
+                pairs, now or at the next step.
             PeerTimeoutError, PeerLostError: a rank is missing.
         """
 

@@ -9,12 +9,13 @@ from ..errors import says_what_to_write
 from ..gradient.sparse_grad import SparseGrad
 from ..native import ops
 from ..transports import Transport
-from ..wire.message import HEADER_BYTES, Context, empty_message, pack, unpack
+from ..wire.message import HEADER_BYTES, Context, NextSizeError, empty_message, pack, unpack
 from .base import Aggregated, Aggregator
 
 ALGORITHMS = ("doubling", "tree")
 _FOLD_ROUND = 0
 _RESULT_ROUND = 31
+_DIFFERS = -1  # instead of the next step's number of pairs, once ranks are known to differ in it
 _MEET_TAG = 15  # round i of doubling meets under this tag + i; i is at least 1 and at most 15
 
 
@@ -68,6 +69,8 @@ class GTopK(Aggregator):
                 _tree(merged, messages, rank, core)
             if folds:
                 messages.send_result(rank + core, merged)
+        if messages.differs is not None:
+            raise messages.differs
         kept = merged.own.alive
         return Aggregated(
             merged.pairs.values[None],
@@ -180,9 +183,15 @@ class _Merged:
 
 
 class _Messages:
-    """Sends and receives the messages of one exchange. A round's number is part of its tag."""
+    """Sends and receives the messages of one exchange. A round's number is part of its tag.
+
+    Attributes:
+        differs: the error for a rank that will send another number of pairs at the next step. The exchange
+            goes on, so that all ranks learn of it: later messages announce ``_DIFFERS``.
+    """
 
     def __init__(self, transport: Transport, pairs: SparseGrad, context: Context) -> None:
+        self.differs: NextSizeError | None = None
         self.transport, self.context = transport, context
         self._k, self._numel, self._device = pairs.k, pairs.numel, pairs.indices.device
 
@@ -200,7 +209,7 @@ class _Messages:
             self._meet(peer, number)
         message = empty_message(self._k, self._device)
         self._move([(peer, self._packed(merged))], [(peer, message)], number)
-        return unpack(message, self._numel, peer, self.context)
+        return self._unpacked(message, peer)
 
     def send(self, peer: int, merged: _Merged, number: int) -> None:
         """Sends the sum to ``peer``."""
@@ -210,7 +219,7 @@ class _Messages:
         """Receives the sum of ``peer`` and its vote."""
         message = empty_message(self._k, self._device)
         self._move([], [(peer, message)], number)
-        return unpack(message, self._numel, peer, self.context)
+        return self._unpacked(message, peer)
 
     def send_result(self, child: int, merged: _Merged) -> None:
         """Sends the final result to ``child``, with one bit for each pair that ``child`` had sent."""
@@ -227,7 +236,7 @@ class _Messages:
         body_bytes = HEADER_BYTES + 8 * self._k
         message = torch.empty(body_bytes + (self._k + 7) // 8, dtype=torch.uint8, device=self._device)
         self._move([], [(parent, message)], _RESULT_ROUND)
-        result, vote = unpack(message[:body_bytes].view(torch.int32), self._numel, parent, self.context)
+        result, vote = self._unpacked(message[:body_bytes].view(torch.int32), parent)
         return result, vote, _unpack_bits(message[body_bytes:], self._k)
 
     def _meet(self, peer: int, number: int) -> None:
@@ -245,7 +254,15 @@ class _Messages:
         )
 
     def _packed(self, merged: _Merged) -> Tensor:
-        return pack(merged.pairs, merged.nonfinite, self.context)
+        context = self.context if self.differs is None else self.context.announcing(_DIFFERS)
+        return pack(merged.pairs, merged.nonfinite, context)
+
+    def _unpacked(self, message: Tensor, sender: int) -> tuple[SparseGrad, bool]:
+        try:
+            return unpack(message, self._numel, sender, self.context)
+        except NextSizeError as error:
+            self.differs = self.differs or error
+            return unpack(message, self._numel, sender, self.context.announcing(error.announced))
 
     def _move(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], number: int) -> None:
         what = f"{self.context}, round {number}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 from torch import Tensor
 
 from ..errors import SettingsMismatchError
 from ..transports import Transport
 from ..wire.message import Context
+from .agreement import agree_on_context
 
 _STAMPS = 4093  # a prime; the sum of up to 4096 smaller numbers is exact in float32
 
@@ -16,7 +18,8 @@ _STAMPS = 4093  # a prime; the sum of up to 4096 smaller numbers is exact in flo
 def summed(transport: Transport, values: Tensor, nonfinite: bool, context: Context) -> tuple[Tensor, bool]:
     """Sums ``values`` over ranks. The host waits for the device.
 
-    The appended element is Inf for the vote, else a number that depends on bucket and step (the stamp).
+    The appended element is Inf for the vote, else a number that depends on the context (the stamp). When the
+    stamps differ, the ranks gather their contexts, so that the error can name values.
 
     Args:
         transport: connects the ranks.
@@ -28,20 +31,22 @@ def summed(transport: Transport, values: Tensor, nonfinite: bool, context: Conte
         The sum, shape ``(n,)``, in new memory, and whether any rank voted non-finite.
 
     Raises:
-        SettingsMismatchError: the ranks summed different buckets or steps. With more than two ranks a rank
-            may miss the difference; it gets an error once the others have failed.
+        SettingsMismatchError: the ranks summed different buckets or steps, or will send different numbers of
+            pairs at the next step. With more than two ranks a rank may miss the difference; it gets an error
+            once the others have failed.
     """
     buffer = values.new_empty(values.numel() + 1)
     buffer[:-1] = values
-    stamp = (context.step * 31 + context.bucket) % _STAMPS
+    stamp = zlib.crc32(repr(tuple(context)).encode()) % _STAMPS
     buffer[-1] = math.inf if nonfinite else float(stamp)
     transport.all_reduce(buffer, tag=context.tag, what=str(context))
     total = float(buffer[-1])
     if total == math.inf:
         return buffer[:-1], True
     if total != stamp * transport.world_size:
+        agree_on_context(transport, context)
         raise SettingsMismatchError(
-            f"rank {transport.rank}, {context}: the other ranks are at another bucket or step (sum of stamps "
-            f"{total:g}, expected {stamp * transport.world_size})"
+            f"rank {transport.rank}, {context}: the sum of the ranks' stamps is {total:g} instead of "
+            f"{stamp * transport.world_size}, though they are at the same bucket and step"
         )
     return buffer[:-1], False

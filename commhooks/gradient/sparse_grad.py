@@ -51,8 +51,8 @@ class SparseGrad:
 
     @property
     def used(self) -> Tensor:
-        """Boolean ``(k,)``: which places are not padding."""
-        return self.indices != PAD
+        """Boolean ``(k,)``: which places hold an index of the gradient, so are not padding."""
+        return (self.indices >= 0) & (self.indices < self.numel)
 
     def masked(self, keep: Tensor) -> SparseGrad:
         """The pairs at which ``keep`` (bool, shape ``(k,)``) is True, without padding."""

@@ -152,7 +152,8 @@ class TopKCompressor(SparseCompressor):
             raise SettingsMismatchError(
                 f"{entry.name}: the ranks sent {gathered.numel()} words of unequal shares"
             )
-        values, indices, voted = unpack_all(gathered.view(world_size, -1), ctx.route.context)
+        messages, numel = gathered.view(world_size, -1), entry.parameter.numel()
+        values, indices, voted = unpack_all(messages, numel, ctx.route.context)
         entry.step += 1
         factor, share = (1.0 / world_size, 1.0) if self._averages else (1.0, float(world_size))
         return core.finish(ctx, values, indices, factor, share, voted)

@@ -114,7 +114,7 @@ class CompressorCore:
         held, _ = self.memory.for_bucket(bucket)
         operands = self.memory.operands(held, bucket, scale=None)
         k = self.selector.k(flat.numel(), entry.step)
-        context = Context(entry.index, entry.step)
+        context = Context(entry.index, entry.step, self.selector.k(flat.numel(), entry.step + 1))
         route = SparseRoute(self.memory, held, operands, context, self.selector, k, entry.mask_key)
         with self.step.figures.phase("select"):
             route.correct()

@@ -22,6 +22,7 @@ from ..wire.low_bit import chunks
 from ..wire.message import Context
 from .dense_rule import Crossover, DenseRule
 from .routes import DenseRoute, LowBitRoute, PlainRoute, Route, SparseRoute
+from .sizes import Sizes
 from .step import Step
 
 _AGREEMENT_TAG = 30
@@ -97,6 +98,7 @@ class Reducer:
         self.last_delta: float | None = None
         self._step = Step(nonfinite)
         self._sends_everything = self._can_discard = False
+        self._sizes = Sizes()
         self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, by index
 
     def open(self, process_group: Any = None, device_type: str = "cpu") -> Transport:
@@ -296,6 +298,7 @@ class Reducer:
     def _forget_step(self) -> None:
         """Forgets the step under way: the next bucket is a step's first."""
         self._step.forget()
+        self._sizes.clear()
         self._sends_everything = False
 
     def _route(self, bucket: Bucket, scale: float, transport: Transport) -> Route:
@@ -315,7 +318,10 @@ class Reducer:
             chunk.begin(operands.rescale, self.undoable)
         if self.undoable:
             operands = held.apart(operands)
-        k = numel if selector is None else selector.k(numel, self.step)
+        k = numel
+        if selector is not None:
+            k, next_k = self._sizes.at(selector, bucket.index, numel, self.step, is_new)
+            context = context.announcing(next_k)
         if is_new:
             self._agree(bucket, k, scale, transport)
         key, aggregator = bucket.index, self.aggregator

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..gradient.sparse_grad import SparseGrad
 from ..native import ops
-from ..native.fused import PAD
 
 
 def write_sparse(
@@ -30,7 +29,7 @@ def write_sparse(
     if buffer.dtype == torch.float32:
         ops.write_back(buffer, values, indices, factor)
         return None
-    row, where = coalesced(values, indices)
+    row, where = coalesced(values, indices, buffer.numel())
     ops.write_back(buffer, row[None], where[None], factor)
     lost = (row * factor - buffer[where.long()].to(torch.float32)) / share
     return SparseGrad(lost, where, buffer.numel())
@@ -57,9 +56,9 @@ def write_dense(buffer: Tensor, total: Tensor, factor: float, share: float) -> T
     return total.sub_(buffer.to(torch.float32)).div_(share)
 
 
-def coalesced(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds rows ``(m, k)``, in order, into one row with unique ascending indices and without padding."""
-    used = indices != PAD
+def coalesced(values: Tensor, indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """Adds rows ``(m, k)``, in order, into one row with unique ascending indices, all in ``[0, numel)``."""
+    used = (indices >= 0) & (indices < numel)
     if values.shape[0] == 1:
         return values[used], indices[used]
     where, place = torch.unique(indices[used], sorted=True, return_inverse=True)

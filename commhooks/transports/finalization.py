@@ -2,8 +2,8 @@
 
 Any thread may finalize MPI while another one exchanges. Horovod does: when one rank calls ``hvd.shutdown()``
 or exits, a thread of Horovod finalizes MPI on every rank. A call of MPI during or after that ends the process
-with "Attempting to use an MPI routine after finalizing" or a segmentation fault. MPI deletes the attributes of
-``COMM_SELF`` as the first part of ``MPI_Finalize``, while it still works. So an attribute's deletion waits here.
+with "Attempting to use an MPI routine after finalizing" or a segmentation fault. ``MPI_Finalize`` begins with
+the deletion of the attributes of ``COMM_SELF``, while MPI still works. So the deletion of an attribute waits.
 """
 
 from __future__ import annotations

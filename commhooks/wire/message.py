@@ -1,11 +1,13 @@
 """The message in which pairs are sent: a header of four words, k indices, k values, all as int32 words.
 
-The header's words are a constant mark, the bucket, the step, and k. The sign bit of the step's word is the
-sender's vote: whether its gradient held NaN or Inf.
+The header's words are k combined with a constant mark, the bucket, the step, and the number of pairs that the
+sender will send of this bucket at the next step. The sign bit of the step's word is the sender's vote, which
+says whether its gradient held NaN or Inf.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..errors import SettingsMismatchError
 from ..gradient.sparse_grad import SparseGrad
+from ..native.fused import PAD
 
 HEADER_WORDS = 4
 HEADER_BYTES = 4 * HEADER_WORDS
@@ -23,16 +26,36 @@ _VOTE = -0x80000000
 _TAGS = 32768 // ROUNDS_PER_BUCKET
 
 
+class NextSizeError(SettingsMismatchError):
+    """A message announces another number of pairs for the next step than this rank's."""
+
+    def __init__(self, text: str, announced: int) -> None:
+        super().__init__(text)
+        self.announced = announced
+
+
 class Context(NamedTuple):
-    """Identifies one exchange. It is the same on all ranks."""
+    """Identifies one exchange. It is the same on all ranks.
+
+    Attributes:
+        bucket: the bucket's index.
+        step: the step.
+        next_k: the number of pairs of the bucket at the next step. The ranks compare it one step ahead, since
+            transports fail on messages of unequal sizes.
+    """
 
     bucket: int
     step: int
+    next_k: int = 0
 
     @property
     def tag(self) -> int:
         """The first of the exchange's ``ROUNDS_PER_BUCKET`` message tags."""
         return self.bucket % _TAGS * ROUNDS_PER_BUCKET
+
+    def announcing(self, next_k: int) -> Context:
+        """The same exchange with another number of pairs at the next step."""
+        return Context(self.bucket, self.step, next_k)
 
     def __str__(self) -> str:
         return f"bucket {self.bucket}, step {self.step}"
@@ -66,22 +89,27 @@ def unpack(message: Tensor, numel: int, sender: int, context: Context) -> tuple[
         context: which exchange this is.
 
     Raises:
-        SettingsMismatchError: the message is of another bucket or step, or holds another number of pairs.
+        SettingsMismatchError: the message is of another bucket or step or holds another number of pairs, or
+            the sender announces another number for the next step (``NextSizeError``); or an index is out of
+            place. On a GPU indices are not checked here, since that would wait; the kernels leave out those
+            that are out of range.
     """
     k = (message.numel() - HEADER_WORDS) // 2
     vote = read_header(message[:HEADER_WORDS].tolist(), k, sender, context)
     indices = message[HEADER_WORDS : HEADER_WORDS + k]
     values = message[HEADER_WORDS + k :].view(torch.float32)
+    _check_indices(indices[None], numel, [sender], context)
     return SparseGrad(values, indices, numel), vote
 
 
-def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool]:
+def unpack_all(messages: Tensor, numel: int, context: Context) -> tuple[Tensor, Tensor, bool]:
     """Returns values and indices of all ranks' messages, and whether any rank voted non-finite.
 
     The host waits for the device once.
 
     Args:
         messages: shape ``(P, HEADER_WORDS + 2 k)``, int32, in rank order.
+        numel: elements of the bucket.
         context: which exchange this is.
 
     Returns:
@@ -95,6 +123,7 @@ def unpack_all(messages: Tensor, context: Context) -> tuple[Tensor, Tensor, bool
     votes = [read_header(header, k, rank, context) for rank, header in enumerate(headers)]
     indices = messages[:, HEADER_WORDS : HEADER_WORDS + k]
     values = messages[:, HEADER_WORDS + k :].view(torch.float32)
+    _check_indices(indices, numel, range(len(messages)), context)
     return values, indices, any(votes)
 
 
@@ -107,7 +136,7 @@ def header_of(context: Context, nonfinite: bool, count: int) -> Tensor:
         count: how many pairs or elements the message is for.
     """
     step = context.step & _STEP_BITS
-    words = [_MARK, context.bucket, step | _VOTE if nonfinite else step, count]
+    words = [_MARK ^ count, context.bucket, step | _VOTE if nonfinite else step, context.next_k]
     return torch.tensor(words, dtype=torch.int32, device="cpu")
 
 
@@ -122,21 +151,42 @@ def read_header(
     """Returns the vote in a header of :func:`header_of`.
 
     Raises:
-        SettingsMismatchError: the header is of another exchange than ``context``, or of another ``count``.
-            The text names the ``unit`` of the count, and the ``setting`` that differs.
+        SettingsMismatchError: the header is of another exchange than ``context``, or of another ``count``
+            (the text names the ``unit`` of the count, and the ``setting`` that differs), or announces another
+            number of pairs for the next step (``NextSizeError``).
     """
-    mark, bucket, step, found = header
-    if (mark, bucket, step & _STEP_BITS) != (_MARK, context.bucket, context.step & _STEP_BITS):
+    marked, bucket, step, next_k = header
+    if (bucket, step & _STEP_BITS) != (context.bucket, context.step & _STEP_BITS):
         raise SettingsMismatchError(
-            f"expected {context} from rank {sender}, got bucket {bucket}, step {step & _STEP_BITS} (mark "
-            f"{mark:#x}): the ranks are out of step"
+            f"expected {context} from rank {sender}, got bucket {bucket}, step {step & _STEP_BITS}: the "
+            "ranks are out of step"
         )
-    if found != count:
+    if marked != _MARK ^ count:
         raise SettingsMismatchError(
-            f"{context}: expected {count} {unit} from rank {sender}, got a message of {found}: the ranks' "
-            f"{setting} differ"
+            f"{context}: expected {count} {unit} from rank {sender}, got a message of {marked ^ _MARK}: the "
+            f"ranks' {setting} differ"
+        )
+    if next_k != context.next_k:
+        raise NextSizeError(
+            f"{context}: at the next step {context.next_k} pairs here, rank {sender} announces {next_k}: the "
+            "ranks' densities differ",
+            next_k,
         )
     return step < 0
+
+
+def _check_indices(rows: Tensor, numel: int, senders: Sequence[int], context: Context) -> None:
+    """Raises unless every row ascends within ``[0, numel)`` and ends with the padding."""
+    if rows.device.type != "cpu" or not rows.numel():
+        return
+    ascend = (rows[:, 1:] > rows[:, :-1]) | (rows[:, 1:] == PAD)
+    good = ascend.all(1) & (rows[:, 0] >= 0) & ((rows < numel) | (rows == PAD)).all(1)
+    if not bool(good.all()):
+        sender = senders[int(good.logical_not().nonzero()[0])]
+        raise SettingsMismatchError(
+            f"{context}: rank {sender} sent indices that do not ascend below {numel}: the message is damaged "
+            "or of another program"
+        )
 
 
 def empty_message(k: int, device: torch.device) -> Tensor:

@@ -14,7 +14,9 @@ kept = []
 def report():
     """Runs after all other exit handlers."""
     sync = kept[0].gradient_sync
-    print(f"rank {RANK}: {'open' if sync.state.reducer.connection.is_open else 'closed'} at the end", flush=True)
+    print(
+        f"rank {RANK}: {'open' if sync.state.reducer.connection.is_open else 'closed'} at the end", flush=True
+    )
 
 
 def slow_waits():
@@ -44,7 +46,9 @@ def main(mode):
     from commhooks.transports import finalization
 
     gradient_sync._LEAVE_S = finalization.GRACE_S = LIMIT_S
-    if mode == "elastic":  # the transport opens at the first gradient, after a reset has initialized Horovod anew
+    if (
+        mode == "elastic"
+    ):  # the transport opens at the first gradient, after a reset has initialized Horovod anew
         os.environ["HOROVOD_ELASTIC"] = "1"
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     state = SparseState.gtopk(0.1, timeout_s=60.0, dense_crossover=False)

@@ -13,7 +13,9 @@ def test_a_script_that_shuts_horovod_down_ends_well():
     """One rank still exchanges when the other shuts down, which finalizes MPI on both."""
     done = horovod_job("mpi", 2, JOB, "shutdown", timeout=100.0)
     for rank in range(2):
-        assert f"rank {rank} saw rank {rank}, after the end, all-reduce: {FINALIZED}" in done.stdout, done.show()
+        assert f"rank {rank} saw rank {rank}, after the end, all-reduce: {FINALIZED}" in done.stdout, (
+            done.show()
+        )
         assert f"rank {rank}: closed at the end" in done.stdout, done.show()
 
 
@@ -22,7 +24,9 @@ def test_the_others_are_told_when_a_rank_exits(mode, step):
     """They were left in their exchange, or crashed in it when MPI was finalized."""
     done = horovod_job("mpi", 2, JOB, mode, timeout=100.0, check=False)
     assert not done.timed_out and done.returncode in (1, 3), done.show()
-    assert f"rank 0 saw rank 0, bucket 0, step {step}" in done.stdout and FINALIZED in done.stdout, done.show()
+    assert f"rank 0 saw rank 0, bucket 0, step {step}" in done.stdout and FINALIZED in done.stdout, (
+        done.show()
+    )
 
 
 def test_the_optimizer_leaves_before_horovod_in_an_elastic_job():

@@ -125,7 +125,9 @@ def test_a_message_says_what_it_is():
         back, voted = unpack(message, 10, 1, context)
         assert voted is vote and back.indices.tolist() == [3, 9]
         assert torch.equal(back.values.view(torch.int32), pairs.values.view(torch.int32))
-        values, indices, any_vote = unpack_all(torch.stack([pack(pairs, False, context), message]), context)
+        values, indices, any_vote = unpack_all(
+            torch.stack([pack(pairs, False, context), message]), 10, context
+        )
         assert any_vote is vote and indices.tolist() == [[3, 9]] * 2 and values.tolist() == [[1.5, -0.0]] * 2
     for other in (Context(5, 7), Context(4, 8)):
         with pytest.raises(
@@ -136,7 +138,7 @@ def test_a_message_says_what_it_is():
     padded = torch.cat((shorter, torch.zeros(2, dtype=torch.int32)))  # what MPI leaves in a longer buffer
     for read in (
         lambda m: unpack(m, 10, 1, context),
-        lambda m: unpack_all(torch.stack([message, m]), context),
+        lambda m: unpack_all(torch.stack([message, m]), 10, context),
     ):
         with pytest.raises(SettingsMismatchError, match="expected 2 pairs from rank 1, got a message of 1"):
             read(padded)
