@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import queue
 import threading
 import weakref
 from collections.abc import Callable
+
+import torch
+from torch.futures import Future
+
+from ..native import cores
 
 _Task = Callable[[], None]
 _threads: weakref.WeakSet[CommThread] = weakref.WeakSet()
@@ -28,7 +34,7 @@ class CommThread:
         """Queues ``task``, which must not raise."""
         if self._thread is None or not self._thread.is_alive():
             self._start()
-        self._tasks.put(task)
+        self._tasks.put(_profiled(task) if torch.autograd.profiler._is_profiler_enabled else task)
 
     def wait(self) -> None:
         """Waits until all tasks queued so far are done. On the thread itself it returns at once."""
@@ -61,7 +67,18 @@ class CommThread:
         _threads.add(self)
 
 
+def _profiled(task: _Task) -> _Task:
+    """The task, to be run with the calling thread's profiler, which sees no other thread by itself.
+
+    A future's callbacks run with the thread-local state of the thread that added them.
+    """
+    start: Future[None] = Future()
+    start.then(lambda _: task())
+    return functools.partial(start.set_result, None)
+
+
 def _run(tasks: queue.SimpleQueue[_Task | None]) -> None:
+    cores.unpin()  # else it would share the main thread's core with backward under OMP_PROC_BIND
     while (task := tasks.get()) is not None:
         task()
         del task  # it holds its state, which could not be freed before the next task

@@ -7,6 +7,7 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
+from ..gradient.bucket import GRAD_DTYPES
 from .optimizers import check_optimizer
 from .state import SparseState
 from .wrapped import plain_name, require_ddp
@@ -65,14 +66,16 @@ def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | 
         UserWarning: momentum in two places, random-k with momentum, or L-BFGS.
 
     Raises:
-        TypeError: there is no DDP model in ``model`` (the message says what to pass), or ``state`` is not a
-            ``SparseState``.
+        TypeError: there is no DDP model in ``model`` (the message says what to pass), ``state`` is not a
+            ``SparseState``, or a parameter that trains is not float32, bfloat16 or float16.
         ValueError: the state belongs to another model, its transport connects other ranks than DDP's group,
             or its memory has momentum under an optimizer with a second moment (Adam and its like).
     """
     ddp = require_ddp(model)
     if not isinstance(state, SparseState):
         raise TypeError(f"state must be a SparseState, got {type(state).__name__}")
+    if not state.ddp_allreduce:
+        _check_dtypes(ddp)
     reducer = state.reducer
     optimizer = optimizer or getattr(reducer.memory, "optimizer", None)
     check_optimizer(reducer.memory, reducer.selector, optimizer, reducer.aggregator)
@@ -85,3 +88,13 @@ def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | 
     # Out of backward every error comes as RuntimeError. The next forward pass raises it with its own type.
     ddp.register_forward_pre_hook(lambda module, arguments: state.raise_error())
     return state
+
+
+def _check_dtypes(ddp: Any) -> None:
+    """Raises ``TypeError`` with the name of a parameter whose gradient the hook could not take."""
+    for name, p in ddp.module.named_parameters():
+        if p.requires_grad and p.dtype not in GRAD_DTYPES and name not in ddp.parameters_to_ignore:
+            raise TypeError(
+                f"{plain_name(name)} is {p.dtype}: gradients must be float32, bfloat16 or float16. Use "
+                "model.float(), or train this model without a sparse hook"
+            )

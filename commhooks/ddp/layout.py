@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .state import SparseState
@@ -22,14 +26,40 @@ def prime_layout(model: DistributedDataParallel, state: SparseState, step: Calla
         model: the wrapped model, on which ``state``'s hook is registered.
         state: the model's state. It sends nothing and its memory does not change.
         step: runs one forward and backward on any batch of the usual shape, without an optimizer step. It is
-            called twice. Afterwards the model's buffers (batch-norm statistics) and torch's random generators
-            are as before, and gradients are None.
+            called twice. Afterwards, also after an error, the model's buffers (batch-norm statistics) and the
+            random generators of torch (on all GPUs), numpy and Python are as before, and gradients are None.
     """
-    buffers = {name: b.detach().clone() for name, b in model.module.named_buffers()}
-    cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with state.passthrough(), torch.random.fork_rng(devices=cuda):
+    with state.passthrough(), _same_generators(), _same_buffers(model.module):
         for _ in range(2):
-            step()
-            model.zero_grad(set_to_none=True)
-    for name, buffer in model.module.named_buffers():
-        buffer.copy_(buffers[name])
+            try:
+                step()
+            finally:
+                model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _same_buffers(module: nn.Module) -> Iterator[None]:
+    """Puts the module's buffers back at the end of the block."""
+    before = {name: b.detach().clone() for name, b in module.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in module.named_buffers():
+            if name in before:
+                buffer.detach().copy_(before[name])
+
+
+@contextmanager
+def _same_generators() -> Iterator[None]:
+    """Puts all random generators of the process back at the end of the block."""
+    of_python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    of_numpy = numpy.random.get_state() if numpy is not None else None
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of gradients."""
 _MAX_NUMEL = 2**31 - 1
 
 
@@ -47,7 +48,7 @@ class Bucket:
 
     def __post_init__(self) -> None:
         b = self.buffer
-        if b.layout != torch.strided or b.dtype not in _DTYPES:
+        if b.layout != torch.strided or b.dtype not in GRAD_DTYPES:
             raise TypeError(
                 f"bucket {self.index}: gradients must be dense float32, bfloat16 or float16, got {b.dtype} "
                 f"({b.layout})"

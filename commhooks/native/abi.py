@@ -279,7 +279,10 @@ def _load(name: str) -> ctypes.CDLL | None:
     except OSError as error:
         _LOG.warning("%s could not be loaded, using torch operators instead: %s", file, error)
         return None
-    version_of = getattr(loaded, f"commhooks_{name}_abi_version")
+    version_of = getattr(loaded, f"commhooks_{name}_abi_version", None)
+    if version_of is None:
+        _LOG.warning("%s is no library of commhooks (it tells no ABI version): not used", file)
+        return None
     version_of.restype = _I32
     if version_of() != ABI_VERSION:
         _LOG.warning("%s has ABI version %d, expected %d: not used", file, version_of(), ABI_VERSION)

@@ -16,6 +16,7 @@ from .fused import PAD, Fused, Selected
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 F32 = (torch.float32,)
 I32 = (torch.int32,)
+_MOST_THREADS = 4096  # no machine has as many cores, and the libraries take an int32
 
 #: Elements of one block of a low-bit message. They share a scale.
 LOW_BIT_BLOCK = 256
@@ -270,12 +271,14 @@ def places(k: object, numel: int) -> int:
 
 
 def thread_count(threads: object) -> int | None:
-    """``threads`` as an int, or None; raises when it is below 1."""
+    """``threads`` as an int, or None; raises when it is below 1 or above 4096."""
     if threads is None:
         return None
     number = integer("threads", threads)
     if number < 1:
         raise ValueError(f"threads must be at least 1, got {number}")
+    if number > _MOST_THREADS:
+        raise ValueError(f"threads must be at most {_MOST_THREADS}, got {number}")
     return number
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import abi, checks
+from . import abi, checks, cores
 from .fused import Fused, Merged, Selected
 
 _CPU = torch.device("cpu")
+_ELEMENTS_PER_THREAD = 1 << 18  # a write-back of as many uses a thread more
 
 
 def _call(name: str, *arguments: object, explain: Callable[[], None] = lambda: None) -> None:
@@ -38,7 +40,30 @@ def _pairs_and_report(out: Selected) -> tuple[int, int, int]:
 
 
 def _threads(threads: int | None) -> int:
-    return torch.get_num_threads() if threads is None else threads
+    wanted = torch.get_num_threads() if threads is None else threads
+    if wanted > 1:
+        _start_pool(wanted)
+    return wanted
+
+
+@functools.lru_cache(maxsize=64)
+def _start_pool(threads: int) -> None:
+    """Starts the library's threads from a thread that no OpenMP library has pinned (:mod:`.cores`).
+
+    They inherit the cores of the thread that starts them. Does nothing when the caller is not pinned itself.
+    """
+    if not cores.is_pinned():
+        return
+
+    def start() -> None:
+        cores.unpin()
+        out = torch.empty(threads * _ELEMENTS_PER_THREAD, dtype=torch.float32, device=_CPU)
+        nothing = abi.rows(out.new_empty((1, 0)), out.new_empty((1, 0), dtype=torch.int32))
+        _call("write_back", out.data_ptr(), abi.DTYPES[out.dtype], out.numel(), nothing, 1.0, threads)
+
+    thread = threading.Thread(target=start, name="commhooks pool")
+    thread.start()
+    thread.join()
 
 
 def select_topk(

@@ -201,7 +201,9 @@ def refusals(rank, size):
         ("double", torch.ones(4, dtype=torch.float64)),
     ):
         odd = nn.parallel.DistributedDataParallel(Odd(parameter))
-        register(odd, make_state("topk"))
+        with pytest.raises(TypeError, match=f"parameter is {parameter.dtype}: gradients must be float32"):
+            register(odd, make_state("topk"))
+        odd.register_comm_hook(make_state("topk"), sparse_hook)
         with pytest.raises(RuntimeError) as caught:
             odd(torch.ones(4)).backward()
         said[name] = str(caught.value)

@@ -1,15 +1,17 @@
 """What ``register`` accepts, refuses and warns of, in one process."""
 
 import contextlib
+import random
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import ErrorFeedback, NoMemory, SparseState, TopK, register
+from commhooks import ErrorFeedback, NoMemory, SparseState, TopK, prime_layout, register
 from commhooks.ddp.optimizers import check_optimizer, is_plain_sgd
 from commhooks.ddp.wrapped import find_ddp, plain_name
 
@@ -209,3 +211,39 @@ def test_a_dense_state_left_to_ddp_has_no_hook_and_says_that_nothing_is_counted(
     assert counted.stats()["averaged_by"] == "commhooks" and counted.stats()["step"] == 0
     for each in (state, counted):
         each.close()
+
+
+def test_a_parameter_of_another_dtype_is_named():
+    """The first backward pass refused it, as a RuntimeError."""
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2).double())
+    ddp = DistributedDataParallel(model)
+    with pytest.raises(TypeError, match="1.weight is torch.float64: gradients must be float32"):
+        register(ddp, SparseState.topk(0.1))
+    ignored = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2).double())
+    ignored[1].requires_grad_(False)
+    register(DistributedDataParallel(ignored), SparseState.topk(0.1))
+
+
+def everything_random():
+    torch_bits = torch.random.get_rng_state().tolist()
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch_bits
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_prime_layout_leaves_no_trace(fails):
+    """Augmentations draw from Python's and numpy's generators, too."""
+    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)))
+    state, calls = register(ddp, SparseState.topk(0.1)), []
+
+    def step():
+        calls.append(random.random() + numpy.random.rand() + float(torch.rand(())))
+        ddp(torch.randn(3, 8)).sum().backward()
+        if fails and len(calls) == 2:
+            raise KeyError("a bad batch")
+
+    before, buffers = everything_random(), {n: b.clone() for n, b in ddp.module.named_buffers()}
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        prime_layout(ddp, state, step)
+    assert len(calls) == 2 and everything_random() == before
+    assert all(torch.equal(b, buffers[n]) for n, b in ddp.module.named_buffers())
+    assert all(p.grad is None for p in ddp.parameters())

@@ -117,6 +117,17 @@ def test_native_0_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops._implementation(torch.device("cpu")) is cpu
 
 
+def test_a_library_of_somebody_else_is_not_used(tmp_path, caplog, monkeypatch):
+    """It was an AttributeError at the first kernel."""
+    import _ctypes
+
+    file = tmp_path / abi.path("cpu").name
+    file.write_bytes(Path(_ctypes.__file__).read_bytes())
+    monkeypatch.setenv("COMMHOOKS_LIBRARY_DIR", str(tmp_path))
+    assert abi._load("cpu") is None
+    assert f"{file} is no library of commhooks" in caplog.text
+
+
 @pytest.mark.native
 def test_another_abi_version_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -113,6 +113,8 @@ def test_shared_memory_is_refused() -> None:
         (lambda: ops.select_topk(operands(), 1, seed=0.5), TypeError, "seed must"),
         (lambda: ops.select_topk(operands(), 1, threads=0), ValueError, "threads"),
         (lambda: ops.select_topk(operands(), 1, threads=1.5), TypeError, "threads must"),
+        (lambda: ops.select_topk(operands(), 1, threads=4097), ValueError, "threads must be at most 4096"),
+        (lambda: ops.select_topk(operands(), 1, threads=2**32 + 1), ValueError, "threads must be at most"),
         (lambda: ops.select_threshold(operands(), 1.0, 1, threads=1.5), TypeError, "threads must"),
         (lambda: ops.select_threshold(operands(), 1.0, 1, start=1.5), TypeError, "start must"),
         (lambda: ops.select_indices(operands(), index(1), threads=1.5), TypeError, "threads must"),
