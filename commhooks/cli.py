@@ -13,6 +13,7 @@ import torch
 
 from . import __version__
 from .bench import command as bench_command
+from .errors import CommHooksError
 from .native import abi
 from .planner import command
 from .transports.launcher import launched
@@ -36,7 +37,10 @@ print(f"{horovod.__version__} over {', '.join(over)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status: 0, or 2 for arguments that cannot be served."""
+    """Runs a subcommand and returns its exit status.
+
+    It is 0, or 2 for arguments that cannot be served, or 1 when a rank is missing.
+    """
     arguments = parser().parse_args(argv)
     status: int = arguments.run(arguments)
     return status
@@ -123,7 +127,7 @@ def _found_by(program: str, package: str, install: str) -> str:
     if done.returncode == 0:
         return done.stdout.strip()
     last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    if last.startswith("ModuleNotFoundError"):
+    if last == f"ModuleNotFoundError: No module named {package!r}":
         return f"not installed ({install})"
     return f"unusable: {last}"
 
@@ -135,6 +139,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     except (ValueError, ImportError) as error:
         print(f"commhooks plan: {error}", file=sys.stderr)
         return 2
+    except CommHooksError as error:  # a rank is missing: there is nothing wrong with the arguments
+        print(f"commhooks plan: {error}", file=sys.stderr)
+        return 1
     if found is not None:
         print(json.dumps(command.as_dict(*found), indent=1) if arguments.json else command.text(*found))
     return 0

@@ -311,6 +311,7 @@ class Averager(ModelAverager):
         memo[id(self)] = other
         for name, value in vars(self).items():
             setattr(other, name, value if name == "process_group" else copy.deepcopy(value, memo))
+        other._hooked = False  # the optimizer calls the original
         watch.watch(other._watched, other)
         return other
 

@@ -124,6 +124,8 @@ class Stagewise:
             for t, a in zip(self.tensors, self.anchor, strict=True)
             if t.requires_grad
         ]
+        if not squares:  # everything is frozen
+            return torch.zeros((), dtype=torch.float32, device=self.tensors[0].device)
         return torch.stack(squares).sum() / (2.0 * self.gamma)
 
     def _look_for_the_start(self) -> None:

@@ -55,7 +55,7 @@ def _same_generators() -> Iterator[None]:
     of_python = random.getstate()
     numpy = sys.modules.get("numpy")
     of_numpy = numpy.random.get_state() if numpy is not None else None
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    cuda = range(torch.cuda.device_count()) if _uses_cuda() else ()
     try:
         with torch.random.fork_rng(devices=cuda):
             yield
@@ -63,3 +63,8 @@ def _same_generators() -> Iterator[None]:
         random.setstate(of_python)
         if numpy is not None:
             numpy.random.set_state(of_numpy)
+
+
+def _uses_cuda() -> bool:
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started

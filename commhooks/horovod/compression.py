@@ -136,7 +136,7 @@ class TopKCompressor(SparseCompressor):
         pending = core.begin(tensor)
         message = pack(pending.route.pairs, pending.route.bad > 0, pending.route.context)
         pending.handle = horovod().allgather_async(
-            message, name=f"commhooks.topk.{pending.entry.name}", process_set=core.process_set
+            message, name=core.name_of(pending.entry), process_set=core.process_set
         )
         self.core.count((core.process_set.size() - 1) * 4 * message.numel())
         return torch.tensor([self._marker()], dtype=torch.float32, device=tensor.device), pending
@@ -178,7 +178,7 @@ class Compression:
         memory: Memory | None = None,
         nonfinite: str = "propagate",
         process_set: Any = None,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = None,
     ) -> SparseCompressor:
         """Random-k with a mask all ranks share; Horovod all-reduces ``k + 1`` floats per parameter.
 
@@ -193,8 +193,8 @@ class Compression:
             memory: None: ``ErrorFeedback()``; ``NoMemory()`` for none. One object per compression.
             nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as for :class:`commhooks.SparseState`.
             process_set: the one given to the optimizer.
-            timeout_s: seconds until a missing rank is an error, in the waits of commhooks. Horovod's own
-                waits end after ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and only under MPI: see
+            timeout_s: seconds until a missing rank is an error, in the waits of commhooks. None: the default
+                process group's timeout, or 300 s without a group. Horovod's own waits end after ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and only under MPI: see
                 docs/horovod.md.
         """
         selector = RandomK(density, seed)
@@ -246,7 +246,7 @@ class Compression:
         memory: Memory | None = None,
         nonfinite: str = "propagate",
         process_set: Any = None,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = None,
     ) -> SparseCompressor:
         """Exact top-k of each rank and parameter; a named all-gather starts as soon as a gradient is ready.
 

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from ..ddp.state import SparseState
@@ -40,6 +39,7 @@ class GradientSync:
         sums: give the sum instead of the average.
         process_set: whose ranks take part; this rank is one of them.
         sparse_as_dense: accept sparse gradients.
+        gives_sparse: the optimizer takes nothing but sparse gradients (SparseAdam).
     """
 
     def __init__(
@@ -52,11 +52,12 @@ class GradientSync:
         sums: bool,
         process_set: Any,
         sparse_as_dense: bool,
+        gives_sparse: bool = False,
     ) -> None:
         state.attach(self, average=not sums, steps_all=True)
         state.set_names((name, p) for p, name in names.items())
         self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
-        self.passes, self.sparse_as_dense = passes, sparse_as_dense
+        self.passes, self.sparse_as_dense, self.gives_sparse = passes, sparse_as_dense, gives_sparse
         self._session: object = None
         self._at_exit: Callable[[], None] | None = None
         self._lock = threading.Lock()  # gradients on several devices arrive on several threads
@@ -169,12 +170,24 @@ class GradientSync:
 
     def _hand_back(self, bucket: FusedBucket) -> None:
         for parameter, view in bucket.views.items():
-            if parameter.grad is None:  # another rank may have used it, and all ranks take the same update
-                parameter.grad = torch.zeros_like(parameter)
-            if parameter.grad.is_sparse:
-                parameter.grad = view.clone().to_sparse(parameter.grad.sparse_dim())
+            grad = parameter.grad  # None: another rank may have used it, and all ranks take the same update
+            if grad is not None and grad.is_sparse:
+                parameter.grad = view.clone().to_sparse(grad.sparse_dim())
+            elif grad is None:
+                parameter.grad = view.clone().to_sparse(1) if self.gives_sparse else view.clone()
             else:
-                parameter.grad.copy_(view)
+                grad.copy_(view)
+
+    def check_members(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Raises ``RuntimeError`` when a parameter that trains is not exchanged: ranks would part in silence."""
+        for number, group in enumerate(param_groups):
+            for p in group["params"]:
+                if p.requires_grad and p not in self._bucket_of:
+                    name = self.names.get(p, f"a parameter of shape {tuple(p.shape)}")
+                    raise RuntimeError(
+                        f"{name} (group {number}) was added or unfrozen after DistributedOptimizer was made, so "
+                        "its gradient is not averaged: wrap the optimizer anew, with a new state"
+                    )
 
     def _raise(self, error: BaseException) -> NoReturn:
         """Raises the error; under an elastic launcher a lost peer as Horovod's own error type.

@@ -24,6 +24,8 @@ class SparseOptimizer:
     """The methods that :func:`DistributedOptimizer` adds to the user's optimizer class."""
 
     _sync: GradientSync | None  # None on ranks outside the process set
+    param_groups: list[dict[str, Any]]
+    state: Any
     _synchronized = False
     _should_synchronize = True
 
@@ -48,6 +50,7 @@ class SparseOptimizer:
             CommHooksError: the exchange failed.
         """
         if self._sync is not None:
+            self._sync.check_members(self.param_groups)
             self._sync.synchronize()
         self._synchronized = True
 
@@ -97,7 +100,16 @@ class SparseOptimizer:
         """Loads what ``state_dict`` gave; ``"commhooks"`` may be the list of all ranks of any world size."""
         state_dict = dict(state_dict)
         residuals = state_dict.pop("commhooks", None)
+        groups, state = self.param_groups, self.state
         super().load_state_dict(state_dict)  # type: ignore[misc]
+        # The wrapped optimizer, on which a scheduler may have been made, shares these objects.
+        for group, loaded in zip(groups, self.param_groups, strict=True):
+            group.clear()
+            group.update(loaded)
+        loaded_state = dict(self.state)
+        state.clear()
+        state.update(loaded_state)
+        self.param_groups, self.state = groups, state
         if self._sync is not None:
             self._sync.reset()
             if residuals is not None:
@@ -191,6 +203,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             sums=op == hvd.Sum,
             process_set=process_set,
             sparse_as_dense=sparse_as_dense,
+            gives_sparse=isinstance(optimizer, torch.optim.SparseAdam),
         )
     return wrapped
 

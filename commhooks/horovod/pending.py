@@ -21,6 +21,8 @@ from ..memory import ErrorFeedback, Memory
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
 from ..selection.selectors import Selector
+from ..transports import DEFAULT_TIMEOUT_S
+from ..transports.distributed import timeout_of
 from ..wire.message import Context
 from .api import check_process_set, horovod, wait_for
 from .parameters import Entry, ParameterTable
@@ -58,6 +60,7 @@ class CompressorCore:
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.
         process_set: the one given to the optimizer.
         timeout_s: seconds until a missing rank is an error, in the waits of commhooks, not in Horovod's.
+            None: the default process group's timeout, or 300 s without a group.
 
     Attributes:
         moved: the optimizer's settings that were moved into the memory, or None.
@@ -70,9 +73,11 @@ class CompressorCore:
         memory: Memory | None,
         nonfinite: str,
         process_set: Any,
-        timeout_s: float,
+        timeout_s: float | None,
     ) -> None:
         self.step = Step(nonfinite)
+        if timeout_s is None:
+            timeout_s = timeout_of(None) or DEFAULT_TIMEOUT_S
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.selector, self.memory = selector, ErrorFeedback() if memory is None else memory
@@ -81,7 +86,7 @@ class CompressorCore:
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})
         self.moved: dict[str, object] | None = None
         self._begun: set[Entry] = set()  # parameters whose gradients are in the present step
-        self._name = f"commhooks.agreement.{next(_numbers[tuple(getattr(process_set, 'ranks', None) or ())])}"
+        self._name = f"commhooks.{next(_numbers[_key(process_set)])}"
         self._agreement: int | None = None  # handle of the exchange of settings
         self._agreed = False
 
@@ -89,6 +94,13 @@ class CompressorCore:
     def process_set(self) -> Any:
         """The process set whose ranks take part."""
         return check_process_set(self._process_set)
+
+    def name_of(self, entry: Entry) -> str:
+        """The name of the operation that exchanges a parameter's pairs.
+
+        Two compressions may serve models whose parameters have equal names.
+        """
+        return f"{self._name}.topk.{entry.name}"
 
     def begin(self, tensor: Tensor) -> PendingGradient:
         """Selects what is sent of a gradient and its memory.
@@ -235,7 +247,7 @@ class CompressorCore:
         if not self._agreed and self._agreement is None:
             message = encode(self.settings())
             self._agreement = horovod().allgather_async(
-                message, name=self._name, process_set=self.process_set
+                message, name=f"{self._name}.agreement", process_set=self.process_set
             )
 
     def check_agreement(self) -> None:
@@ -247,6 +259,13 @@ class CompressorCore:
         messages = wait_for(handle, self.timeout_s, what).view(-1, MESSAGE_BYTES)
         compare(messages, horovod().rank(), "compression", ranks=self.process_set.ranks)
         self._agreed = True
+
+
+def _key(process_set: Any) -> tuple[int, ...]:
+    """Tells process sets apart. None means the global one."""
+    if process_set is None or process_set is horovod().global_process_set:
+        return ()
+    return tuple(getattr(process_set, "ranks", None) or ())
 
 
 def _checksum(value: object) -> str:

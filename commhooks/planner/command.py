@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..transports import Transport, make
-from ..transports.launcher import launched
+from ..transports.launcher import launched, local_rank
 from .job import measured_plan, sizes_of
 from .plan import CANDIDATES, DENSITIES, SAFE, Job, Plan
 
@@ -160,6 +160,10 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device must be cpu or cuda, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "cuda":
+        if device.index is None:  # a GPU for each rank of a machine, as in the training
+            device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     return device
 
 

@@ -321,7 +321,7 @@ class Reducer:
         k = numel
         if selector is not None:
             k, next_k = self._sizes.at(selector, bucket.index, numel, self.step, is_new)
-            context = context.announcing(next_k)
+            context = Context(bucket.index, self.step, next_k)
         if is_new:
             self._agree(bucket, k, scale, transport)
         key, aggregator = bucket.index, self.aggregator

@@ -44,3 +44,17 @@ def launched() -> Launched | None:
         if all(text.isdecimal() for text in found):
             return Launched(launcher, int(found[0]), int(found[1]))
     return None
+
+
+_LOCAL_RANKS = (
+    "LOCAL_RANK",
+    "HOROVOD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "SLURM_LOCALID",
+)
+
+
+def local_rank() -> int:
+    """This process's rank among those of its machine, as the innermost launcher that tells it; else 0."""
+    return next((int(text) for n in _LOCAL_RANKS if (text := os.environ.get(n, "")).isdecimal()), 0)

@@ -5,6 +5,7 @@ import torch
 
 from commhooks import AllGather, Bucket, ErrorFeedback, Reducer, TopK
 from commhooks.averaging import Stagewise
+from commhooks.transports import in_process
 
 from . import oracles
 from .workers import NUMEL, Pieces, in_ranks, start
@@ -106,3 +107,11 @@ def test_bad_arguments_are_named():
     short = Stagewise(optimizer, gamma=1.0, eta0=1.0, stage_steps=lambda s: 12)
     with pytest.raises(ValueError, match=r"stage_steps\(1\).*24.*12"):
         short.steps_of(1)
+
+
+def test_the_penalty_of_a_frozen_model_is_zero():
+    (transport,) = in_process.group(1)
+    model, _, _, stages = make(transport)
+    model.requires_grad_(False)
+    penalty = stages.penalty()
+    assert penalty.shape == () and float(penalty) == 0.0

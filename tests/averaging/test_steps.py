@@ -1,5 +1,6 @@
 """Each algorithm against the plain simulation of its pseudocode, step for step, at several world sizes."""
 
+import copy
 import itertools
 
 import pytest
@@ -17,6 +18,7 @@ from commhooks.averaging import (
     RestartedMomentum,
     topology,
 )
+from commhooks.transports import in_process
 
 from . import oracles
 from .workers import NUMEL, Pieces, flat_momentum, in_ranks, run_steps, start
@@ -233,3 +235,16 @@ def test_adam_and_momentum_inside_a_block():
             w_tilde = w_tilde + v
             w = [w_tilde, w_tilde]
     same(in_ranks(2, lambda t: work(t, False, "momentum"))[:, 0], w_tilde)
+
+
+def test_a_copy_of_a_hooked_averager_is_called_by_hand():
+    """The optimizer's step calls the original; the copy refused to be called at all."""
+    (transport,) = in_process.group(1)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    averager = LocalSGD(2, transport=transport)
+    averager.hook(torch.optim.SGD([parameter], lr=0.1))
+    other = copy.deepcopy(averager)
+    other.average_parameters([parameter])
+    assert (averager.step, other.step) == (0, 1)
+    with pytest.raises(RuntimeError, match="LocalSGD is hooked"):
+        averager.average_parameters([parameter])

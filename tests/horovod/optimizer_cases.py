@@ -281,6 +281,71 @@ def sparse_gradients():
 
 
 @case()
+def sparse_adam_with_an_embedding_that_one_rank_does_not_use():
+    """SparseAdam takes nothing but sparse gradients, also for a parameter without a gradient on this rank."""
+    table, other = nn.Embedding(20, 4, sparse=True), nn.Embedding(20, 4, sparse=True)
+    for p in (table.weight, other.weight):
+        nn.init.ones_(p)
+    named = [("table", table.weight), ("other", other.weight)]
+    adam = torch.optim.SparseAdam([p for _, p in named], lr=0.1)
+    state = SparseState.dense()
+    optimizer = DistributedOptimizer(adam, named, state=state, sparse_as_dense=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = table(torch.tensor([1, 2])).sum()
+        if hvd.rank() == 0:
+            loss = loss + other(torch.tensor([5])).sum()
+        loss.backward()
+        optimizer.step()
+    assert same_everywhere(table.weight) and same_everywhere(other.weight)
+    for p, rows in ((table.weight, [1, 2]), (other.weight, [5])):
+        assert (p != 1.0).any(1).nonzero().flatten().tolist() == rows
+
+
+@case()
+def a_scheduler_of_the_wrapped_optimizer_stays_right_after_a_load():
+    """It holds the optimizer that was wrapped, whose groups a load replaced."""
+    model = nn.Linear(3, 1, bias=False)
+    inner = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    optimizer = DistributedOptimizer(inner, model.named_parameters(), state=SparseState.dense())
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    step()
+    scheduler.step()
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25 and inner.param_groups is optimizer.param_groups
+    before = model.weight.detach().clone()
+    step()
+    moved = (before - model.weight).flatten().tolist()  # momentum 0.9 of 1, plus 1, at a quarter
+    assert all(abs(x - 0.475) < 1e-6 for x in moved), moved
+
+
+@case()
+def a_parameter_that_is_added_or_unfrozen_later_is_an_error():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    model[0].bias.requires_grad_(False)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = DistributedOptimizer(sgd, model.named_parameters(), state=SparseState.dense())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model[0].bias.requires_grad_(True)
+    model(torch.ones(1, 3)).sum().backward()
+    raises(RuntimeError, "0.bias (group 0) was added or unfrozen after", optimizer.step)
+    model[0].bias.requires_grad_(False)
+    optimizer.step()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    raises(RuntimeError, "a parameter of shape (2,) (group 1) was added", optimizer.step)
+
+
+@case()
 def two_optimizers_at_once():
     first, second = Net(0), Net(1)
     a = ours("gtopk")(first, torch.optim.SGD(first.parameters(), lr=0.1))

@@ -115,6 +115,29 @@ def process_set():
 
 
 @case()
+def two_models_with_equal_parameter_names():
+    """Both are under way at the same time: Horovod takes one operation of a name."""
+
+    def run(compressed):
+        models = [Net(0), Net(1)]
+        optimizers = []
+        for number, model in enumerate(models):
+            chosen = Compression.topk(1.0, model.named_parameters()) if compressed else hvd.Compression.none
+            named = [(f"model{number}.{name}", p) for name, p in model.named_parameters()]
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizers.append(hvd.DistributedOptimizer(sgd, named, compression=chosen))
+        for step in range(2):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            sum(loss_of(model, hvd.rank(), step) for model in models).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        return torch.cat([flat(model) for model in models])
+
+    close(run(True), run(False))
+
+
+@case()
 def bytes_on_the_wire():
     world = hvd.size()
     sizes = [p.numel() for p in Net().parameters()]

@@ -187,3 +187,38 @@ def test_help_is_sentences_with_defaults(capsys):
 def test_the_console_script_is_the_command_line():
     text = (ROOT / "pyproject.toml").read_text()
     assert '[project.scripts]\ncommhooks = "commhooks.cli:main"\n' in text
+
+
+def test_a_rank_that_is_missing_is_one_line_and_status_one(monkeypatch, capsys):
+    def missing(arguments):
+        raise commhooks.PeerTimeoutError("rank 0, probing for the plan: no answer from rank 1 for 300 s")
+
+    monkeypatch.setattr(command, "run", missing)
+    assert main(["plan", "--numel", "1e5"]) == 1
+    assert capsys.readouterr().err == (
+        "commhooks plan: rank 0, probing for the plan: no answer from rank 1 for 300 s\n"
+    )
+
+
+def test_a_package_that_lacks_another_one_is_not_called_missing():
+    broken = "raise ModuleNotFoundError(\"No module named 'psutil'\")"
+    assert cli._found_by(broken, "horovod", "scripts/install_horovod") == (
+        "unusable: ModuleNotFoundError: No module named 'psutil'"
+    )
+    assert cli._found_by("import nothing_here", "nothing_here", "pip install it") == (
+        "not installed (pip install it)"
+    )
+
+
+def test_every_rank_of_a_machine_plans_on_its_own_gpu(monkeypatch):
+    """All of them measured cuda:0 at once."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for variable in ("LOCAL_RANK", "HOROVOD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+        monkeypatch.delenv(variable, raising=False)
+    assert command._device("cuda") == torch.device("cuda", 0)
+    for variable, rank, expected in (("MPI_LOCALRANKID", "3", 1), ("LOCAL_RANK", "1", 1)):
+        monkeypatch.setenv(variable, rank)
+        assert command._device("cuda") == torch.device("cuda", expected) == chosen[-1]
+    assert command._device("cuda:0") == torch.device("cuda", 0) == chosen[-1]
