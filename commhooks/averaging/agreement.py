@@ -43,7 +43,7 @@ class Header:
     def votes(self) -> Tensor:
         """All but the settings, as a message ``(40,)`` uint8."""
         flags = int(self.nonfinite) + 2 * int(self.spoiled)
-        votes = torch.tensor([self.start, self.part, self.model, flags, 0], device="cpu")
+        votes = torch.tensor([self.start, self.part, self.model, flags, 0], dtype=torch.int64, device="cpu")
         votes[4:].view(torch.float64)[0] = self.weight
         return votes.view(torch.uint8)
 

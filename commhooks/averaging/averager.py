@@ -408,7 +408,7 @@ class Averager(ModelAverager):
 
     def _unite(self, numbers: list[int], part: list[int]) -> list[int]:
         """The numbers of the tensors that take part on at least one rank; called where ranks differ."""
-        votes = torch.tensor([int(n in part) for n in numbers], dtype=torch.int64)
+        votes = torch.tensor([int(n in part) for n in numbers], dtype=torch.int64, device="cpu")
         self._channel.total(votes, f"{self._what()}, who takes part")
         return [n for n, vote in zip(numbers, votes.tolist(), strict=True) if vote > 0]
 

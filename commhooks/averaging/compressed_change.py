@@ -66,7 +66,7 @@ class CompressedChange:
         self._narrow = narrow or reducer is not None
         self.numbers: list[int] = []
         self._numels: list[int] = []
-        self.anchor = torch.empty(0)
+        self.anchor = torch.empty(0, dtype=torch.float32, device="cpu")
         self.start_from(tensors, numbers)
 
     def start_from(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:

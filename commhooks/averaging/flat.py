@@ -72,7 +72,7 @@ def message_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """A new contiguous ``(n,)`` tensor with all tensors' numbers in order, on the first tensor's device."""
     if not tensors:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     device = tensors[0].device
     return torch.cat([real_view(t).reshape(-1).to(device=device, dtype=dtype) for t in tensors])
 

@@ -84,7 +84,7 @@ def from_matrix(
             or bipartite without self-weights (lambda_n = -1: the ranks would swap for ever). The message
             names the place and the value.
     """
-    w = torch.as_tensor(matrix, dtype=torch.float64)
+    w = torch.as_tensor(matrix, dtype=torch.float64, device="cpu")
     if directed:
         return time_varying([w], name)
     _check_stochastic(w, name)
@@ -121,7 +121,7 @@ def from_edges(world_size: int, edges: Iterable[tuple[int, int]], name: str = "e
             raise ValueError(f"an edge must join two different ranks below {world_size}, got ({i}, {j})")
         neighbours[i].add(j)
         neighbours[j].add(i)
-    w = torch.zeros(world_size, world_size, dtype=torch.float64)
+    w = torch.zeros(world_size, world_size, dtype=torch.float64, device="cpu")
     for i, peers in enumerate(neighbours):
         for j in peers:
             w[i, j] = 1.0 / (1 + max(len(peers), len(neighbours[j])))
@@ -184,7 +184,7 @@ def complete(world_size: int) -> Topology:
     """All ranks with all ranks, ``W = 1/P``: PR-SGD-Momentum with a period of 1."""
     positive_int("world_size", world_size)
     return from_matrix(
-        torch.full((world_size, world_size), 1.0 / world_size, dtype=torch.float64), "complete"
+        torch.full((world_size, world_size), 1.0 / world_size, dtype=torch.float64, device="cpu"), "complete"
     )
 
 
@@ -197,7 +197,7 @@ def one_peer_exponential(world_size: int) -> Topology:
     """
     positive_int("world_size", world_size)
     hops = [1 << b for b in range(world_size.bit_length()) if (1 << b) < world_size] or [0]
-    eye = torch.eye(world_size, dtype=torch.float64)
+    eye = torch.eye(world_size, dtype=torch.float64, device="cpu")
     return time_varying([(eye + eye.roll(hop, dims=1)) / 2 for hop in hops], "one_peer_exponential")
 
 
@@ -212,7 +212,7 @@ def time_varying(matrices: Sequence[Any], name: str = "time_varying") -> Topolog
         ValueError: no matrix, sizes differ, a matrix is not doubly stochastic, or all turns together do not
             contract.
     """
-    turns = tuple(torch.as_tensor(m, dtype=torch.float64) for m in matrices)
+    turns = tuple(torch.as_tensor(m, dtype=torch.float64, device="cpu") for m in matrices)
     if not turns:
         raise ValueError("matrices must not be empty")
     for i, w in enumerate(turns):
@@ -220,7 +220,7 @@ def time_varying(matrices: Sequence[Any], name: str = "time_varying") -> Topolog
         if w.shape != turns[0].shape:
             raise ValueError(f"{name}[{i}] must be {tuple(turns[0].shape)}, got {tuple(w.shape)}")
     size = turns[0].shape[0]
-    product = torch.eye(size, dtype=torch.float64)
+    product = torch.eye(size, dtype=torch.float64, device="cpu")
     for w in turns:
         product = product @ w
     rho = float(torch.linalg.matrix_norm(product - 1.0 / size, ord=2)) if size > 1 else 0.0

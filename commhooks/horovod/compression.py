@@ -194,8 +194,8 @@ class Compression:
             nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as for :class:`commhooks.SparseState`.
             process_set: the one given to the optimizer.
             timeout_s: seconds until a missing rank is an error, in the waits of commhooks. None: the default
-                process group's timeout, or 300 s without a group. Horovod's own waits end after ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and only under MPI: see
-                docs/horovod.md.
+                process group's timeout, or 300 s without a group. Horovod's own waits end after
+                ``HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``, and only under MPI: see docs/horovod.md.
         """
         selector = RandomK(density, seed)
         core = CompressorCore(selector, named_parameters, memory, nonfinite, process_set, timeout_s)

@@ -179,14 +179,14 @@ class GradientSync:
                 grad.copy_(view)
 
     def check_members(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Raises ``RuntimeError`` when a parameter that trains is not exchanged: ranks would part in silence."""
+        """Raises ``RuntimeError`` when a parameter that trains is not exchanged, which would part the ranks."""
         for number, group in enumerate(param_groups):
             for p in group["params"]:
                 if p.requires_grad and p not in self._bucket_of:
                     name = self.names.get(p, f"a parameter of shape {tuple(p.shape)}")
                     raise RuntimeError(
-                        f"{name} (group {number}) was added or unfrozen after DistributedOptimizer was made, so "
-                        "its gradient is not averaged: wrap the optimizer anew, with a new state"
+                        f"{name} (group {number}) was added or unfrozen after DistributedOptimizer was made, "
+                        "so its gradient is not averaged: wrap the optimizer anew, with a new state"
                     )
 
     def _raise(self, error: BaseException) -> NoReturn:

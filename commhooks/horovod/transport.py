@@ -139,7 +139,7 @@ def _votes(vote: int, process_set: Any, timeout_s: float) -> list[int]:
     Raises:
         PeerTimeoutError: a rank has not voted after ``timeout_s`` seconds.
     """
-    message = torch.tensor([vote], dtype=torch.int32)
+    message = torch.tensor([vote], dtype=torch.int32, device="cpu")
     handle = horovod().allgather_async(message, name="commhooks.open", process_set=process_set)
     votes: list[int] = wait_for(handle, timeout_s, "opening a gloo group").tolist()
     return votes

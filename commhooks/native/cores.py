@@ -1,8 +1,8 @@
 """The cores on which threads of ours run, also under ``OMP_PROC_BIND``.
 
-With ``OMP_PROC_BIND=true`` the OpenMP library that torch brings pins the main thread to one core as soon as torch
-is imported. Threads that are not OpenMP's inherit that core, where they would run in turns with the main thread.
-The library still knows all cores of the process: they are its places.
+With ``OMP_PROC_BIND=true`` the OpenMP library that torch brings pins the main thread to one core as soon as
+torch is imported. Threads that are not OpenMP's inherit that core, and would run there in turns with the main
+thread. The library still knows all cores of the process: they are its places.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_pinned() -> bool:
 
 @functools.cache
 def _places() -> frozenset[int]:
-    """The cores of the OpenMP library's places; empty when it pins no threads, and where it is not libgomp."""
+    """The cores of the OpenMP library's places; empty when it pins no threads or is not libgomp."""
     if not hasattr(os, "sched_setaffinity"):
         return frozenset()
     try:

@@ -44,9 +44,9 @@ def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, fl
     size = min(max(numel, _LEAST_NUMEL), _BUCKET_NUMEL)
     count = min(_BUCKETS, -(-max(numel, size) // size))
     k = max(64, int(_DENSITY * size))
-    generator = torch.Generator().manual_seed(seed)
-    gradient = torch.randn(size, generator=generator).to(device)
-    values = torch.randn(k, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    gradient = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    values = torch.randn(k, generator=generator, dtype=torch.float32, device="cpu").to(device)
     indices = ops.random_indices(0, seed, 0, size, k, device)
     buckets = [Fused(gradient.clone(), torch.zeros_like(gradient)) for _ in range(count)]
 
@@ -85,7 +85,8 @@ def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> f
     reducer = Reducer(
         TopK(SMALL_K / SMALL_NUMEL), AllGather(transport), ErrorFeedback(), dense_crossover=rule
     )
-    gradient = torch.randn(SMALL_NUMEL, generator=torch.Generator().manual_seed(transport.rank)).to(device)
+    generator = torch.Generator("cpu").manual_seed(transport.rank)
+    gradient = torch.randn(SMALL_NUMEL, generator=generator, dtype=torch.float32, device="cpu").to(device)
     bucket = Bucket(0, gradient.clone(), ("probe",), (SMALL_NUMEL,))
 
     def reduce(ready: Any) -> None:

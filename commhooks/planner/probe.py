@@ -58,7 +58,7 @@ def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str
 
 def slowest(transport: Transport, mine: list[float]) -> list[float]:
     """Returns each number's maximum over ranks. A collective call."""
-    row = torch.tensor(mine, dtype=torch.float64)
+    row = torch.tensor(mine, dtype=torch.float64, device="cpu")
     rows = row.new_empty((transport.world_size, row.numel()))
     transport.all_gather(row, rows, tag=_TAG, what=_WHAT)
     return [float(x) for x in rows.max(0).values]
@@ -128,7 +128,7 @@ def _all_reduce(transport: Transport, byte_s: float, largest_bytes: int) -> tupl
 
 
 def _all_reduce_s(transport: Transport, numel: int, repeats: int) -> float:
-    buffer = torch.zeros(numel, device=transport.device_type)
+    buffer = torch.zeros(numel, dtype=torch.float32, device=transport.device_type)
     return least_s(lambda: transport.all_reduce(buffer, tag=_TAG, what=_WHAT), repeats)
 
 
