@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import queue
 import threading
 import weakref
 from collections.abc import Callable
-
-import torch
-from torch.futures import Future
 
 from ..native import cores
 
@@ -34,7 +30,7 @@ class CommThread:
         """Queues ``task``, which must not raise."""
         if self._thread is None or not self._thread.is_alive():
             self._start()
-        self._tasks.put(_profiled(task) if torch.autograd.profiler._is_profiler_enabled else task)
+        self._tasks.put(task)
 
     def wait(self) -> None:
         """Waits until all tasks queued so far are done. On the thread itself it returns at once."""
@@ -65,16 +61,6 @@ class CommThread:
             atexit.unregister(_close_all)
             atexit.register(_close_all)
         _threads.add(self)
-
-
-def _profiled(task: _Task) -> _Task:
-    """The task, to be run with the calling thread's profiler, which sees no other thread by itself.
-
-    A future's callbacks run with the thread-local state of the thread that added them.
-    """
-    start: Future[None] = Future()
-    start.then(lambda _: task())
-    return functools.partial(start.set_result, None)
 
 
 def _run(tasks: queue.SimpleQueue[_Task | None]) -> None:

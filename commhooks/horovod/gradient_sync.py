@@ -179,7 +179,7 @@ class GradientSync:
                 grad.copy_(view)
 
     def check_members(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Raises ``RuntimeError`` when a parameter that trains is not exchanged, which would part the ranks."""
+        """Raises ``RuntimeError`` when a parameter that trains is not exchanged: ranks would part."""
         for number, group in enumerate(param_groups):
             for p in group["params"]:
                 if p.requires_grad and p not in self._bucket_of:

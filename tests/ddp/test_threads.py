@@ -1,4 +1,4 @@
-"""The communication thread: which cores it runs on, and that a profiler sees it."""
+"""The communication thread: which cores it runs on, and how a profiler sees it."""
 
 import json
 import sys
@@ -61,7 +61,8 @@ def _profiles(rank, size):
         assert any(p.grad.any() for p in ddp.parameters())
 
     step()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # as the guide says
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=every_thread) as seen:
         for _ in range(3):
             step()
     step()  # without the profiler again
@@ -70,6 +71,5 @@ def _profiles(rank, size):
 
 
 def test_a_profiler_shows_the_phases():
-    """It was seen only with an experimental option of torch."""
     phases = dict.fromkeys(("commhooks.select", "commhooks.exchange", "commhooks.write_back"), 3)
     assert spawn_gloo(_profiles, 2) == [phases] * 2
