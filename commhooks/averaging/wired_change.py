@@ -37,7 +37,7 @@ class WiredChange:
 
     def forget(self) -> None:
         """Owns nothing, as at a start."""
-        self.owned, self.start = torch.empty(0), 0
+        self.owned, self.start = torch.empty(0, dtype=torch.float32, device="cpu"), 0
 
     def mean(self, transport: Transport, change: Tensor, step: int, what: str, propagate: bool) -> Tensor:
         """Returns the mean of what the ranks sent, a new ``(n,)``, the same bits on all ranks. Collective.
