@@ -111,10 +111,11 @@ def everything(rank, size, elsewhere):
             )
             jobs.append((f"{scheme} {dtype}", DistributedDataParallel(Model(dtype)), state))
     inputs = [data(40, 10 * step + rank) for step in range(3)]
+    owned = {name: nn.Parameter(data(5, 0)) for name in ("local", "block")}
+    output = averaging.OutputAverage([owned["block"]], averaging.Uniform())
     averagers = {
         "local": averaging.LocalSGD(2),
-        "block": averaging.BlockMomentum(0.5, 2, params=[p := nn.Parameter(data(5, rank))]),
-        "output": averaging.OutputAverage([p], averaging.Uniform()),
+        "block": averaging.BlockMomentum(0.5, 2, params=[owned["block"]]),
     }
     if elsewhere:
         torch.set_default_device("meta")
@@ -128,12 +129,14 @@ def everything(rank, size, elsewhere):
         found[name] = [round(norm, 4), *(round(float(x), 4) for r in saved["residual"].values() for x in r)]
         state.load_state_dict(saved)
         state.close()
-    for name in ("local", "block"):
-        for _ in range(2):
-            averagers[name].average_parameters([p])
+    for name, averager in averagers.items():
+        p = owned[name]
+        for step in range(4):
+            p.data += rank + step
+            averager.average_parameters([p])
         found[name] = p.tolist()
-    averagers["output"].update()
-    with averagers["output"].applied():
+    output.update()
+    with output.applied():
         found["output"] = p.tolist()
     state = commhooks.SparseState.topk(0.1)
     state.open()

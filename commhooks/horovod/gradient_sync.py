@@ -38,8 +38,8 @@ class GradientSync:
         passes: backward passes per step.
         sums: give the sum instead of the average.
         process_set: whose ranks take part; this rank is one of them.
-        sparse_as_dense: accept sparse gradients.
-        gives_sparse: the optimizer takes nothing but sparse gradients (SparseAdam).
+        sparse: whether sparse gradients are ``"refused"`` or ``"taken"``, or are the ``"only"`` ones that the
+            optimizer takes (SparseAdam).
     """
 
     def __init__(
@@ -51,13 +51,12 @@ class GradientSync:
         passes: int,
         sums: bool,
         process_set: Any,
-        sparse_as_dense: bool,
-        gives_sparse: bool = False,
+        sparse: str,
     ) -> None:
         state.attach(self, average=not sums, steps_all=True)
         state.set_names((name, p) for p, name in names.items())
         self.state, self.buckets, self.names, self.process_set = state, list(buckets), names, process_set
-        self.passes, self.sparse_as_dense, self.gives_sparse = passes, sparse_as_dense, gives_sparse
+        self.passes, self.sparse = passes, sparse
         self._session: object = None
         self._at_exit: Callable[[], None] | None = None
         self._lock = threading.Lock()  # gradients on several devices arrive on several threads
@@ -105,7 +104,7 @@ class GradientSync:
                     "before step(): raise backward_passes_per_step to accumulate gradients locally"
                 )
             grad = parameter.grad
-            if grad is not None and grad.is_sparse and not self.sparse_as_dense:
+            if grad is not None and grad.is_sparse and self.sparse == "refused":
                 raise ValueError(
                     f"{self.names[parameter]} has a sparse gradient: give sparse_as_dense=True, or use "
                     "nn.Embedding(sparse=False)"
@@ -174,7 +173,7 @@ class GradientSync:
             if grad is not None and grad.is_sparse:
                 parameter.grad = view.clone().to_sparse(grad.sparse_dim())
             elif grad is None:
-                parameter.grad = view.clone().to_sparse(1) if self.gives_sparse else view.clone()
+                parameter.grad = view.clone().to_sparse(1) if self.sparse == "only" else view.clone()
             else:
                 grad.copy_(view)
 

@@ -195,6 +195,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     wrapped._sync = None
     if process_set.included():
         trained = [p for p in names if p.requires_grad]
+        only_sparse = isinstance(optimizer, torch.optim.SparseAdam)
         wrapped._sync = GradientSync(
             state,
             partition(trained, bucket_cap_mb, groups if groups is not None else (num_groups or None)),
@@ -202,8 +203,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             passes=backward_passes_per_step,
             sums=op == hvd.Sum,
             process_set=process_set,
-            sparse_as_dense=sparse_as_dense,
-            gives_sparse=isinstance(optimizer, torch.optim.SparseAdam),
+            sparse="refused" if not sparse_as_dense else "only" if only_sparse else "taken",
         )
     return wrapped
 
