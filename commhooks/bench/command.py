@@ -168,7 +168,7 @@ def _row(scheme: str, source: Source, density: float, budget: float, alone_s: fl
         host, port = meeting_place()
         task = Task(rank, size, host, port, budget, source)
         found = measure_in_child(task, 2 * budget + START_S)
-        everywhere = torch.tensor([int(found is not None)])
+        everywhere = torch.tensor([int(found is not None)], dtype=torch.int64, device="cpu")
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         if found is None or not everywhere.item():
             return Row(scheme, note=f"failed, or did not end within {2 * budget + START_S:.0f} s")
@@ -189,7 +189,7 @@ def _row(scheme: str, source: Source, density: float, budget: float, alone_s: fl
 
 def _over(begun: float, seconds: float) -> bool:
     """Whether rank 0's time is over. A collective call."""
-    over = torch.tensor([int(time.monotonic() - begun > seconds)])
+    over = torch.tensor([int(time.monotonic() - begun > seconds)], dtype=torch.int64, device="cpu")
     dist.broadcast(over, 0)
     return bool(over.item())
 

@@ -99,10 +99,12 @@ def timed(
         The median over the steps of the slowest rank's seconds, and the number of steps.
     """
     _step(ddp, job, synchronise)
-    first = torch.tensor([max(_step(ddp, job, synchronise), 1e-6)])
+    first = torch.tensor([max(_step(ddp, job, synchronise), 1e-6)], dtype=torch.float32, device="cpu")
     dist.all_reduce(first, dist.ReduceOp.MAX)
     steps = min(MOST_STEPS, max(3, int(seconds / float(first))))
-    taken = torch.tensor([_step(ddp, job, synchronise) for _ in range(steps)])
+    taken = torch.tensor(
+        [_step(ddp, job, synchronise) for _ in range(steps)], dtype=torch.float32, device="cpu"
+    )
     dist.all_reduce(taken, dist.ReduceOp.MAX)
     return statistics.median(taken.tolist()), steps
 

@@ -61,7 +61,7 @@ def make_job(source: Source, seed: int) -> Job:
         shape, classes = (2, 3, 64, 64), 1000
     elif model == "gpt-10m":
         made = GPT()
-        tokens = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(seed))
+        tokens = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(seed), device="cpu")
         inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
         return Job(model, made, lambda net: functional.cross_entropy(net(inputs).flatten(0, 1), targets))
     else:
@@ -71,7 +71,8 @@ def make_job(source: Source, seed: int) -> Job:
         made = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
         shape, classes = (4, width), width
     generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(shape, generator=generator), torch.randint(classes, (shape[0],), generator=generator)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    y = torch.randint(classes, (shape[0],), generator=generator, device="cpu")
     return Job(model or "square layers", made, lambda net: functional.cross_entropy(net(x), y))
 
 
@@ -148,7 +149,7 @@ class GPT(nn.Module):
         """(N, T <= 64) int64 to (N, T, 256)."""
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length)
-        x = self.token(tokens) + self.place(torch.arange(length))
+        x = self.token(tokens) + self.place(torch.arange(length, dtype=torch.int64, device=tokens.device))
         out: Tensor = self.head(self.body(x, mask=mask, is_causal=True))
         return out
 
