@@ -30,7 +30,9 @@ struct Avx512Vector {
   // For low-bit messages.
   using Mask = __mmask16;
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
-  static Float magnitude(Float x) { return _mm512_abs_ps(x); }
+  static Float magnitude(Float x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+  }
   static Float clamp(Float x, Float low, Float high) { return _mm512_min_ps(_mm512_max_ps(x, low), high); }
   static Float larger_key(Float a, Float b) {
     return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
