@@ -76,8 +76,8 @@ class SparseState:
         watch: observes whether the averages are used, zeroed or accumulated.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind or value, or ``ddp_allreduce`` with settings that
-            DDP cannot serve.
+        TypeError, ValueError: an argument of a wrong kind or value, ``nonfinite="skip"`` with a
+            ``grad_scaler``, or ``ddp_allreduce`` with settings that DDP cannot serve.
     """
 
     _owner: weakref.ref[Any] | None
@@ -103,6 +103,11 @@ class SparseState:
     ) -> None:
         if grad_scaler is not None and not hasattr(grad_scaler, "get_scale"):
             raise TypeError(f"grad_scaler must be a GradScaler, got {type(grad_scaler).__name__}")
+        if nonfinite == "skip" and grad_scaler is not None and grad_scaler.is_enabled():
+            raise ValueError(
+                "nonfinite='skip' does not go with a grad_scaler: the scaler would never see NaN or Inf and "
+                "never lower its scale. Write nonfinite='propagate': the scaler then skips the step"
+            )
         self.reducer = Reducer(
             selector,
             aggregator,

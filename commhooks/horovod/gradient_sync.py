@@ -8,7 +8,8 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..transports import DEFAULT_TIMEOUT_S, finalization
 from ..transports.mpi import abort, load_mpi
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
+from .parameters import SCALER_ORDER
 from .transport import open_transport
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,8 @@ class GradientSync:
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self._remaining = dict.fromkeys(self._bucket_of, passes)
         self._next = 0
-        self.touched = False
+        self.touched, self._ignores = False, False
+        self._versions: dict[Tensor, int] = {}  # of the gradients that were copied into buckets
         for p in self._bucket_of:
             p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         if not is_elastic():  # in an elastic job a new worker must first pass hvd.elastic's own sync
@@ -96,6 +99,8 @@ class GradientSync:
         self._remaining = dict.fromkeys(self._remaining, passes)
 
     def _on_gradient(self, parameter: Tensor) -> None:
+        if self._ignores:
+            return
         with self._lock:
             self.touched = True
             if self._remaining[parameter] == 0:
@@ -112,6 +117,8 @@ class GradientSync:
             self._remaining[parameter] -= 1
             if self._remaining[parameter] == 0:
                 self._bucket_of[parameter].fill(parameter)
+                if grad is not None:
+                    self._versions[parameter] = grad._version
                 self._submit_full()
 
     def _submit_full(self) -> None:
@@ -128,7 +135,15 @@ class GradientSync:
 
         Raises:
             CommHooksError: what made the exchange fail.
+            RuntimeError: a gradient was changed since its backward pass, by a GradScaler's ``step`` for
+                example. The change would be lost.
         """
+        for parameter, version in self._versions.items():
+            if parameter.grad is not None and parameter.grad._version != version:
+                raise RuntimeError(
+                    f"the gradient of {self.names[parameter]} was changed between backward() and synchronize(), "
+                    f"which would overwrite it. The order is: {SCALER_ORDER}"
+                )
         with self._lock:
             for bucket in self.buckets:
                 for parameter in sorted(bucket.missing, key=lambda p: self.names[p]):
@@ -158,6 +173,16 @@ class GradientSync:
             bucket.missing = set(bucket.parameters)
         self._remaining = dict.fromkeys(self._remaining, self.passes)
         self._next, self.touched = 0, False
+        self._versions.clear()
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Ignores the gradients of backward passes inside this context."""
+        self._ignores = True
+        try:
+            yield
+        finally:
+            self._ignores = False
 
     def rewind(self, residuals: dict[str, Any]) -> None:
         """Puts this rank's memory back to a state dict of its own, and forgets a failed step.

@@ -17,7 +17,7 @@ from ..memory import ErrorFeedback
 from .api import check_process_set, horovod, require_version
 from .buckets import partition
 from .gradient_sync import GradientSync
-from .parameters import check_named
+from .parameters import SCALER_ORDER, check_named
 
 
 class SparseOptimizer:
@@ -38,6 +38,22 @@ class SparseOptimizer:
     def gradient_sync(self) -> GradientSync | None:
         """What exchanges the gradients, or None on a rank outside the process set."""
         return self._sync
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Torch's: whether ``step`` unscales gradients itself. ``GradScaler.step`` reads it first of all.
+
+        Raises:
+            RuntimeError: gradients are being exchanged. The scaler would unscale what the averages overwrite,
+                and skip steps on single ranks.
+        """
+        if self._sync is not None and self._sync.touched and self._should_synchronize:
+            raise RuntimeError(f"scaler.step() before synchronize(). The order is: {SCALER_ORDER}")
+        return bool(self.__dict__.get("_step_supports_amp_scaling", False))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
 
     def synchronize(self) -> None:
         """Waits until all gradients are averaged, and overwrites them with the averages.
@@ -71,9 +87,42 @@ class SparseOptimizer:
         """
         if self._sync is not None and self._sync.touched:
             raise RuntimeError(
-                "zero_grad() between backward() and step() or synchronize() would lose gradients"
+                "zero_grad() between backward() and step() or synchronize() would lose gradients. If they "
+                "are not wanted: discard() or passthrough()"
             )
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
+
+    def discard(self) -> None:
+        """Undoes the last backward pass, as ``SparseState.discard``; call ``zero_grad()`` afterwards.
+
+        Waits until its exchange is complete, so all ranks must call it. ``synchronize()`` and ``zero_grad()``
+        alone would lose what the pass sent.
+
+        Raises:
+            RuntimeError: the state is not ``undoable``, or there is nothing to discard.
+            CommHooksError: the exchange failed.
+        """
+        if self._sync is not None:
+            if self._sync.touched:
+                self._sync.synchronize()
+            self._sync.state.discard()
+        self._synchronized = False
+
+    @contextmanager
+    def passthrough(self) -> Iterator[None]:
+        """Leaves the gradients of backward passes inside this context alone: nothing is sent or kept."""
+        if self._sync is None:
+            yield
+            return
+        with self._sync.state.passthrough(), self._sync.ignored():
+            yield
+
+    def reset(self) -> None:
+        """Sets the memory to zero and starts at step 0. Call it on all ranks between the same steps."""
+        if self._sync is not None:
+            self._sync.reset()
+            self._sync.state.reset()
+        self._synchronized = False
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Changes how many backward passes are accumulated per step. Call it between steps."""

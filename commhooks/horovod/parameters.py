@@ -9,6 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+SCALER_ORDER = (
+    "optimizer.synchronize(); scaler.unscale_(optimizer); clip, if you do; "
+    "with optimizer.skip_synchronize(): scaler.step(optimizer)"
+)
+"""The calls by which a GradScaler steps with a Horovod optimizer, as in Horovod's own documentation."""
+
 
 @dataclass(eq=False)
 class Entry:

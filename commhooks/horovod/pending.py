@@ -17,6 +17,7 @@ from ..errors import NonFiniteGradientError
 from ..exchange import Aggregated
 from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
+from ..gradient.sparse_grad import SparseGrad
 from ..memory import ErrorFeedback, Memory
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
@@ -25,7 +26,7 @@ from ..transports import DEFAULT_TIMEOUT_S
 from ..transports.distributed import timeout_of
 from ..wire.message import Context
 from .api import check_process_set, horovod, wait_for
-from .parameters import Entry, ParameterTable
+from .parameters import SCALER_ORDER, Entry, ParameterTable
 
 # Compressions of one process set are made in the same order on all its ranks.
 _numbers: dict[Any, Iterator[int]] = defaultdict(itertools.count)
@@ -39,6 +40,8 @@ class PendingGradient:
         entry: its parameter.
         shape: of the gradient.
         route: gradient, memory and pairs.
+        grad: shape ``(n,)``, the gradient; a view of it where it is contiguous.
+        bits: of its elements where pairs were selected, at ``compress``.
         kept: the step's record of it. A gradient that never comes to ``decompress`` is rolled back.
         handle: of the all-gather (top-k), or None.
     """
@@ -47,6 +50,8 @@ class PendingGradient:
     shape: torch.Size
     route: SparseRoute
     kept: Kept
+    grad: Tensor
+    bits: Tensor
     handle: int | None = None
 
 
@@ -133,7 +138,8 @@ class CompressorCore:
         self.step.figures.misses += route.misses
         self.step.figures.dense_bytes += flat.numel() * flat.element_size()
         self._begun.add(entry)
-        return PendingGradient(entry, tensor.shape, route, self.step.keep(None, route.rollback))
+        kept, bits = self.step.keep(None, route.rollback), _bits_at(flat, route.pairs)
+        return PendingGradient(entry, tensor.shape, route, kept, flat, bits)
 
     def finish(
         self, pending: PendingGradient, rows: Tensor, indices: Tensor, factor: float, share: float, bad: bool
@@ -151,8 +157,15 @@ class CompressorCore:
 
         Raises:
             NonFiniteGradientError: ``bad``, under the policy ``"error"``.
+            RuntimeError: the gradient was changed since its backward pass, by a GradScaler's ``step`` for
+                example. The change would be lost.
         """
         route = pending.route
+        if not torch.equal(_bits_at(pending.grad, route.pairs), pending.bits):
+            raise RuntimeError(
+                f"the gradient of {pending.entry.name} was changed between backward() and synchronize(): that "
+                f"would be lost. The order is: {SCALER_ORDER}"
+            )
         result = torch.empty_like(route.operands.grad, dtype=pending.entry.parameter.dtype)
         if bad:
             route.take_back()
@@ -266,6 +279,15 @@ def _key(process_set: Any) -> tuple[int, ...]:
     if process_set is None or process_set is horovod().global_process_set:
         return ()
     return tuple(getattr(process_set, "ranks", None) or ())
+
+
+def _bits_at(grad: Tensor, pairs: SparseGrad) -> Tensor:
+    """The bits of the gradient's elements at the places of ``pairs``.
+
+    A GradScaler's ``unscale_`` does not count up the gradient's version, so that values are compared.
+    """
+    elements = grad.index_select(0, pairs.indices[pairs.used].long())
+    return elements.view(torch.int32 if grad.element_size() == 4 else torch.int16)
 
 
 def _checksum(value: object) -> str:

@@ -14,6 +14,9 @@ from .stats import StepFigures
 
 logger = logging.getLogger(__name__)
 
+_TOLD = frozenset(10**i for i in range(1, 19))
+"""Numbers of skipped buckets at which the log says how many there were. The first one is told in full."""
+
 NONFINITE = ("propagate", "skip", "error")
 
 
@@ -64,7 +67,7 @@ class Step:
     def __init__(self, nonfinite: str) -> None:
         self.nonfinite = check_nonfinite(nonfinite)
         self.figures, self.last = StepFigures(), StepFigures()
-        self.nonfinite_steps = 0
+        self.nonfinite_steps = self._skipped = 0
         self._kept: list[Kept] = []
 
     def keep(self, commit: Callable[[], None] | None, rollback: Callable[[], None]) -> Kept:
@@ -97,7 +100,11 @@ class Step:
         """
         self.figures.nonfinite_buckets.append(index)
         if self.nonfinite == "skip":
-            logger.warning("%s; its update is skipped on all ranks", text)
+            self._skipped += 1
+            if self._skipped == 1:
+                logger.warning("%s; its update is skipped on all ranks", text)
+            elif self._skipped in _TOLD:
+                logger.warning("%s; %d updates of buckets skipped so far", text, self._skipped)
             result.zero_()
             return
         result.fill_(float("nan"))

@@ -22,7 +22,7 @@ from ddp_cases import (
 )
 from launch import spawn_gloo
 
-from commhooks import ErrorFeedback, NonFiniteGradientError
+from commhooks import ErrorFeedback, NonFiniteGradientError, SparseState
 
 TIMEOUT = 150.0
 RATE, BAD_STEP, STEPS = 0.02, 3, 24
@@ -174,3 +174,10 @@ def half_overflow(rank, size):
 def test_overflowing_half_precision_gradients_never_enter_a_residual():
     (skipped, scale), other = spawn_gloo(half_overflow, 2, timeout=TIMEOUT)
     assert (skipped, scale) == other and 0 < skipped < 20
+
+
+def test_skip_beside_a_scaler_is_refused():
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="'skip'.*'propagate'"):
+        SparseState.topk(0.1, nonfinite="skip", grad_scaler=scaler)
+    SparseState.topk(0.1, nonfinite="skip", grad_scaler=torch.amp.GradScaler("cpu", enabled=False))

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-MODULES = ("stock_cases", "stock_failure_cases", "optimizer_cases", "optimizer_state_cases")
+MODULES = ("stock_cases", "stock_failure_cases", "optimizer_cases", "optimizer_state_cases", "step_cases")
 
 
 def main():

@@ -17,6 +17,7 @@ from commhooks import (
     SettingsMismatchError,
     SparseState,
 )
+from commhooks.reduction.step import Step
 from commhooks.transports import in_process
 
 
@@ -169,3 +170,16 @@ def test_restarted_after_a_failed_step_it_is_as_if_nothing_had_failed(scheme):
                 assert torch.equal(x, y)
         for x, y in zip(whole[1], broken[1], strict=True):
             assert torch.equal(x, y)
+
+
+def test_skipped_buckets_are_logged_once_in_full_and_then_counted(caplog):
+    step = Step("skip")
+    for i in range(25):
+        step.throw_away(torch.ones(2), 0, f"step {i}", rank=0)
+        step.finish()
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts == [
+        "step 0; its update is skipped on all ranks",
+        "step 9; 10 updates of buckets skipped so far",
+    ]
+    assert step.nonfinite_steps == 25
