@@ -19,6 +19,7 @@ from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
 from ..memory import ErrorFeedback, Memory
+from ..memory.resharding import check_entries
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
 from ..selection.selectors import Selector
@@ -231,8 +232,17 @@ class CompressorCore:
         return {"version": 1, "steps": self.steps(), **self.memory.table.state_dict(), **moved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+<<<<<<< HEAD
         """Loads what this rank's :meth:`state_dict` gave. ``ValueError``: it moved other settings."""
         check_moved(state, self.moved)
+=======
+        """Loads what this rank's :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: ``state`` is something else.
+        """
+        check_entries(state, ("steps", "residual", "velocity"))
+>>>>>>> 3fb05a3 (load_state_dict of a whole checkpoint says which entry to pass)
         self._begun.clear()
         self.step.forget()
         self.load_steps(state["steps"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,15 +36,35 @@ def redistributed(states: Sequence[dict[str, Any]], rank: int, world_size: int) 
     return {**result, "owned": gathered(list(states[rank::world_size]))}
 
 
+def check_entries(state: Any, entries: Sequence[str]) -> None:
+    """Raises ``ValueError`` unless ``state`` is a mapping with these entries.
+
+    Where a whole checkpoint was passed, the message names the entry to pass.
+    """
+    if isinstance(state, Mapping) and all(name in state for name in entries):
+        return
+    if not isinstance(state, Mapping):
+        found, advice = type(state).__name__, ""
+    else:
+        inside = [k for k, v in state.items() if isinstance(v, Mapping) and all(n in v for n in entries)]
+        found = f"a mapping with {', '.join(map(repr, list(state)[:8])) or 'nothing'}"
+        advice = f": pass its entry {inside[0]!r}" if inside else ""
+    raise ValueError(
+        f"load_state_dict needs what state_dict() returned ({', '.join(entries)}), got {found}{advice}"
+    )
+
+
 def check_states(states: list[dict[str, Any]], is_list: bool, rank: int, world_size: int) -> None:
     """Checks the argument of ``load_state_dict``.
 
     Raises:
-        ValueError: a list that is not all ranks' states in rank order, or one state of another rank or world
+        ValueError: something else than states, a list that is not all ranks' states in rank order, or one state of another rank or world
             size.
     """
     if not states:
         raise ValueError("load_state_dict got an empty list")
+    for state in states:
+        check_entries(state, ("rank", "world_size", "step", "residual", "velocity"))
     saved = int(states[0]["world_size"])
     if is_list and [int(s["rank"]) for s in states] != list(range(saved)):
         raise ValueError(

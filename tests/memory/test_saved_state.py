@@ -261,3 +261,24 @@ def test_the_residual_norm_waits_for_the_device_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: waits.append(1) or plain(tensor))
     norm = table.residual_norm()
     assert norm == pytest.approx(expected**0.5, rel=1e-12) and len(waits) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        (lambda state: {"model": {}, "commhooks": state}, "'model', 'commhooks': pass its entry 'commhooks'"),
+        (lambda state: [{"commhooks": state}], "pass its entry 'commhooks'"),
+        (lambda state: {"residual": {}}, "a mapping with 'residual'$"),
+        (lambda state: 3, "got int"),
+    ],
+)
+def test_something_else_than_a_state_is_refused_before_anything_is_changed(wrong, text):
+    def work(transport):
+        red = reducer("union", transport, 0.5)
+        step(red, [torch.ones(4)] * BUCKETS)
+        state = red.state_dict()
+        with pytest.raises(ValueError, match=text):
+            red.load_state_dict(wrong(state))
+        assert all(torch.equal(v, state["residual"][n]) for n, v in red.state_dict()["residual"].items())
+
+    in_process.run(1, work)
