@@ -16,7 +16,6 @@ class Listener(Protocol):
 
 
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
-_held_by: weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []  # one hook serves all listeners
 
 
@@ -28,10 +27,6 @@ def listen(listener: Listener) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    known = _held_by.get(optimizer)
-    if known is None or known[0] != count:
-        known = (count, frozenset(id(p) for group in optimizer.param_groups for p in group["params"]))
-        _held_by[optimizer] = known
+    held = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
     for listener in list(_listeners):
-        listener.stepped(known[1])
+        listener.stepped(held)

@@ -22,6 +22,7 @@ from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
 from ..memory.clipping import norm_of
 from ..memory.no_memory import NoMemory
+from ..memory.resharding import check_entries
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, dense_memory, make_parts
 from ..selection.density import DensitySchedule
@@ -528,10 +529,14 @@ class SparseState:
         state of :meth:`for_optimizer` also raises ``ValueError`` when the saved one moved other settings.
         """
         for saved in state if isinstance(state, list) else [state]:
+            check_entries(saved, ("residual", "velocity"))
             check_moved(saved, self.moved)
+        self.forget_waiting()
+        self._thread.wait()
         self.open()
         self.reducer.load_state_dict(state)
         self._steps_seen = 0
+        self.watch.forgive()
 
     def restart(self, saved: dict[str, Any]) -> None:
         """Restores this rank's own ``state_dict()`` of this run, also after a failed step. Not collective.
@@ -539,10 +544,12 @@ class SparseState:
         Everything that the failed step sent or kept is forgotten. Compute that step's gradients again.
         """
         self.forget_waiting()
+        self._thread.wait()
         self._steps_seen = 0
         self._indices.clear()
         self.error = None
         self.reducer.restart(saved)
+        self.watch.forgive()
 
     def close(self) -> None:
         """Joins the state's thread and closes the transport, without other ranks. The memory stays."""

@@ -232,17 +232,13 @@ class CompressorCore:
         return {"version": 1, "steps": self.steps(), **self.memory.table.state_dict(), **moved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-<<<<<<< HEAD
-        """Loads what this rank's :meth:`state_dict` gave. ``ValueError``: it moved other settings."""
-        check_moved(state, self.moved)
-=======
         """Loads what this rank's :meth:`state_dict` gave.
 
         Raises:
-            ValueError: ``state`` is something else.
+            ValueError: ``state`` is something else, or it moved other settings.
         """
         check_entries(state, ("steps", "residual", "velocity"))
->>>>>>> 3fb05a3 (load_state_dict of a whole checkpoint says which entry to pass)
+        check_moved(state, self.moved)
         self._begun.clear()
         self.step.forget()
         self.load_steps(state["steps"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import time
 import warnings
 
 import numpy
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import ErrorFeedback, NoMemory, SparseState, TopK, prime_layout, register
+from commhooks.ddp import optimizer_steps
 from commhooks.ddp.optimizers import check_optimizer, is_plain_sgd
 from commhooks.ddp.wrapped import find_ddp, plain_name
 
@@ -247,3 +249,30 @@ def test_prime_layout_leaves_no_trace(fails):
     assert len(calls) == 2 and everything_random() == before
     assert all(torch.equal(b, buffers[n]) for n, b in ddp.module.named_buffers())
     assert all(p.grad is None for p in ddp.parameters())
+
+
+def test_a_parameter_that_replaces_another_in_an_optimizer_is_seen_to_step():
+    old, new = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([old], lr=1.0)
+    seen = []
+
+    class Listener:
+        def stepped(self, held):
+            seen.append((id(old) in held, id(new) in held))
+
+    listener = Listener()
+    optimizer_steps.listen(listener)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.step()
+    assert seen == [(True, False), (False, True)]
+
+
+def test_a_restart_waits_for_the_work_under_way():
+    state, order = SparseState.topk(0.5), []
+    saved = state.state_dict()
+    state._thread.submit(lambda: (time.sleep(0.3), order.append("work")))
+    state.restart(saved)
+    order.append("restarted")
+    state.close()
+    assert order == ["work", "restarted"]
