@@ -141,8 +141,8 @@ class GradientSync:
         for parameter, version in self._versions.items():
             if parameter.grad is not None and parameter.grad._version != version:
                 raise RuntimeError(
-                    f"the gradient of {self.names[parameter]} was changed between backward() and synchronize(), "
-                    f"which would overwrite it. The order is: {SCALER_ORDER}"
+                    f"the gradient of {self.names[parameter]} was changed between backward() and "
+                    f"synchronize(): that would be lost. The order is: {SCALER_ORDER}"
                 )
         with self._lock:
             for bucket in self.buckets:

@@ -58,8 +58,8 @@ def check_states(states: list[dict[str, Any]], is_list: bool, rank: int, world_s
     """Checks the argument of ``load_state_dict``.
 
     Raises:
-        ValueError: something else than states, a list that is not all ranks' states in rank order, or one state of another rank or world
-            size.
+        ValueError: something else than states, a list that is not all ranks' states in rank order, or one
+            state of another rank or world size.
     """
     if not states:
         raise ValueError("load_state_dict got an empty list")
