@@ -164,8 +164,8 @@ class CompressorCore:
         route = pending.route
         if not torch.equal(_bits_at(pending.grad, route.pairs), pending.bits):
             raise RuntimeError(
-                f"the gradient of {pending.entry.name} was changed between backward() and synchronize(): that "
-                f"would be lost. The order is: {SCALER_ORDER}"
+                f"the gradient of {pending.entry.name} was changed between backward() and synchronize(): "
+                f"that would be lost. The order is: {SCALER_ORDER}"
             )
         result = torch.empty_like(route.operands.grad, dtype=pending.entry.parameter.dtype)
         if bad:
