@@ -54,7 +54,7 @@ class ErrorFeedback(Memory):
     """
 
     guard: object = None
-    """Kept with the memory: watches that settings which moved into it are not set in the optimizer again."""
+    """Kept with the memory, watches that settings which moved into it are not set in the optimizer again."""
     norm_over: str = "bucket"
     _clip: Clip | None = None
     nesterov: bool = False
