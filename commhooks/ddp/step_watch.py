@@ -83,15 +83,16 @@ class StepWatch:
         stale = []
         for position, parameter in enumerate(parameters):
             key = id(parameter)
+            counts = key not in self._watched or key in self._reached
             if key not in self._watched:
                 self.add(parameter)
-            elif key in self._reached:
-                self._reached.remove(key)
-            elif key in self._ever_reached:
+            elif not counts and key in self._ever_reached:
                 stale.append(position)
+            self._reached.discard(key)
             if self.enabled:
                 self._written.add(key)
-                self._stepped.discard(key)
+                # What was not in this pass may be zeroed: an optimizer of other parameters may have stepped.
+                (self._stepped.discard if counts else self._stepped.add)(key)
         return stale
 
     def never_reached(self, parameters: Sequence[Any]) -> list[int]:

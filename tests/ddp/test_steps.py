@@ -199,6 +199,24 @@ def test_an_optimizer_of_another_model_does_not_count():
     assert spawn_gloo(_other_optimizers, 2) == [0, 0]
 
 
+def _branches_in_turn(rank, size, raw):
+    ddp, _ = made(Branches(), raw=raw, find_unused_parameters=True)
+    optimizers = {n: torch.optim.SGD([getattr(ddp.module, n)], lr=1.0) for n in "ab"}
+
+    def run():
+        for branch in "aababba":
+            optimizers[branch].zero_grad()
+            ddp(torch.ones(4), branch).backward()
+            optimizers[branch].step()
+
+    return told(run)
+
+
+def test_branches_with_an_optimizer_each_warn_of_nothing():
+    for case, ranks in each(_branches_in_turn, [(False,), (True,)]):
+        assert ranks == (0, 0), case
+
+
 def _stale(rank, size, view, raw):
     """One branch gets one gradient ever; then the other trains while its ``.grad`` still holds the average."""
     ddp, state = made(Branches(), raw=raw, find_unused_parameters=True, gradient_as_bucket_view=view)
