@@ -500,3 +500,10 @@ def test_the_page_of_the_design_names_every_room_with_its_size():
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in suffixes]
         lines = sum(len(file.read_text().splitlines()) for file in files)
         assert 0.8 * lines <= told <= 1.25 * lines, f"docs/design.md: {name} has {lines} lines, not {told}"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Two test files of one name cannot be collected in one run, unless their folder is a package."""
+    folder = PACKAGE.parent / "tests"
+    names = [p.name for p in folder.rglob("test_*.py") if not (p.parent / "__init__.py").exists()]
+    assert sorted(names) == sorted(set(names))

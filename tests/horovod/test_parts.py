@@ -5,6 +5,7 @@ import os
 import subprocess
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,9 +136,9 @@ def test_the_marker_tells_op_votes_and_missing_ranks(world_size):
     marks = [3.0] + [1.0] * (world_size - 1)
     for averages in (False, True):
         compression = Compression.randomk(0.1, [("p", torch.nn.Parameter(torch.zeros(1)))])
-        compression.core = type(
-            "Core", (), {"process_set": type("Set", (), {"size": lambda self: world_size})()}
-        )()
+        compression.core = SimpleNamespace(
+            process_set=SimpleNamespace(size=lambda: world_size), memory=compression.core.memory
+        )
 
         def reduced(values, averages=averages):
             total = torch.tensor(values, dtype=torch.float32).sum()
