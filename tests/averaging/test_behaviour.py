@@ -210,7 +210,7 @@ def test_period_and_sync_are_one_name():
             assert repr(averager).startswith(f"<{name}(") and "step 0, 0 synchronisations" in repr(averager)
         with pytest.raises(ValueError, match="period and sync are one setting, got 3 and 4"):
             make(period=3, sync=4)
-        with pytest.raises(TypeError, match=f"{name} has no option perod"):
+        with pytest.raises(TypeError, match=rf"{name}\(\) has no argument 'perod': did you mean period=3"):
             make(period=3, perod=3)
     with pytest.raises(ValueError, match="period.*None"):
         LocalSGD(transport=transport)
