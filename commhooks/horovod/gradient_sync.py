@@ -103,12 +103,14 @@ class GradientSync:
             return
         with self._lock:
             self.touched = True
+            grad = parameter.grad
             if self._remaining[parameter] == 0:
+                if grad is not None:
+                    self._versions[parameter] = grad._version  # this error is enough
                 raise RuntimeError(
                     f"{self.names[parameter]} got more than backward_passes_per_step={self.passes} gradients "
                     "before step(): raise backward_passes_per_step to accumulate gradients locally"
                 )
-            grad = parameter.grad
             if grad is not None and grad.is_sparse and self.sparse == "refused":
                 raise ValueError(
                     f"{self.names[parameter]} has a sparse gradient: give sparse_as_dense=True, or use "
