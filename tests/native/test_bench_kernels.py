@@ -164,7 +164,8 @@ def test_every_cuda_case(emulated: None, tmp_path: Path, monkeypatch: pytest.Mon
     times = {(r["kernel"], r["data"]): r["baselines"] for r in records if r["metric"] == "time"}
     seen = {(r["kernel"], r["data"], r["metric"]) for r in records}
     assert len(seen) == len(records) - 1  # the hit rate of the training run and of its gradients tiled
-    assert {name for baselines in times.values() for name in baselines} == {*BASELINES} - {"numpy"}
+    # The passes of low bit, whose baseline is r*=a, are measured on the CPU only.
+    assert {name for baselines in times.values() for name in baselines} == {*BASELINES} - {"numpy", "r*=a"}
     for kernel in ("select_topk", "select_threshold", "select_indices", "write_back"):
         assert {"r+=g", "memcpy"} <= set(times[kernel, "gaussian"])
     for kernel in ("scatter_add", "random_indices", "merge_topk"):
