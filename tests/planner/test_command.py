@@ -155,7 +155,8 @@ def test_info_is_printed_once_under_a_launcher():
 @pytest.mark.parametrize(
     "program, said",
     (
-        ("import nothing_of_that_name", "not installed (pip install it)"),
+        ("import it", "not installed (pip install it)"),
+        ("import what_it_needs", "unusable: ModuleNotFoundError: No module named 'what_it_needs'"),
         (
             "raise ImportError('libmpi.so.12: cannot open shared object file')",
             "unusable: ImportError: libmpi.so.12",
