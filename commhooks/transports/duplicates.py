@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
+from array import array
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from ..errors import CommHooksError, PeerLostError
 
@@ -85,7 +84,7 @@ def _first_free(
     """
     if not pool:
         return None
-    free = np.array([not d.in_use for d in pool], dtype=np.int32)
+    free = array("i", [not d.in_use for d in pool])
     complete(lambda: parent.Iallreduce(mpi.IN_PLACE, free, op=mpi.MIN))
     return next((d for d, everywhere in zip(pool, free, strict=True) if everywhere), None)
 

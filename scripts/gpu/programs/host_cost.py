@@ -30,7 +30,7 @@ def main() -> None:
         "select_topk": lambda: kernels.select_topk(fused, k),
         "merge_topk": lambda: kernels.merge_topk(out.values, out.indices, out.values, out.indices, k),
         "write_back": lambda: kernels.write_back(gradient, *rows),
-        "scatter_add": lambda: kernels.scatter_add(residual, out.values, out.indices),
+        "scatter_add": lambda: kernels.scatter_add(residual, *rows),
         "torch.add, for scale": lambda: residual.add_(gradient),
     }
     for name, call in functions.items():
