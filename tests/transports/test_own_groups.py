@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 
 import pytest
 import torch
@@ -148,17 +147,12 @@ def late_close(enter):
     dist.destroy_process_group()
     state.close()  # with no group at all
     enter(1)
-    message = ""
-    try:
-        averager.average_parameters([parameter])
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+    parameter.data.fill_(dist.get_rank())
+    averager.average_parameters([parameter])  # goes on in the new group, as a state does
     averager.close()
     state.close()
-    return message
+    return parameter.item()
 
 
 def test_close_after_the_groups_were_made_anew_and_use_without(in_new_groups):
-    for message in in_new_groups(late_close):
-        assert message.startswith("PeerLostError: ") and "was destroyed" in message
-        assert re.search(r"LocalSGD after step 2.*make the averager anew", message)
+    assert set(in_new_groups(late_close)) == {0.5}

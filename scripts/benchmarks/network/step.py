@@ -114,9 +114,9 @@ def _rows(case: Case, attached: Attached, start: torch.Tensor) -> list[list[floa
         begun = time.perf_counter()
         _step(attached.model, start)
         seconds = time.perf_counter() - begun
-        last = attached.state.reducer.last if attached.state is not None else None
-        phases = [last.seconds[phase] for phase in PHASES] if last else [0.0] * len(PHASES)
-        counted = float(last.bytes_sent) if last else 0.0
+        last = attached.state.stats() if attached.state is not None else None
+        phases = [last["seconds"].get(phase, 0.0) for phase in PHASES] if last else [0.0] * len(PHASES)
+        counted = float(last["bytes_sent"]) if last else 0.0
         settle()  # what others still send to us is acknowledged by now, and theirs is out
         rows.append([seconds, *phases, counted, float(interface_bytes() - sent)])
     check_crossed(sum(row[4] for row in rows), sum(row[5] for row in rows), f"{case.scheme} on {case.model}")
