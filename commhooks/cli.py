@@ -6,8 +6,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,8 @@ from .errors import CommHooksError
 from .native import abi
 from .planner import command
 from .transports.launcher import launched
+
+T = TypeVar("T")
 
 DESCRIPTION = "Cheap gradient communication for data-parallel training: what is usable here, and what to use."
 INFO = "Shows versions, devices, which kernels run, and what was found but cannot be used, with the reason."
@@ -132,29 +135,32 @@ def _found_by(program: str, package: str, install: str) -> str:
     return f"unusable: {last}"
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    """Measures on all ranks and prints the plan on rank 0."""
+def _run(
+    name: str, run: Callable[[argparse.Namespace], T], arguments: argparse.Namespace
+) -> tuple[T | None, int]:
+    """Measures on all ranks. Returns what was found, and the exit status. An error is printed."""
     try:
-        found = command.run(arguments)
+        return run(arguments), 0
     except (ValueError, ImportError) as error:
-        print(f"commhooks plan: {error}", file=sys.stderr)
-        return 2
+        print(f"commhooks {name}: {error}", file=sys.stderr)
+        return None, 2
     except CommHooksError as error:  # a rank is missing: there is nothing wrong with the arguments
-        print(f"commhooks plan: {error}", file=sys.stderr)
-        return 1
+        print(f"commhooks {name}: {error}", file=sys.stderr)
+        return None, 1
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Prints the plan on rank 0."""
+    found, status = _run("plan", command.run, arguments)
     if found is not None:
         print(json.dumps(command.as_dict(*found), indent=1) if arguments.json else command.text(*found))
-    return 0
+    return status
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    """Measures on all ranks; prints and saves the report on rank 0."""
-    try:
-        report = bench_command.run(arguments)
-    except (ValueError, ImportError) as error:
-        print(f"commhooks bench: {error}", file=sys.stderr)
-        return 2
+    """Prints and saves the report on rank 0."""
+    report, status = _run("bench", bench_command.run, arguments)
     if report is not None:
         print(bench_command.text(report))
         bench_command.save(report, arguments.json, arguments.plot)
-    return 0
+    return status
