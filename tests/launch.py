@@ -12,6 +12,7 @@ seconds, kills what is left and raises `AssertionError` with all output.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -306,6 +307,9 @@ def _collect(ranks: Sequence[Any], folder: str, check: bool, timeout: float) -> 
 def _forked_rank(
     fn: Callable[..., Any], rank: int, n: int, args: Sequence[Any], folder: str, timeout: float, init: bool
 ) -> None:
+    # A collection here would run the destructors of the parent's garbage: a process group joins threads that a
+    # forked process does not have, and waits for ever.
+    gc.freeze()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     faulthandler.dump_traceback_later(max(0.1, timeout - 0.5), file=sys.__stderr__)
     path = Path(folder) / f"result{rank}"

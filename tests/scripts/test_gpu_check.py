@@ -749,7 +749,10 @@ def test_dry_run(tmp_path: Path) -> None:
         str(tmp_path / "work"),
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 3, done.stdout[-6000:] + done.stderr[-2000:]
+    unwell = [
+        line for line in done.stdout.splitlines() if re.match(r"\| .* \| (fail|timed out|not run) ", line)
+    ]
+    assert done.returncode == 3, "\n".join([*unwell, done.stdout[-6000:], done.stderr[-2000:]])
     written = json.loads((tmp_path / "out" / "gpu.json").read_text())
     seen = verdicts(tmp_path)
     assert list(seen) == [check.name for check in checks.CHECKS] and written["dry_run"] is True
