@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from commhooks import SparseState, sparse_hook
+from commhooks import LowBit, SparseState, sparse_hook
 from commhooks.averaging import PostLocalState, post_local_hook
 from commhooks.transports import make as make_transport
 
@@ -23,11 +23,11 @@ from .launch import World
 from .schedules import total_steps
 from .strategies import Compute, Sparse, StepInfo, Strategy, clip, prime, sparse_state, wrap
 
-KINDS = ("local", "block", "restarted", "decentralized", "stagewise")
+KINDS = ("local", "block", "slowmo", "diloco", "restarted", "decentralized", "stagewise")
+WIRED = ("local", "block", "slowmo", "diloco")
+WIRE_BITS = (1, 2, 4, 8, 32)
 TOPOLOGIES = ("ring", "torus", "hypercube", "exponential", "complete", "one_peer_exponential")
-AVERAGING_HELP = (
-    "Local SGD, block momentum (M-AVG), PR-SGD-Momentum, decentralized, or stagewise M-DSGD (none)."
-)
+AVERAGING_HELP = "Local SGD, block momentum (M-AVG), SlowMo, DiLoCo, PR-SGD-Momentum, decentralized, or stagewise M-DSGD (none)."
 SYNC_SETS = "every (by --period), growing, one-shot, suggested (by the papers), at:10,20,40"
 SYNC_HELP = f"Steps after which local and restarted average: {SYNC_SETS} (every)."
 START_HELP = "Steps in which --scheme reduces gradients first: post-local SGD (0)."
@@ -105,13 +105,20 @@ class Averaged(Strategy):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The ranks' average, parameters and floating buffers; each rank's own come back after it."""
+        """The ranks' average, parameters and floating buffers; each rank's own come back after it.
+
+        Behind a wire the parameters are the model that all ranks have in common: what a rank withheld is noise.
+        """
         from commhooks.averaging import LocalSGD
 
         tensors = [*self.bare.parameters(), *self.bare.buffers()]
         kept = [t.detach().clone() for t in tensors]
         LocalSGD(1, transport=self.transport, module=self.bare).synchronise(self.bare.parameters())
-        yield
+        if self.averager.wire is None:
+            yield
+        else:
+            with self.averager.common_model():
+                yield
         with torch.no_grad():
             for tensor, old in zip(tensors, kept):
                 tensor.copy_(old)
@@ -190,9 +197,17 @@ def make_averager(strategy: Averaged, model: nn.Module, options: Any, reducer: A
     from commhooks import averaging as a
 
     given = {"module": model, "buffers": options.buffers, "reducer": reducer, "transport": strategy.transport}
+    if options.wire_bits is not None:
+        given["wire"] = LowBit(options.wire_bits)
     makers: dict[str, Callable[[], Any]] = {
         "local": lambda: a.LocalSGD(sync, params=model.parameters(), **given),
         "block": lambda: a.BlockMomentum(options.mu, options.period, params=model.parameters(), **given),
+        "slowmo": lambda: a.SlowMo(
+            strategy.optimizer, options.mu, options.period, alpha=options.outer_lr, **given
+        ),
+        "diloco": lambda: a.DiLoCo(
+            model.parameters(), outer_optimizer(options), sync_every=options.period, **given
+        ),
         "restarted": lambda: a.RestartedMomentum(strategy.optimizer, sync, **given),
         "decentralized": lambda: a.DecentralizedMomentum(
             strategy.optimizer,
@@ -202,6 +217,15 @@ def make_averager(strategy: Averaged, model: nn.Module, options: Any, reducer: A
         ),
     }
     return makers[options.averaging]()
+
+
+def outer_optimizer(options: Any) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """DiLoCo's outer step as the options describe it: SGD with Nesterov's momentum."""
+
+    def make(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=options.outer_lr, momentum=options.mu, nesterov=options.mu > 0.0)
+
+    return make
 
 
 def check(options: Any) -> None:
@@ -216,6 +240,12 @@ def check(options: Any) -> None:
         raise ValueError(f"--period {options.period} is not positive")
     if not 0.0 <= options.mu < 1.0:
         raise ValueError(f"--mu {options.mu} is outside [0, 1)")
+    if not options.outer_lr > 0.0:
+        raise ValueError(f"--outer-lr {options.outer_lr} is not positive")
+    if options.wire_bits is not None and options.averaging not in WIRED:
+        raise ValueError(f"--wire-bits is for {', '.join(WIRED)}, not {options.averaging}")
+    if options.wire_bits is not None and options.scheme != "dense":
+        raise ValueError(f"--wire-bits and --scheme {options.scheme} are two ways to send the model's change")
     if options.averaging_start < 0:
         raise ValueError(f"--averaging-start {options.averaging_start} is negative")
     if options.averaging_start and options.averaging not in ("local", "restarted"):
@@ -251,12 +281,6 @@ def _check_sync(options: Any) -> None:
         sync_set(options, 1, 1)
     except ValueError as error:
         raise ValueError(f"--sync {options.sync}: {error}") from error
-
-
-def make(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> Strategy:
-    """The strategy that `--averaging` names."""
-    kind = Staged if options.averaging == "stagewise" else Averaged
-    return kind(model, options, world, steps_per_epoch)
 
 
 def _plain(options: Any, transport: Any, **more: Any) -> argparse.Namespace:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import checkpoint, strategies, tasks
+from . import averaging, checkpoint, strategies, tasks
 from .launch import World
 from .log import Log, Progress
 from .options import fixed
@@ -34,7 +34,7 @@ class Run:
         share = tasks.Share(world.rank, world.size, options.batch_size, options.seed)
         self.task = tasks.make(options, share, world.device)
         self.numel = sum(p.numel() for p in self.task.model.parameters() if p.requires_grad)
-        self.strategy = strategies.make(self.task.model, options, world, self.task.steps_per_epoch)
+        self.strategy = strategy_of(self.task.model, options, world, self.task.steps_per_epoch)
         self.total = total_steps(options, self.task.steps_per_epoch)
         self.done = 0
         self.carry = self.task.start()
@@ -84,7 +84,7 @@ class Run:
         self.strategy.model.train()
         carried: list[Tensor | None] = []
 
-        def compute(model: torch.nn.Module) -> Tensor:
+        def compute(model: nn.Module) -> Tensor:
             loss, carry = self.task.loss(model, epoch, step, self.carry)
             carried.append(carry)
             return loss
@@ -244,6 +244,15 @@ class Run:
         }
 
 
+def strategy_of(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> strategies.Strategy:
+    """How the options have gradients reduced or models averaged."""
+    if options.averaging == "stagewise":
+        return averaging.Staged(model, options, world, steps_per_epoch)
+    if options.averaging != "none":
+        return averaging.Averaged(model, options, world, steps_per_epoch)
+    return strategies.STRATEGIES[options.scheme](model, options, world, steps_per_epoch)
+
+
 def averaging_of(options: Any) -> str:
     """How rarely models are averaged, in words: "none", "local, every 8 steps"."""
     words = [options.averaging]
@@ -253,6 +262,8 @@ def averaging_of(options: Any) -> str:
         words.append(options.sync)
     elif options.averaging not in ("none", "stagewise"):
         words.append("every step" if options.period == 1 else f"every {options.period} steps")
+    if options.wire_bits is not None:
+        words.append(f"{options.wire_bits} bit{'s' if options.wire_bits > 1 else ''} an element")
     if options.averaging_start:
         words.append(f"after step {options.averaging_start}")
     return ", ".join(words)

@@ -7,7 +7,7 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from .averaging import AVERAGING_HELP, KINDS, START_HELP, SYNC_HELP, TOPOLOGIES
+from .averaging import AVERAGING_HELP, KINDS, START_HELP, SYNC_HELP, TOPOLOGIES, WIRE_BITS
 from .averaging import check as check_averaging
 from .data_text import LEVELS
 from .gpt import SIZES
@@ -163,7 +163,14 @@ def _add_averaging(group: Any) -> None:
     add("--period", type=int, help="Local steps between two averagings (8; decentralized: 1).")
     add("--sync", default="every", metavar="SET", help=SYNC_HELP)
     add("--averaging-start", type=int, default=0, metavar="STEPS", help=START_HELP)
-    add("--mu", type=float, default=0.7, help="Block momentum; 0 is K-AVG (0.7).")
+    add("--mu", type=float, help="Momentum of block, slowmo and diloco; 0: none (0.7; diloco: 0.9).")
+    add("--outer-lr", type=float, help="Outer learning rate of slowmo and diloco (1; diloco: 0.7).")
+    add(
+        "--wire-bits",
+        type=int,
+        choices=WIRE_BITS,
+        help="Bits an element of the model's change; 32: sent as it is, by the same route (plain averages).",
+    )
     add("--topology", choices=TOPOLOGIES, default="ring", help="Network of decentralized (ring).")
     buffers = ("average", "broadcast", "leave")
     add(
@@ -257,6 +264,11 @@ def _fill(options: Any) -> None:
         options.scheme = "topk" if options.averaging == "none" else "dense"
     if options.period is None:
         options.period = 1 if options.averaging == "decentralized" else 8
+    diloco = options.averaging == "diloco"
+    if options.mu is None:
+        options.mu = 0.9 if diloco else 0.7
+    if options.outer_lr is None:
+        options.outer_lr = 0.7 if diloco else 1.0
     if options.momentum is None:  # the two algorithms are about momentum
         options.momentum = 0.9 if options.averaging in ("restarted", "decentralized") else 0.0
     if options.momentum_in is None:
@@ -322,7 +334,11 @@ USED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "period": (lambda o: o.averaging not in ("none", "stagewise"), "an --averaging with a period"),
     "sync": (lambda o: o.averaging in ("local", "restarted"), "--averaging local or restarted"),
     "averaging_start": (lambda o: o.averaging in ("local", "restarted"), "--averaging local or restarted"),
-    "mu": (lambda o: o.averaging == "block", "--averaging block"),
+    "mu": (
+        lambda o: o.averaging in ("block", "slowmo", "diloco"),
+        "--averaging block, slowmo or diloco",
+    ),
+    "outer_lr": (lambda o: o.averaging in ("slowmo", "diloco"), "--averaging slowmo or diloco"),
     "topology": (lambda o: o.averaging == "decentralized", "--averaging decentralized"),
     "buffers": (lambda o: o.averaging not in ("none", "stagewise"), "an --averaging of models"),
     "gamma": (lambda o: o.averaging == "stagewise", "--averaging stagewise"),

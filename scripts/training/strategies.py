@@ -196,12 +196,3 @@ STRATEGIES: dict[str, Callable[[nn.Module, Any, World, int], Strategy]] = {
     "dense": DDP,
     **dict.fromkeys(SPARSE, Sparse),
 }
-
-
-def make(model: nn.Module, options: Any, world: World, steps_per_epoch: int) -> Strategy:
-    """The strategy that the options name."""
-    if options.averaging != "none":
-        from .averaging import make as make_averaging  # it builds on this module
-
-        return make_averaging(model, options, world, steps_per_epoch)
-    return STRATEGIES[options.scheme](model, options, world, steps_per_epoch)

@@ -329,7 +329,7 @@ def test_momentum_is_where_it_is_asked_for(given, in_memory, in_optimizer, resca
     def ranks(rank, size):
         world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
         chosen = parse(*MLP, "--scheme", "topk", "--momentum", 0.5, *given)
-        strategy = strategies.make(torch.nn.Linear(3, 2), chosen, world, 5)
+        strategy = loop.strategy_of(torch.nn.Linear(3, 2), chosen, world, 5)
         memory, group = strategy.state.reducer.memory, strategy.optimizer.param_groups[0]
         strategy.close()
         follows = getattr(memory, "optimizer", None) is strategy.optimizer
@@ -351,7 +351,7 @@ def test_dense_and_local_steps_clip_the_whole_gradient():
         ):
             chosen = parse("--model", "mlp", *given, "--clip-norm", 0.01, "--lr", 1)
             model = torch.nn.Linear(3, 2)
-            strategy = strategies.make(model, chosen, world, 5)
+            strategy = loop.strategy_of(model, chosen, world, 5)
             before = torch.cat([p.detach().flatten() for p in model.parameters()])
             strategy.step(lambda m: 100 * m(torch.ones(4, 3)).square().sum())
             after = torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from launch import spawn_gloo
 from test_train import assert_same, in_ranks, newest, parse
-from training import averaging, data_text, gpt, optimizers, strategies, tasks
+from training import averaging, data_text, gpt, loop, optimizers, tasks
 from training import launch as job_launch
 
 CPU = torch.device("cpu")
@@ -145,6 +145,7 @@ def every_combination():
             chosen += ["--scheme", "topk", "--density", 0.1]
         yield ["--averaging", kind, *([] if kind == "stagewise" else ["--period", 2]), *chosen]
     yield ["--averaging", "local", "--period", 2, "--averaging-start", 2, "--scheme", "gtopk"]
+    yield ["--averaging", "diloco", "--period", 2, "--wire-bits", "1", "--optimizer", "muon", "--mu", "0.5"]
 
 
 def test_every_scheme_and_averager_resumes_to_the_same_bits(tmp_path, tiny):
@@ -174,6 +175,16 @@ def test_every_scheme_and_averager_resumes_to_the_same_bits(tmp_path, tiny):
         (["--momentum", "0.9"], "--momentum has no effect here: it needs --optimizer sgd"),
         (["--averaging", "restarted"], "--averaging restarted is SGD's"),
         (["--averaging", "stagewise", "--scheme", "topk"], "--averaging stagewise is SGD's"),
+        (
+            ["--averaging", "restarted", "--wire-bits", "1"],
+            "--wire-bits is for local, block, slowmo, diloco, not",
+        ),
+        (
+            ["--averaging", "diloco", "--wire-bits", "1", "--scheme", "topk"],
+            "two ways to send the model's change",
+        ),
+        (["--averaging", "diloco", "--outer-lr", "0"], "--outer-lr 0.0 is not positive"),
+        (["--averaging", "local", "--outer-lr", "1"], "--outer-lr has no effect here"),
         (["--steps", "5", "--epochs", "2"], "--epochs has no effect here"),
         (["--beta2", "1"], "--beta2 1.0 is outside [0, 1)"),
         (["--sample", "-1"], "--sample -1 is negative"),
@@ -194,7 +205,7 @@ def test_the_clip_of_a_gpt_is_where_it_can_be():
     world = job_launch.World(0, 1, "single", CPU)
 
     def ranks(rank, size):
-        strategy = strategies.make(torch.nn.Linear(2, 2), parse("--model", "gpt"), world, 5)
+        strategy = loop.strategy_of(torch.nn.Linear(2, 2), parse("--model", "gpt"), world, 5)
         clip = strategy.state.reducer.memory.clip_norm
         strategy.close()
         return clip

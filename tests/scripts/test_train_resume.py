@@ -73,6 +73,10 @@ def every_averager():
         yield ["--averaging", "restarted", *first, "--momentum", 0.9]
     for scheme in strategies.SPARSE:
         yield ["--averaging", "stagewise", "--scheme", scheme, "--density", 0.2, "--momentum", 0.5]
+    for outer in (["slowmo", "--outer-lr", 0.9, "--mu", 0.5], ["diloco"]):
+        yield ["--averaging", *outer, "--period", 3]
+    for kind in averaging.WIRED:
+        yield ["--averaging", kind, "--period", 3, "--wire-bits", 1]
     for topology in averaging.TOPOLOGIES:
         yield ["--averaging", "decentralized", "--topology", topology, "--momentum", 0.9]
     for sync in ("growing", "one-shot", "suggested", "at:2,6"):
