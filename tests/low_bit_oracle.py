@@ -22,6 +22,10 @@ def rounded(x, bits):
     """What the codes of ``x`` (n,) decode to."""
     if bits == 32:
         return x.clone()
+    if bits == 16:  # to the nearest bfloat16, ties to even, on the bits
+        word = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        word = (word + 0x7FFF + ((word >> 16) & 1)) & 0xFFFF0000
+        return word.to(torch.int32).view(torch.float32)
     out = torch.empty_like(x)
     for start in range(0, x.numel(), BLOCK):
         block = x[start : start + BLOCK]

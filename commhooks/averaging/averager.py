@@ -55,7 +55,7 @@ class AveragerOptions(TypedDict, total=False):
     buffers: BufferChoice
     also: Parameters
     reducer: Reducer | None
-    wire: LowBit | None
+    wire: LowBit | torch.dtype | None
     nonfinite: Literal["error", "skip", "propagate"] | None
     timeout_s: float | None
     process_group: dist.ProcessGroup | None
@@ -105,10 +105,10 @@ class Averager(ModelAverager):
             momentum: the teacher of a moving average, for instance.
         reducer: compresses what is sent. The model's change since the last synchronisation goes through it,
             with its memory, in place of the model. It belongs to this averager alone.
-        wire: how the change is sent, such as ``LowBit(1)``, over the averager's own transport. What the wire
-            does not send stays in the rank's own model, so the models differ after a synchronisation:
-            ``common_model()`` has the one to evaluate and to save. For ``LocalSGD``, ``BlockMomentum``,
-            ``SlowMo`` and ``DiLoCo``, without a reducer.
+        wire: how the change is sent, such as ``LowBit(1)``, over the averager's own transport.
+            ``torch.bfloat16`` is ``LowBit(16)``. What the wire does not send stays in the rank's own model,
+            so the models differ after a synchronisation: ``common_model()`` has the one to evaluate and to
+            save. For ``LocalSGD``, ``BlockMomentum``, ``SlowMo`` and ``DiLoCo``, without a reducer.
         nonfinite: what NaN or Inf in any rank's parameters does, alike on all ranks. ``"error"`` (default):
             ``NonFiniteGradientError`` on all ranks, before anything is averaged. ``"skip"``: those ranks are
             left out and take over the average of the others; with a reducer or a wire they count as not
@@ -150,7 +150,7 @@ class Averager(ModelAverager):
         self._buffers = Buffers(self.module, self.buffers)
         self._also = [] if given["also"] is None else tensors_of(given["also"])
         message_dtype(self._also)  # raises where one cannot be averaged
-        self.wire = given["wire"]
+        self.wire = LowBit(16) if given["wire"] is torch.bfloat16 else given["wire"]
         self._check_wire()
         self._nonfinite = policy or ("propagate" if self.reducer is not None else "error")
         self._heals_buffers = policy != "propagate"
@@ -376,7 +376,8 @@ class Averager(ModelAverager):
             return
         name = type(self).__name__
         if not isinstance(self.wire, LowBit):
-            raise TypeError(f"wire must be a LowBit, got {type(self.wire).__name__}")
+            got = self.wire if isinstance(self.wire, torch.dtype) else type(self.wire).__name__
+            raise TypeError(f"wire must be a LowBit or torch.bfloat16, got {got}")
         if not self._takes_wire or self.reducer is not None:
             raise ValueError(
                 "wire goes with LocalSGD, BlockMomentum, SlowMo and DiLoCo, without a reducer: got "

@@ -236,7 +236,7 @@ class SparseState:
     @classmethod
     @says_what_to_write
     def lowbit(cls, bits: int = 4, transport: str | Transport = "distributed", **options: Any) -> SparseState:
-        """Makes a state that sends every element in ``bits`` bits (8, 4 or 2), with error feedback.
+        """Makes a state that sends every element in ``bits`` bits (16, 8, 4 or 2), with error feedback.
 
         It is for optimizers that need every element's gradient at every step, such as AdamW. Both roundings
         of :class:`~commhooks.LowBit` are remembered. Further arguments as :meth:`topk`.

@@ -77,9 +77,10 @@ class LowBit(Aggregator):
 
     A rank sends ``2 (P - 1) / P * n * (bits / 8 + 1/128)`` bytes, and headers. 1 bit suits changes of a model
     (:mod:`commhooks.averaging`). Gradients, whose largest elements are far from their mean, want 4 or more.
+    16 bits are bfloat16, which has no scales: ``2 (P - 1) / P * n * 2`` bytes.
 
     Args:
-        bits: 1, 2, 4 or 8. 32 sends the elements themselves, for comparisons.
+        bits: 1, 2, 4, 8, or 16 for bfloat16. 32 sends the elements themselves, for comparisons.
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``. The Reducer opens it.
 
     Raises:

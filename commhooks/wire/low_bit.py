@@ -3,7 +3,7 @@
 The header is that of :mod:`.message`; its count is the number of elements of the whole vector. The flags say,
 a byte for each parameter, whether the sender has a gradient of it; they are padded to whole words. Scales and
 codes are those of :func:`commhooks.native.ops.low_bit_encode`. With 32 bits the elements themselves follow
-instead. The size of a message follows from the numbers of elements and parameters alone.
+instead, and with 16 bits the elements rounded to bfloat16, both without scales. The size of a message follows from the numbers of elements and parameters alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from ..native import ops
 from .message import HEADER_BYTES, HEADER_WORDS, Context, header_of, read_header
 
-BITS = (1, 2, 4, 8, 32)
-LOSSLESS = 32
+BITS = (1, 2, 4, 8, 16, 32)
+BFLOAT16, LOSSLESS = 16, 32
 BLOCK = 256
 """Consecutive elements that share a scale."""
 
@@ -40,6 +40,8 @@ def head_bytes(parameters: int) -> int:
 
 def code_bytes(numel: int, bits: int) -> int:
     """Returns the bytes of scales and codes of ``numel`` elements."""
+    if bits == BFLOAT16:
+        return -(-numel // 2) * 4  # whole words
     return 4 * numel if bits == LOSSLESS else ops.low_bit_size(numel, bits)
 
 
@@ -47,13 +49,18 @@ def encode(values: Tensor, bits: int, out: Tensor) -> None:
     """Overwrites ``out`` with the codes of ``values``, and ``values`` with what the codes do not hold.
 
     Args:
-        values: shape ``(n,)``, float32.
+        values: shape ``(n,)``, float32. What bfloat16 does not hold of a finite element is exact in float32.
+            A finite element beyond bfloat16's range becomes the largest number that bfloat16 has.
         bits: one of :data:`BITS`.
         out: shape ``(code_bytes(n, bits),)``, uint8.
     """
     if bits == LOSSLESS:
         out.view(torch.float32).copy_(values)
         values.zero_()
+    elif bits == BFLOAT16:
+        codes, largest = _halves(out, values.numel()), torch.finfo(torch.bfloat16).max
+        codes.copy_(torch.where(values.isfinite(), values.clamp(-largest, largest), values))
+        values.sub_(codes)
     else:
         ops.low_bit_encode(values, bits, out, values)
 
@@ -61,10 +68,12 @@ def encode(values: Tensor, bits: int, out: Tensor) -> None:
 def is_finite(codes: Tensor, numel: int, bits: int) -> bool:
     """Whether the ``numel`` elements that ``codes`` were made of are finite. The host waits for the device.
 
-    A block with an element that is not finite has scale NaN, so only the scales are read.
+    A block with an element that is not finite has scale NaN, so only the scales are read where there are any.
     """
     if bits == LOSSLESS:
         return bool(codes.view(torch.float32).isfinite().all())
+    if bits == BFLOAT16:
+        return bool(_halves(codes, numel).isfinite().all())
     scales = codes[: 2 * -(-numel // BLOCK)].view(torch.bfloat16)
     return not bool(scales.isnan().any())
 
@@ -73,6 +82,8 @@ def decode(codes: Tensor, bits: int, out: Tensor) -> None:
     """Overwrites ``out`` ``(n,)`` with the values of ``codes`` ``(code_bytes(n, bits),)``."""
     if bits == LOSSLESS:
         out.copy_(codes.view(torch.float32))
+    elif bits == BFLOAT16:
+        out.copy_(_halves(codes, out.numel()))
     else:
         ops.low_bit_decode(codes, bits, out)
 
@@ -88,8 +99,16 @@ def decode_add(codes: Tensor, bits: int, out: Tensor) -> None:
     if bits == LOSSLESS:
         for row in codes.view(torch.float32):
             out += row
+    elif bits == BFLOAT16:
+        for row in codes:
+            out += _halves(row, out.numel())
     else:
         ops.low_bit_decode_add(codes, bits, out)
+
+
+def _halves(codes: Tensor, numel: int) -> Tensor:
+    """The ``numel`` elements in 16-bit codes, as a bfloat16 view."""
+    return codes[: 2 * numel].view(torch.bfloat16)
 
 
 def write_head(

@@ -177,12 +177,13 @@ def flat_of(params):
 
 def check_wire(transport):
     """DiLoCo on wires of all bits has the bits of the simulation: A and every rank's own model."""
-    for bits in (1, 2, 4, 8, 32):
+    for bits in (1, 2, 4, 8, 16, 32):
         options = {"lr": 1.0} if bits == 8 else {"lr": 0.75, "momentum": 0.5, "nesterov": True}
         outer = lambda params, o=options: torch.optim.SGD(params, **o)  # noqa: E731
         expected = wired(transport.world_size, bits, 2, outer)
         params = pair_of_parameters()
-        averager = DiLoCo(params, outer, sync_every=2, wire=LowBit(bits), transport=transport)
+        wire = torch.bfloat16 if bits == 16 else LowBit(bits)
+        averager = DiLoCo(params, outer, sync_every=2, wire=wire, transport=transport)
         for step in range(1, WIRE_STEPS + 1):
             local_step(params, moved(transport.rank, step))
             averager.average_parameters(params)
