@@ -68,7 +68,7 @@ def encode(values: Tensor, bits: int, out: Tensor) -> None:
 def is_finite(codes: Tensor, numel: int, bits: int) -> bool:
     """Whether the ``numel`` elements that ``codes`` were made of are finite. The host waits for the device.
 
-    A block with an element that is not finite has scale NaN, so only the scales are read where there are any.
+    Where there are scales, only they are read: a block with an element that is not finite has scale NaN.
     """
     if bits == LOSSLESS:
         return bool(codes.view(torch.float32).isfinite().all())
