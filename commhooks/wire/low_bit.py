@@ -3,7 +3,8 @@
 The header is that of :mod:`.message`; its count is the number of elements of the whole vector. The flags say,
 a byte for each parameter, whether the sender has a gradient of it; they are padded to whole words. Scales and
 codes are those of :func:`commhooks.native.ops.low_bit_encode`. With 32 bits the elements themselves follow
-instead, and with 16 bits the elements rounded to bfloat16, both without scales. The size of a message follows from the numbers of elements and parameters alone.
+instead, and with 16 bits the elements rounded to bfloat16, both without scales. The size of a message follows
+from the numbers of elements and parameters alone.
 """
 
 from __future__ import annotations
