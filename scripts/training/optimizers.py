@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .muon import Muon
+
 OPTIMIZERS = ("sgd", "adamw", "muon")
 
 
@@ -20,7 +22,7 @@ def make(model: nn.Module, options: Any, in_memory: bool = False) -> Any:
         in_memory: SGD's momentum, Nesterov's form and weight decay are in the memory of a sparse hook, not here.
 
     Raises:
-        ValueError: this torch has no Muon.
+        ValueError: Muon for a model without a hidden matrix.
     """
     if options.optimizer == "sgd" and in_memory:
         return torch.optim.SGD(model.parameters(), lr=options.lr)
@@ -34,17 +36,13 @@ def make(model: nn.Module, options: Any, in_memory: bool = False) -> Any:
         )
     if options.optimizer == "adamw":
         return adamw(model.named_parameters(), options)
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"--optimizer muon needs torch 2.9 or later, this is {torch.__version__}")
     named = list(model.named_parameters())
     hidden = [p for name, p in named if is_hidden_matrix(model, name, p)]
     if not hidden:
         raise ValueError("--optimizer muon is for hidden matrices, and this model has none")
     chosen = {id(p) for p in hidden}
     # its update has the size of AdamW's, so both take one learning rate
-    muon = torch.optim.Muon(
-        hidden, lr=options.lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(hidden, lr=options.lr, weight_decay=options.weight_decay)
     return MuonAndAdamW(muon, adamw(((name, p) for name, p in named if id(p) not in chosen), options))
 
 
