@@ -10,18 +10,17 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from benchmarks.harness import records
-from training import launch, loop, options, tasks
+from training import launch, tasks
 from training.log import count, table
+
+from . import trained
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BAR = 0.02
@@ -162,21 +161,12 @@ def best_rate(arm: Arm, done: Sequence[records.Record]) -> float:
     return float(min(tried, key=lambda r: math.inf if r["loss"] is None else r["loss"])["lr"])
 
 
-def one(world: launch.World, labels: dict[str, Any]) -> records.Record:
-    """Trains once. The record is the same on all ranks; a loss that is no number is null."""
+def one(world: launch.World, labels: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one run, on the half of the held-out data that its seed is for."""
     arm = Arm(*(labels[name] for name in Arm._fields))
-    run = loop.Run(options.parse(command(arm, labels["lr"], labels["seed"])), world)
-    keep_half(run.task, second=labels["seed"] != CHOICE_SEED)
-    found = run.train()
-    loss = found["test_loss"]
-    return {
-        "bench": "run",
-        **labels,
-        "loss": loss if math.isfinite(loss) else None,
-        "accuracy": found["test_accuracy"],
-        "bytes_sent_per_step": found["bytes_sent_per_step"],
-        "step": found["step"],
-    }
+    second = labels["seed"] != CHOICE_SEED
+    given = command(arm, labels["lr"], labels["seed"])
+    return trained.train(world, given, lambda run: keep_half(run.task, second))
 
 
 def keep_half(task: Any, second: bool) -> None:
@@ -203,19 +193,14 @@ def study(
     seeds: Sequence[int] = SEEDS,
 ) -> list[records.Record]:
     """Runs what the file lacks and writes each record as it comes. All ranks call it."""
-    shared: list[Any] = [records.load(file) if world.is_main and file.exists() else []]
-    dist.broadcast_object_list(shared)
-    done: list[records.Record] = shared[0]
-    if not done:
-        done.append({"bench": "study", "ranks": world.size, "rates": list(rates), "seeds": list(seeds)})
-    started = time.perf_counter()
-    for labels in runs(list(arms(networks)), rates, seeds, done):
-        done.append(records.rounded(one(world, labels)))
-        if world.is_main:
-            records.save(done, file)
-            spent = time.perf_counter() - started
-            print(f"recipes: {len(done) - 1} runs, {spent:.0f} s: {done[-1]}", file=sys.stderr, flush=True)
-    return done
+    chosen = list(arms(networks))
+    return trained.study(
+        world,
+        file,
+        {"ranks": world.size, "rates": list(rates), "seeds": list(seeds)},
+        lambda done: runs(chosen, rates, seeds, done),
+        lambda labels: one(world, labels),
+    )
 
 
 class Row(NamedTuple):
