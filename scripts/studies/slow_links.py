@@ -57,7 +57,8 @@ class Method(NamedTuple):
 
 
 def _wired(period: int, mu: float, *optimizer: Any) -> tuple[Any, ...]:
-    return ("--averaging", "diloco", "--wire", 1, "--period", period, "--mu", mu, *optimizer)
+    wire = f"--averaging diloco --wire-bits 1 --period {period} --mu {mu} --outer-lr 1"
+    return (*wire.split(), *optimizer)
 
 
 METHODS = {

@@ -18,7 +18,7 @@ def test_every_command_is_one_of_train_py():
         parsed = options.parse(slow_links.command(method, 0.002, 2))
         assert (parsed.lr, parsed.seed, parsed.steps) == (0.002, 2, slow_links.STEPS)
         assert parsed.optimizer == ("muon" if "muon" in method else "adamw")
-        assert (parsed.wire == 1) == (parsed.averaging == "diloco") == (" k" in method)
+        assert (parsed.wire_bits == 1) == (parsed.averaging == "diloco") == (" k" in method)
         assert parsed.averaging == "none" or parsed.period == int(method.rpartition("k")[2])
         assert parsed.clip_norm == 1.0
 
