@@ -124,7 +124,7 @@ class Bucket:
 
 def _flat(parameter: Tensor, in_memory_order: bool) -> Tensor:
     """Returns the parameter's elements, shape ``(n,)``, in one of the two orders of :class:`Bucket`."""
-    if not in_memory_order or parameter.is_contiguous() or not _is_dense(parameter):
+    if not in_memory_order or not lies_otherwise(parameter):
         return parameter.reshape(-1)
     return parameter.as_strided((parameter.numel(),), (1,))
 
@@ -134,12 +134,17 @@ def shaped(segment: Tensor, parameter: Tensor) -> Tensor:
 
     DDP lays its buckets out like this. A parameter whose memory has gaps has its indices' order.
     """
-    if parameter.is_contiguous() or not _is_dense(parameter):
+    if not lies_otherwise(parameter):
         return segment.view(parameter.shape)
     return segment.as_strided(parameter.shape, parameter.stride(), segment.storage_offset())
 
 
-def _is_dense(parameter: Tensor) -> bool:
-    """Whether the elements lie without gaps. The elements of a parameter never overlap."""
+def lies_otherwise(parameter: Tensor) -> bool:
+    """Whether the elements lie without gaps and in another order than that of their indices.
+
+    The elements of a parameter never overlap.
+    """
+    if parameter.is_contiguous():
+        return False
     steps = zip(parameter.shape, parameter.stride(), strict=True)
     return sum((size - 1) * stride for size, stride in steps) + 1 == parameter.numel()

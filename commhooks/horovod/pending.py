@@ -19,6 +19,7 @@ from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
 from ..memory import ErrorFeedback, Memory
+from ..memory.parameter_memory import VERSION
 from ..memory.resharding import check_entries
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
@@ -229,7 +230,7 @@ class CompressorCore:
         """This rank's memory and step counts by parameter name. Call it between steps; save one per rank."""
         self._finish_if_complete()
         moved = {} if self.moved is None else {"moved": dict(self.moved)}
-        return {"version": 1, "steps": self.steps(), **self.memory.table.state_dict(), **moved}
+        return {"steps": self.steps(), **self.memory.table.state_dict(), **moved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what this rank's :meth:`state_dict` gave.
@@ -242,7 +243,7 @@ class CompressorCore:
         self._begun.clear()
         self.step.forget()
         self.load_steps(state["steps"])
-        self.memory.table.load(state)
+        self.memory.table.load({**state, "version": VERSION})  # version 1 of these had the same order
 
     def load_steps(self, steps: dict[str, int]) -> None:
         """Takes over step counts by name (elastic). Settings are compared anew at the next step."""

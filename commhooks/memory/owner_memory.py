@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .element_order import ElementOrder
     from .parameter_memory import BucketMemory
 
 Piece = tuple[int, Tensor]
-"""Where the piece begins within its parameter, and its elements ``(m,)``, float32."""
+"""Where the piece begins within its parameter, by index, and its elements ``(m,)``, float32."""
 
 
 class OwnedChunk:
@@ -47,24 +49,29 @@ class OwnedChunk:
             self.values, self._before = self._before, None
 
     def pieces(self) -> Iterator[tuple[Hashable, Piece]]:
-        """Views of the values by parameter."""
+        """The values by parameter. A parameter that is laid out in another order gives one whole piece."""
         for position, key in enumerate(self.held.keys):
             begin, end = self.held.offsets[position : position + 2]
             first, last = max(begin, self.start), min(end, self.stop)
-            if first < last:
-                yield key, (first - begin, self.values[first - self.start : last - self.start])
+            if first >= last:
+                continue
+            piece = first - begin, self.values[first - self.start : last - self.start]
+            order = self.held.orders[position]
+            yield key, piece if order is None else (0, order.by_index(_whole(piece, end - begin)))
 
     def take(self, position: int, piece: Piece, world_size: int) -> None:
         """Adds a piece of the parameter at ``position``; what is not of this chunk goes to the residual."""
         offset, kept = piece
-        kept = kept.to(self.values)
-        begin = self.held.offsets[position] + offset
-        end = begin + kept.numel()
-        if end > self.held.offsets[position + 1]:
+        kept, numel, order = kept.to(self.values), self.held.numels[position], self.held.orders[position]
+        if offset + kept.numel() > numel:
             raise ValueError(
                 f"a piece of an owner's memory ends at element {offset + kept.numel()} of a parameter of "
-                f"{self.held.numels[position]}"
+                f"{numel}"
             )
+        if order is not None:
+            offset, kept = 0, order.as_laid_out(_whole((offset, kept), numel))
+        begin = self.held.offsets[position] + offset
+        end = begin + kept.numel()
         first, last = min(max(begin, self.start), end), max(min(end, self.stop), begin)
         if first < last:
             self.values[first - self.start : last - self.start] += kept[first - begin : last - begin]
@@ -133,6 +140,13 @@ class OwnerMemory:
         for chunk in self._chunks.values():
             chunk.recall()
 
+    def sort_loaded(self, name: str, order: ElementOrder) -> None:
+        """Sorts a parameter's loaded pieces by index. They are in its bucket's order."""
+        numel = math.prod(order.shape)
+        for place, (start, kept) in enumerate(self._loaded.get(name, [])):
+            if start + kept.numel() <= numel:
+                self._loaded[name][place] = 0, order.by_index(_whole((start, kept), numel))
+
     def state_dict(self, names: Mapping[Hashable, str]) -> dict[str, dict[int, Tensor]]:
         """Returns copies of all pieces: by the parameter's name and by where the piece begins in it."""
         pieces = [pair for chunk in self._chunks.values() for pair in chunk.pieces()]
@@ -142,7 +156,8 @@ class OwnerMemory:
         state: dict[str, dict[int, Tensor]] = {}
         for name, (start, kept) in named:
             if name is not None:
-                state.setdefault(name, {})[start] = kept.clone()
+                found = state.setdefault(name, {})
+                found[start] = found[start] + kept if start in found else kept.clone()
         return state
 
 
@@ -159,6 +174,14 @@ def gathered(states: list[dict[str, Any]]) -> dict[str, dict[int, Tensor]]:
             for start, kept in found.items():
                 pieces[start] = pieces[start] + kept if start in pieces else kept.clone()
     return result
+
+
+def _whole(piece: Piece, numel: int) -> Tensor:
+    """Returns a whole parameter, shape ``(numel,)``, that is zero outside the piece."""
+    start, kept = piece
+    whole = kept.new_zeros(numel)
+    whole[start : start + kept.numel()] = kept
+    return whole
 
 
 def _name(key: Hashable, names: Mapping[Hashable, str]) -> str | None:

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from ..gradient.bucket import Bucket
 from ..native.fused import Fused
+from .element_order import ElementOrder, order_of, orders_in
 from .owner_memory import OwnerMemory
 
 logger = logging.getLogger(__name__)
+
+VERSION = 2
+"""Of the format of checkpoints. Version 1 has each parameter's elements as DDP lays them out."""
 
 
 class BucketMemory:
@@ -26,6 +30,7 @@ class BucketMemory:
         keys, numels: the bucket's parameters and their numbers of elements, in the buffer's order.
         offsets: where each parameter begins in the buffer, and ``n`` at the end.
         segments: the offsets as a tensor, shape ``(parameters + 1,)``, int64.
+        orders: each parameter's order of elements. None: that of its indices.
         residual: shape ``(n,)``, float32.
         velocity: shape ``(n,)``, float32, or None.
     """
@@ -33,6 +38,7 @@ class BucketMemory:
     def __init__(self, bucket: Bucket, with_velocity: bool) -> None:
         self.keys, self.numels = bucket.keys, bucket.numels
         self.offsets = [0, *accumulate(bucket.numels)]
+        self.orders = orders_in(bucket)
         device = bucket.buffer.device
         self.segments = torch.tensor(self.offsets, dtype=torch.int64, device=device)
         self.residual = torch.zeros(bucket.numel, dtype=torch.float32, device=device)
@@ -68,6 +74,11 @@ class BucketMemory:
     def view(self, flat: Tensor, position: int) -> Tensor:
         """Returns the view of ``flat`` (n,) that belongs to the parameter at ``position``."""
         return flat[self.offsets[position] : self.offsets[position + 1]]
+
+    def by_index(self, flat: Tensor, position: int) -> Tensor:
+        """Returns a copy of a parameter's part of ``flat`` (n,), in the order of its indices."""
+        order, view = self.orders[position], self.view(flat, position)
+        return view.clone() if order is None else order.by_index(view)
 
     def mask(self, active: Tensor | None) -> Tensor | None:
         """Spreads flags of the parameters over their elements.
@@ -109,6 +120,7 @@ class ParameterMemory:
         self._place: dict[Hashable, tuple[BucketMemory, int]] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
         self._loaded_lr: dict[str, float] = {}
+        self._is_version_1 = False  # what is in _loaded
 
     def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
         """Returns the bucket's memory, and whether its layout is new.
@@ -126,6 +138,7 @@ class ParameterMemory:
     def _laid_anew(self, bucket: Bucket) -> BucketMemory:
         """Makes the bucket's memory anew and copies its parameters' residuals and velocities into it."""
         self._check_loaded_names()
+        self._sort_version_1()
         held = BucketMemory(bucket, self.with_velocity)
         for position, key in enumerate(held.keys):
             self._claim(held, position, key)
@@ -184,9 +197,10 @@ class ParameterMemory:
                     raise ValueError(
                         f"loaded {kind} of {name} has {loaded.numel()} elements, expected {view.numel()}"
                     )
-                _take_over(view, loaded)
+                _take_over(view, loaded, held.orders[position])
             elif old is not None:
-                _take_over(view, old[0].view(getattr(old[0], kind), old[1]))
+                values = old[0].by_index(getattr(old[0], kind), old[1])
+                _take_over(view, values, held.orders[position])
         if name is not None and name in self._loaded_lr:
             self.last_lr[key] = self._loaded_lr.pop(name)
         self._place[key] = (held, position)
@@ -215,13 +229,18 @@ class ParameterMemory:
         """Returns copies of all tensors by parameter name.
 
         Returns:
-            ``{"residual": {name: (n,)}, "velocity": {name: (n,)}, "last_lr": {name: float}}``; after low-bit
-            exchanges also ``{"owned": {name: {start: (m,)}}}``, the pieces that this rank owns.
+            ``{"version": 2, "residual": {name: (n,)}, "velocity": {name: (n,)}, "last_lr": {name: float}}``;
+            after low-bit exchanges also ``{"owned": {name: {start: (m,)}}}``, the pieces that this rank owns.
+            Elements are in the order of the parameter's indices, whatever its layout in memory. Version 1
+            comes back where it was loaded and the parameters are not known yet.
 
         Raises:
             ValueError: a parameter has no name.
         """
-        state: dict[str, Any] = {kind: dict(loaded) for kind, loaded in self._loaded.items()}
+        if self.names:
+            self._sort_version_1()
+        state: dict[str, Any] = {"version": 1 if self._is_version_1 else VERSION}
+        state.update({kind: dict(loaded) for kind, loaded in self._loaded.items()})
         state["last_lr"] = dict(self._loaded_lr)
         for key, (held, position) in self._place.items():
             name = self.names.get(key, key if isinstance(key, str) else None)
@@ -230,9 +249,9 @@ class ParameterMemory:
                     f"state_dict needs the parameters' names ({self.name_of(key)}): attach the state with "
                     "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
                 )
-            state["residual"][name] = held.view(held.residual, position).clone()
+            state["residual"][name] = held.by_index(held.residual, position)
             if held.velocity is not None:
-                state["velocity"][name] = held.view(held.velocity, position).clone()
+                state["velocity"][name] = held.by_index(held.velocity, position)
             if key in self.last_lr:
                 state["last_lr"][name] = self.last_lr[key]
         owned = self.owned.state_dict(self.names)
@@ -269,11 +288,27 @@ class ParameterMemory:
             self._loaded["velocity"].clear()
         self.owned = OwnerMemory(state.get("owned") if self.with_residual else None)
         self._loaded_lr = dict(state.get("last_lr", {}))
+        self._is_version_1 = state.get("version", 1) < 2
+
+    def _sort_version_1(self) -> None:
+        """Sorts what a checkpoint of version 1 holds by index. It is as DDP lays the parameters out."""
+        if not self._is_version_1:
+            return
+        self._is_version_1 = False
+        for key, name in self.names.items():
+            order = order_of(key)
+            if order is None:
+                continue
+            self.owned.sort_loaded(name, order)
+            for loaded in self._loaded.values():
+                if name in loaded and loaded[name].numel() == math.prod(order.shape):
+                    loaded[name] = order.by_index(loaded[name])
 
 
-def _take_over(view: Tensor, source: Tensor) -> None:
-    """Copies ``source`` into ``view`` (n,). The caller may free ``source`` right afterwards."""
-    view.copy_(source.reshape(-1))
+def _take_over(view: Tensor, source: Tensor, order: ElementOrder | None) -> None:
+    """Copies ``source``, by index, into ``view`` (n,). The caller may free ``source`` right afterwards."""
+    values = source.reshape(-1)
+    view.copy_(values if order is None else order.as_laid_out(values))
     if source.is_cuda:
         # ``source`` was made on another stream: loaded tensors on the main stream, a bucket's memory on an
         # earlier thread's stream. The allocator must not reuse its memory on that stream before the copy on

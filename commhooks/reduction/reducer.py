@@ -248,7 +248,7 @@ class Reducer:
         """
         transport = self.transport if self.connection.is_open else None
         place = (transport.rank, transport.world_size) if transport else (0, 1)
-        return {"version": 1, "rank": place[0], "world_size": place[1], "step": self.step} | (
+        return {"rank": place[0], "world_size": place[1], "step": self.step} | (
             self.memory.table.state_dict()
         )
 

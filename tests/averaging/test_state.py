@@ -317,3 +317,29 @@ def test_states_in_the_wrong_place_are_refused():
         plain.load_state_dict(compressed.state_dict())
     with pytest.raises(ValueError, match="without a reducer"):
         compressed.load_state_dict(plain.state_dict())
+
+
+def test_a_compressed_averager_saves_the_same_in_every_memory_format():
+    """Its messages and its memory have the order of the indices."""
+    shape = (4, 3, 5, 2)
+
+    def work(transport, kinds):
+        saved = model = None
+        for step, channels_last in enumerate(kinds):
+            start_at = torch.zeros(shape) if model is None else model
+            form = torch.channels_last if channels_last else torch.contiguous_format
+            weight = torch.nn.Parameter(start_at.clone(memory_format=form))
+            reducer = Reducer(TopK(0.1), AllGather(transport), ErrorFeedback(), dense_crossover=False)
+            averager = LocalSGD(period=1, params=[weight], reducer=reducer, transport=transport)
+            if saved is not None:
+                averager.load_state_dict(saved)
+            generator = torch.Generator().manual_seed(10 * step + transport.rank)
+            weight.data += torch.randn(shape, generator=generator)
+            averager.average_parameters([weight])
+            saved, model = averager.state_dict(), weight.detach().clone()
+        return model.reshape(-1), saved["reducers"][0]["residual"]["parameter 0"]
+
+    expected = in_process.run(2, lambda t: work(t, [False, False, False]))
+    found = in_process.run(2, lambda t: work(t, [True, False, True]))
+    for (model, residual), (other, same) in zip(expected, found, strict=True):
+        assert torch.equal(model, other) and torch.equal(residual, same) and residual.any()

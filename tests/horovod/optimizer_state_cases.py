@@ -72,6 +72,35 @@ def states_of_any_world_size_are_loaded():
         assert same_everywhere(flat(model))
 
 
+@case()
+def a_memory_goes_from_one_memory_format_to_the_other():
+    shape = (4, 3, 5, 2)
+
+    def step(channels_last, number, saved):
+        torch.manual_seed(number)
+        weight = torch.zeros(shape)
+        weight = torch.nn.Parameter(weight.to(memory_format=torch.channels_last) if channels_last else weight)
+        model = torch.nn.ParameterDict({"w": weight})
+        optimizer = ours("topk", memory=ErrorFeedback(0.5))(model, torch.optim.SGD([weight], lr=1.0))
+        if saved is not None:
+            optimizer.load_state_dict({**optimizer.state_dict(), "commhooks": saved})
+        generator = torch.Generator().manual_seed(10 * number + hvd.rank())
+        (weight * torch.randn(shape, generator=generator)).sum().backward()
+        optimizer.step()
+        saved = optimizer.state_dict()["commhooks"]
+        optimizer.close()
+        return weight.detach().reshape(-1).clone(), saved
+
+    expected = mixed = None
+    for number, channels_last in enumerate((True, False, True)):
+        one, expected = step(False, number, expected)
+        other, mixed = step(channels_last, number, mixed)
+        assert torch.equal(one, other), number
+        for kind in ("residual", "velocity"):
+            assert torch.equal(mixed[kind]["w"], expected[kind]["w"]), (number, kind)
+    assert expected["residual"]["w"].any()
+
+
 def _used(tensors):
     return [(name, tensor) for name, tensor in tensors.items() if not name.startswith("idle")]
 
