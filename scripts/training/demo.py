@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
+from benchmarks.harness.figure import WIDTH, color, figure, label_ends
 from benchmarks.harness.records import save
 
 from .log import count, read, table
@@ -151,30 +152,22 @@ def rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path, heading: str) -> None:
     """Training loss against the step and against megabytes sent, one line a scheme."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for (name, run), style in zip(runs.items(), ("k-", "C0-", "C1--", "C2-")):
-        steps = [event for event in run if event["event"] == "step"]
-        loss = smooth([event["loss"] for event in steps])
-        sent, total = [], 0.0
-        for event in steps:
-            total += event["bytes_sent"]
-            sent.append(total / 1e6)
-        left.plot([event["step"] for event in steps], loss, style, label=name, linewidth=1.6)
-        right.plot(sent, loss, style, label=name, linewidth=1.6)
-    left.set(xlabel="step", ylabel="training loss (mean over ranks, smoothed)", yscale="log")
-    right.set(xlabel="megabytes sent by a rank", xscale="log")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    left.legend()
-    figure.suptitle(heading, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    schemes = ("dense", "topk", "gtopk", "randomk")
+    with figure(path, 1, 2, figsize=(WIDTH, 3.4), sharey=True) as (drawn, axes):
+        left, right = axes[0]
+        for (name, run), scheme in zip(runs.items(), schemes):
+            steps = [event for event in run if event["event"] == "step"]
+            loss = smooth([event["loss"] for event in steps])
+            sent, total = [], 0.0
+            for event in steps:
+                total += event["bytes_sent"]
+                sent.append(total / 1e6)
+            left.plot([event["step"] for event in steps], loss, color=color(scheme), label=name)
+            right.plot(sent, loss, color=color(scheme), label=name)
+        left.set(xlabel="step", ylabel="training loss (mean over ranks, smoothed)", yscale="log")
+        right.set(xlabel="megabytes sent by a rank", xscale="log")
+        drawn.suptitle(f"Measured: {heading}")
+        label_ends(right, right.get_lines())
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:

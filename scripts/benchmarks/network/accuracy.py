@@ -24,7 +24,7 @@ from training.tasks import Share, make
 from commhooks import ErrorFeedback, ExponentialWarmup
 
 from ..harness import study
-from ..harness.figure import figure
+from ..harness.figure import WIDTH, color, figure, label_ends
 from ..harness.namespaces import NETWORKS
 from ..harness.ranks import all_ranks, settle
 from ..harness.records import Record, select
@@ -156,17 +156,18 @@ def table(records: Sequence[Record]) -> str:
 def plot(records: Sequence[Record], path: Path) -> None:
     """Training loss against seconds, a panel for each job."""
     jobs = list(dict.fromkeys(r["job"] for r in records))
-    with figure(path, 1, len(jobs), figsize=(6 * len(jobs), 4.4)) as (_, axes):
+    with figure(path, 1, len(jobs), figsize=(WIDTH, 3.4)) as (drawn, axes):
         for axis, job in zip(axes[0], jobs, strict=True):
+            lines = []
             for r in select(records, job=job):
-                label = r["scheme"] + (f" ({r['density']:g})" if is_ours(r["scheme"]) else "")
                 seconds, _, losses = zip(*r["points"], strict=True)
-                axis.plot(seconds, smooth(losses), label=label)
-            axis.set_xscale("log")
-            axis.set_xlabel("seconds")
-            axis.set_ylabel("training loss")
-            axis.set_title(f"{job}, 4 ranks, {records[0]['network']}")
-            axis.legend(fontsize=8)
+                label = r["scheme"] + (f" {r['density']:g}" if is_ours(r["scheme"]) else "")
+                lines += axis.plot(seconds, smooth(losses), color=color(r["scheme"]), label=label)
+            axis.set(
+                xscale="log", yscale="log", xlabel="seconds of training", ylabel="training loss", title=job
+            )
+            label_ends(axis, lines)
+        drawn.suptitle(f"Measured: training loss, 4 ranks, {records[0]['network']}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

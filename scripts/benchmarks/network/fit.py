@@ -9,16 +9,17 @@ was told. All ranks share the cores of the machine that measured, which the file
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from commhooks.planner.cost_model import Costs, exchange_s, exchange_terms, periodic_averaging_s
 
 from ..harness import records as files
 from ..harness import study
-from ..harness.figure import figure
+from ..harness.figure import COLORS, WIDTH, color, figure, label_ends
 from ..harness.namespaces import NETWORKS
 from ..harness.records import Record, one, select
 from . import exchange
@@ -120,37 +121,41 @@ def plot(records: Sequence[Record], path: Path) -> None:
 def plot_costs(costs: Costs, path: Path, numel: int = exchange.NUMEL, density: float = 0.001) -> None:
     """Exchange time against P at two bandwidths, and against bandwidth at two P."""
     k = round(density * numel)
-    named = {"top-k, all-gather": "topk", "gTop-k, tree": "gtopk-tree", "gTop-k, doubling": "gtopk"}
-    named["random-k, shared indices"] = "randomk"
-    lines = {
-        "dense ring": lambda c, p: exchange_s(c, "dense", numel, 0, p),
-        "M-AVG, K = 8": lambda c, p: periodic_averaging_s(c, numel, p, 8),
+    named = {"top-k": "topk", "gTop-k, tree": "gtopk-tree", "gTop-k": "gtopk", "random-k": "randomk"}
+    lines: dict[str, tuple[str, str, Callable[[Costs, int], float]]] = {
+        "dense ring": (COLORS["dense"], "-", lambda c, p: exchange_s(c, "dense", numel, 0, p)),
+        "M-AVG, K = 8": (COLORS["averaging"], "-", lambda c, p: periodic_averaging_s(c, numel, p, 8)),
     }
     for label, scheme in named.items():
-        lines[label] = partial(_sparse_s, scheme, numel, k)
+        dashes = "--" if scheme.endswith("-tree") else "-"
+        lines[label] = (color(scheme), dashes, partial(_sparse_s, scheme, numel, k))
     ranks = [2**i for i in range(1, 11)]
     rates = [10.0 * 10 ** (i / 4) for i in range(17)]
-    with figure(path, 2, 2, figsize=(11, 8), sharey=True) as (drawn, axes):
-        for name, cost in lines.items():
-            for axis, rate in zip(axes[0], (100.0, 10_000.0), strict=True):
-                at_rate = replace(costs, byte_s=8e-6 / rate)
-                axis.plot(ranks, [cost(at_rate, p) for p in ranks], marker=".", label=name)
-                axis.set_title(f"{rate:g} Mbit/s")
-                axis.set_xlabel("ranks P")
-            for axis, size in zip(axes[1], (8, 1024), strict=True):
-                seconds = [cost(replace(costs, byte_s=8e-6 / rate), size) for rate in rates]
-                axis.plot(rates, seconds, label=name)
-                axis.set_title(f"P = {size}")
-                axis.set_xlabel("Mbit/s")
+    with figure(path, 2, 2, figsize=(WIDTH, 7), sharey=True) as (drawn, axes):
+        for axis, rate in zip(axes[0], (100.0, 10_000.0), strict=True):
+            at_rate = replace(costs, byte_s=8e-6 / rate)
+            _curves(axis, lines, ranks, lambda cost, p, at=at_rate: cost(at, p))
+            axis.set(title=f"{rate:g} Mbit/s", xlabel="ranks P")
+        for axis, size in zip(axes[1], (8, 1024), strict=True):
+            _curves(axis, lines, rates, lambda cost, r, p=size: cost(replace(costs, byte_s=8e-6 / r), p))
+            axis.set(title=f"P = {size} ranks", xlabel="bandwidth of a link, Mbit/s")
         for axis in axes.flat:
             axis.set_xscale("log", base=2 if axis in axes[0] else 10)
             axis.set_yscale("log")
-            axis.grid(alpha=0.3)
         for axis in axes[:, 0]:
-            axis.set_ylabel("communication per step, s")
-        axes[0][0].legend(fontsize=8)
-        title = f"Cost model, {numel / 1e6:.2f}M parameters, density {density:g}: exchange without selection"
-        drawn.suptitle(title)
+            axis.set_ylabel("communication of a step, s")
+        drawn.suptitle(
+            f"Cost model, not measured: exchange without selection, {numel / 1e6:.2f}M parameters, density {density:g}"
+        )
+        for axis in axes.flat:
+            label_ends(axis, axis.get_lines())
+
+
+def _curves(
+    axis: Any, lines: dict[str, tuple[str, str, Any]], xs: list[Any], y: Callable[[Any, Any], float]
+) -> None:
+    for name, (shade, dashes, cost) in lines.items():
+        axis.plot(xs, [y(cost, x) for x in xs], dashes, color=shade, label=name)
 
 
 def _sparse_s(scheme: str, numel: int, k: int, costs: Costs, ranks: int) -> float:

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from commhooks import SparseState
 
 from ..harness import study
-from ..harness.figure import figure
+from ..harness.figure import COLORS, WIDTH, figure
 from ..harness.namespaces import NETWORKS
 from ..harness.ranks import largest, settle
 from ..harness.records import Record, one
@@ -32,7 +32,12 @@ WAYS = ("none", "overlapped", "after")
 _TRACE = "trace"
 _LAYERS, _SIDE = 10, 800
 _BUCKET_MB = 2.4  # one layer (2.44 MB) fills a bucket
-_COLORS = {"backward": "#999999", "select": "#2f855a", "exchange": "#2b6cb0", "write_back": "#d69e2e"}
+_COLORS = {
+    "backward": COLORS["none"],
+    "select": COLORS["randomk"],
+    "exchange": COLORS["gtopk"],
+    "write_back": COLORS["topk"],
+}
 
 
 def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
@@ -123,16 +128,18 @@ def table(records: Sequence[Record]) -> str:
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """The traced step: backward above, the hook's thread below."""
-    with figure(path, figsize=(11, 2.8)) as (_, axes):
+    with figure(path, figsize=(WIDTH, 2.2)) as (_, axes):
         axis = axes[0][0]
         for name, begin, end in one(records, way=_TRACE)["trace"]:
             row = 1 if name == "backward" else 0
-            axis.barh(row, end - begin, left=begin, color=_COLORS[name], edgecolor="white", lw=0.3)
+            axis.barh(row, end - begin, left=begin, color=_COLORS[name], lw=0)
         axis.set_yticks([0, 1], ["hook's thread", "backward"])
-        axis.set_xlabel("ms")
-        for name, color in _COLORS.items():
-            axis.barh(0, 0, color=color, label=name)
-        axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.3), fontsize=8)
+        axis.set_xlabel("ms since backward began")
+        axis.grid(axis="y", visible=False)
+        axis.set_title("Measured: one step of rank 0, 4 ranks, 100 Mbit/s, 10 buckets", pad=20)
+        for name, shade in _COLORS.items():
+            axis.barh(0, 0, color=shade, label=name)
+        axis.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 0.96))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

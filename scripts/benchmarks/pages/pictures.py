@@ -16,6 +16,7 @@ def _drawn(plot: Callable[[list[Record], Path], None], name: str, file: Path) ->
 
 PICTURES: dict[Path, Callable[[Path], None]] = {
     FOLDER / "network.png": partial(_drawn, step.plot, "network"),
+    FOLDER / "network-timeline.png": partial(_drawn, step.plot_timeline, "network"),
     FOLDER / "network-overlap.png": partial(_drawn, overlap.plot, "overlap"),
     FOLDER / "network-accuracy.png": partial(_drawn, accuracy.plot, "accuracy"),
     FOLDER / "network-scaling.png": lambda file: fit.plot(load("fit"), file),

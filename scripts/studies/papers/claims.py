@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.harness.figure import figure as styled_figure
 
 PAPERS = {
     "M-DSGD": "Zhao, Gao, Li: On the Convergence of Memory-Based Distributed SGD (arXiv:1905.12960)",
@@ -53,23 +54,16 @@ class Budget:
 @contextmanager
 def figure(budget: Budget, name: str, panels: int = 1) -> Iterator[Any]:
     """A figure with ``panels`` axes side by side, saved as ``name``.png at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter
 
-    fig, axes = plt.subplots(1, panels, figsize=(1.2 + 4.4 * panels, 3.6), squeeze=False)
-    yield axes[0] if panels > 1 else axes[0][0]
-    for axis in axes[0]:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-        if axis.get_xscale() == "log":
-            axis.xaxis.set_minor_formatter(NullFormatter())
-    fig.tight_layout()
-    fig.savefig(budget.folder / f"{name}.png", dpi=80)
-    plt.close(fig)
+    size = (1.2 + 4.4 * panels, 3.6)
+    with styled_figure(budget.folder / f"{name}.png", 1, panels, figsize=size) as (_, axes):
+        yield axes[0] if panels > 1 else axes[0][0]
+        for axis in axes[0]:
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=7)
+            if axis.get_xscale() == "log":
+                axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def slope(x: list[float], y: list[float]) -> float:
