@@ -148,6 +148,8 @@ class PlatformWheel(bdist_wheel):
 
 
 class NativeDistribution(Distribution):
+    """Has libraries of a platform, though no extension modules."""
+
     def has_ext_modules(self) -> bool:
         return True
 

@@ -35,6 +35,7 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
         self.value.gradient_sync.rewind(residuals)
 
     def sync(self) -> None:
+        """Does as Horovod's handler, opens the transport among the present ranks, takes rank 0's step, and saves."""
         super().sync()
         sync = self.value.gradient_sync
         sync.reset()
@@ -53,12 +54,15 @@ class CompressorHandler(_elastic.StateHandler):  # type: ignore[misc,name-define
         self.save()
 
     def save(self) -> None:
+        """Keeps a copy of the state: residuals and steps."""
         self._saved = copy.deepcopy(self.value.state_dict())
 
     def restore(self) -> None:
+        """Goes back to the copy."""
         self.value.load_state_dict(self._saved)
 
     def sync(self) -> None:
+        """Takes rank 0's numbers of steps, and saves. Residuals stay as they are."""
         core = self.value.core
         core.finish_step()
         core.load_steps(horovod().broadcast_object(core.steps(), root_rank=0, name="commhooks.steps"))

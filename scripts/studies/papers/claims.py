@@ -74,5 +74,5 @@ def slope(x: list[float], y: list[float]) -> float:
 
 
 def verdict(*tests: bool) -> str:
-    """ "seen" if all hold, "partly seen" if some do."""
+    """Says "seen" if all hold, "partly seen" if some do."""
     return "seen" if all(tests) else "partly seen" if any(tests) else "not seen"
