@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,21 @@ def info(**environment: str) -> dict[str, str]:
     assert done.returncode == 0, done.stderr
     pairs = (line.partition("  ") for line in done.stdout.splitlines())
     return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+@pytest.mark.native
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the flags of an x86-64 /proc/cpuinfo")
+def test_the_best_instruction_set_of_the_processor_is_taken() -> None:
+    """The kernel's list of what it lets programs use is the oracle, whatever compiler built the library."""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    assert found
+    flags = set(found[1].split())
+    expected = "scalar"
+    if {"avx2", "f16c", "popcnt", "bmi1", "bmi2"} <= flags:
+        expected = "avx2"
+        if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+            expected = "avx512"
+    assert info()["cpu kernels"] == f"native ({expected})"
 
 
 @pytest.mark.native

@@ -7,19 +7,15 @@
 #include <atomic>
 
 #include "commhooks_cpu.h"
+#include "simd/processor.h"
 
 namespace commhooks {
 namespace {
 
 bool supported(const Kernels &table) {
 #if defined(COMMHOOKS_HAVE_X86)
-  __builtin_cpu_init();
-  if (&table == &kAvx512Kernels) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
-  }
-  // Every processor with AVX2 has F16C.
-  if (&table == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  if (&table == &kAvx512Kernels) return processor_has_avx512();
+  if (&table == &kAvx2Kernels) return processor_has_avx2();
 #endif
   (void)table;
   return true;
