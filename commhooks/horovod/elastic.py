@@ -35,7 +35,7 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
         self.value.gradient_sync.rewind(residuals)
 
     def sync(self) -> None:
-        """Does as Horovod's handler, opens the transport among the present ranks, takes rank 0's step, and saves."""
+        """Does as Horovod's handler, opens the transport anew, takes rank 0's step, and saves."""
         super().sync()
         sync = self.value.gradient_sync
         sync.reset()
