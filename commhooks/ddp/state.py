@@ -275,14 +275,15 @@ class SparseState:
 
         All ranks choose the same. Rank 0 prints the choice as one line on stderr (or logs it), and
         :attr:`plan` holds it. Where measurements disagree, the choice is the one closest to dense training.
-        Buckets for which the sparse exchange would be slower are sent densely.
+        Buckets for which the chosen exchange would be slower are sent densely.
 
         Args:
             model: the module, or its number of parameters. For a DDP model the plan keeps the model's bucket
                 cap and measures over its process group.
             transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
             optimizer: the job's optimizer. Random-k diverges with momentum, so it is considered only when
-                this is an SGD without momentum.
+                this is an SGD without momentum. For another optimizer than SGD gradients in 8 and 4 bits
+                (:meth:`lowbit`) are considered, and not sparse ones, which cost AdamW much of the loss.
             densities: values of k/n to choose from.
             backward_s: seconds of one backward, which hides communication. The slowest rank's counts. 0:
                 unknown.
@@ -299,7 +300,7 @@ class SparseState:
             ValueError: ``model`` has no parameters, a density or a time is out of range, or the memory has
                 momentum under an optimizer with a second moment.
         """
-        from ..planner import BUCKET_MB, SAFE, Job, plan_for, sizes_of  # importing commhooks stays quick
+        from ..planner import ADAPTIVE, BUCKET_MB, SAFE, Job, plan_for, sizes_of  # importing stays quick
 
         caps: tuple[float, ...] = BUCKET_MB
         ddp, memory = find_ddp(model), options.get("memory")
@@ -310,12 +311,16 @@ class SparseState:
             device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else "cpu"
         check_optimizer(memory, None, optimizer)
         schemes = (*SAFE, "randomk") if is_plain_sgd(optimizer, memory) else SAFE
+        if optimizer is not None and not isinstance(optimizer, torch.optim.SGD):
+            schemes = ADAPTIVE
         job = Job(*sizes_of(model), backward_s, tuple(densities), schemes, caps)
         group = options.get("process_group")
         plan = plan_for(transport, job, device=device, timeout_s=probe_timeout_s, process_group=group)
         if plan.scheme == "dense":
             state = cls._of("dense", None, transport, **{**options, "memory": dense_memory(memory)})
             state.ddp_allreduce = state._ddp_can()
+        elif plan.bits is not None:
+            state = cls.lowbit(plan.bits, transport, **{"dense_crossover": plan, **options})
         else:
             state = cls._of(plan.scheme, plan.density, transport, **{"dense_crossover": plan, **options})
         state.plan = plan

@@ -2,10 +2,11 @@
 
 from .cost_model import Costs, exchange_s, step_s
 from .job import PROBE_TIMEOUT_S, measured_plan, plan_for, sizes_of
-from .plan import BUCKET_MB, DENSITIES, SAFE, Job, Plan, choose, settle
+from .plan import ADAPTIVE, BUCKET_MB, DENSITIES, SAFE, Job, Plan, choose, settle
 from .probe import probe
 
 __all__ = [
+    "ADAPTIVE",
     "BUCKET_MB",
     "DENSITIES",
     "PROBE_TIMEOUT_S",

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from ..transports import Transport, make
 from ..transports.launcher import launched, local_rank
+from .cost_model import LOW_BIT
 from .job import measured_plan, sizes_of
-from .plan import CANDIDATES, DENSITIES, SAFE, Job, Plan
+from .plan import ADAPTIVE, AVERAGING_PERIOD, DENSITIES, SAFE, Job, Plan, Prediction
 
 MAX_NUMEL = 10**13
 DESCRIPTION = (
@@ -57,7 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Time of one backward, which hides communication. Default: 0, unknown: nothing is hidden.",
     )
     parser.add_argument("--device", default="cpu", help="Where gradients live: cpu or cuda. Default: cpu.")
-    parser.add_argument(
+    optimizer = parser.add_mutually_exclusive_group()
+    optimizer.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="The optimizer is AdamW, Muon or another one than SGD. Gradients in 8 or 4 bits are considered "
+        "then, and not sparse ones.",
+    )
+    optimizer.add_argument(
         "--plain-sgd",
         action="store_true",
         help="The optimizer is SGD without momentum. Random-k is considered then; with momentum it diverges.",
@@ -82,7 +90,7 @@ def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
         largest,
         arguments.backward_ms * 1e-3,
         tuple(arguments.densities),
-        schemes=CANDIDATES if arguments.plain_sgd else SAFE,
+        schemes=ADAPTIVE if arguments.adaptive else (*SAFE, "randomk") if arguments.plain_sgd else SAFE,
     )
     with _transport(arguments.transport, device) as transport:
         if transport.world_size == 1:
@@ -100,22 +108,44 @@ def text(plan: Plan, transport: str) -> str:
         f"use {plan.summary()}: {plan.reason}",
     ]
     if plan.scheme != "dense":
-        call = f'SparseState.{plan.scheme}({plan.density:g}, transport="{transport}")'
+        scheme, number = (plan.scheme, plan.density) if plan.bits is None else ("lowbit", plan.bits)
         lines.append(f"  model = DistributedDataParallel(model, bucket_cap_mb={plan.bucket_mb:g})")
-        lines.append(f"  register(model, {call})")
+        lines.append(f'  register(model, SparseState.{scheme}({number:g}, transport="{transport}"))')
     faster = plan.faster_if_allowed()
     if faster is not None:
-        how = "--plain-sgd" if faster.scheme == "randomk" else f"--densities {faster.density:g}"
-        why = (
-            "it diverges with momentum"
-            if faster.scheme == "randomk"
-            else "it learns worse without a density warm-up"
-        )
-        lines.append(
-            f"{faster.scheme} at density {faster.density:g} would be faster, and is not taken unasked: "
-            f"{why} ({how})"
-        )
-    return "\n".join(lines)
+        lines.append(_not_taken(plan, faster))
+    averaging = _averaging(plan)
+    return "\n".join([*lines, averaging] if averaging else lines)
+
+
+def _not_taken(plan: Plan, faster: Prediction) -> str:
+    """Says which scheme would be faster, why it was not taken, and how it is allowed."""
+    name = faster.scheme if faster.scheme in LOW_BIT else f"{faster.scheme} at density {faster.density:g}"
+    if faster.scheme in LOW_BIT:
+        why = "it is for other optimizers than SGD (--adaptive)"
+    elif _is_adaptive(plan):
+        why = "AdamW and Muon learn worse from sparse gradients (without --adaptive)"
+    elif faster.scheme == "randomk":
+        why = "it diverges with momentum (--plain-sgd)"
+    else:
+        why = f"it learns worse without a density warm-up (--densities {faster.density:g})"
+    return f"{name} would be faster, and is not taken unasked: {why}"
+
+
+def _is_adaptive(plan: Plan) -> bool:
+    return set(plan.job.schemes) == set(ADAPTIVE)
+
+
+def _averaging(plan: Plan) -> str | None:
+    """The advice to average the model in one bit, where low bit pays and this takes at most half its time."""
+    taken = next(p for p in plan.predictions if (p.scheme, p.density) == (plan.scheme, plan.density))
+    if not _is_adaptive(plan) or plan.bits is None or 2 * plan.averaging_s > taken.step_s:
+        return None
+    return (
+        f"averaging in one bit every {AVERAGING_PERIOD} steps would add {plan.averaging_s * 1e3:.3g} ms to a step: "
+        f"DiLoCo(..., sync_every={AVERAGING_PERIOD}, wire=LowBit(1)), best with Muon inside; it is another way "
+        "to train (docs/guide.md)"
+    )
 
 
 def as_dict(plan: Plan, transport: str) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from dataclasses import dataclass, fields
 
 from ..transports.recursive_doubling import DOUBLING_BYTES
 
-SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk")
+LOW_BIT = {"lowbit1": 1, "lowbit2": 2, "lowbit4": 4, "lowbit8": 8}
+"""The schemes that send every element, and the bits of each."""
+SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk", *LOW_BIT)
+_BLOCK = 256  # elements that share a scale of two bytes
 _HEADER_BYTES = 16
 _PAIR_BYTES = 8
 _VALUE_BYTES = 4
@@ -33,6 +36,8 @@ class Costs:
         write_s: gamma: overwriting the gradient with the result, per element.
         bucket_s: constant per sparse bucket: waking the thread, packing, bookkeeping.
         dense_bucket_s: constant per dense bucket, likewise.
+        encode_s: gamma: one element written in few bits, and what is left of it.
+        decode_s: gamma: the value of few bits added to one element.
 
     Raises:
         ValueError: a cost is negative or not finite.
@@ -48,6 +53,8 @@ class Costs:
     write_s: float
     bucket_s: float
     dense_bucket_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -60,8 +67,9 @@ class Costs:
         bandwidth = f"{8e-6 / self.byte_s:,.0f} Mbit/s" if self.byte_s else "no limit seen"
         return (
             f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, selection "
-            f"{self.select_s * 1e9:.2f} ns and write-back {self.write_s * 1e9:.2f} ns per element, merge "
-            f"{self.merge_s * 1e9:.1f} ns per pair"
+            f"{self.select_s * 1e9:.2f} ns, write-back {self.write_s * 1e9:.2f} ns and low-bit code "
+            f"{(self.encode_s + 2 * self.decode_s) * 1e9:.2f} ns per element, merge {self.merge_s * 1e9:.1f} ns "
+            "per pair"
         )
 
     def total(self, terms: Mapping[str, float]) -> float:
@@ -88,8 +96,8 @@ def exchange_terms(
 
     Args:
         scheme: one of ``SCHEMES``.
-        numel: elements of the bucket (only dense uses it).
-        k: pairs per rank.
+        numel: elements of the bucket (only dense and low-bit use it).
+        k: pairs per rank (of the others).
         world_size: P.
         crowding: ranks per core where more ranks than cores share a machine, else 1. It multiplies the
             computation's factors.
@@ -117,6 +125,8 @@ def exchange_terms(
             "byte_s": 2 * share * _VALUE_BYTES * sent,
             "reduce_s": share * sent * crowding,
         }
+    if scheme in LOW_BIT:
+        return _low_bit_terms(LOW_BIT[scheme], numel, world_size, crowding)
     message = _PAIR_BYTES * k + _HEADER_BYTES
     if scheme == "topk":
         if not folds and message <= DOUBLING_BYTES:
@@ -133,13 +143,32 @@ def exchange_terms(
     }
 
 
+def _low_bit_terms(bits: int, numel: int, world_size: int, crowding: float) -> dict[str, float]:
+    """Every rank sends each owner its chunk's codes, and the owners' sums are all-gathered, coded again."""
+    rounds, folds = core_rounds(world_size)
+    blocks = -(-numel // _BLOCK)
+    chunk = min(numel, -(-blocks // world_size) * _BLOCK)
+    message = _HEADER_BYTES + 2 * -(-chunk // _BLOCK) + -(-chunk * bits // 8)
+    others = world_size - 1
+    doubles = not folds and message <= DOUBLING_BYTES
+    gathers = {"message_s": float(others + rounds)} if doubles else {"ring_step_s": float(others)}
+    return {
+        "message_s": float(others),
+        **gathers,
+        "byte_s": float(2 * others * message),
+        "encode_s": (numel + chunk) * crowding,
+        "decode_s": (world_size * chunk + numel) * crowding,
+    }
+
+
 def step_terms(scheme: str, numel: int, k: int, world_size: int, crowding: float = 1.0) -> dict[str, float]:
     """Returns the factors for all work on one bucket: select (not for dense), exchange, write back."""
     terms = exchange_terms(scheme, numel, k, world_size, crowding)
     if scheme == "dense":
         return terms | {"write_s": numel * crowding, "dense_bucket_s": crowding}
+    sums_up = scheme == "randomk" or scheme in LOW_BIT  # and selects nothing by size
     passes = {
-        "gather_s" if scheme == "randomk" else "select_s": numel * crowding,
+        "gather_s" if sums_up else "select_s": numel * crowding,
         "write_s": numel * crowding,
     }
     return terms | passes | {"bucket_s": crowding}
@@ -158,12 +187,26 @@ def step_s(costs: Costs, scheme: str, numel: int, k: int, world_size: int, crowd
 
 
 def periodic_averaging_s(
-    costs: Costs, numel: int, world_size: int, period: int, crowding: float = 1.0
+    costs: Costs,
+    numel: int,
+    world_size: int,
+    period: int,
+    crowding: float = 1.0,
+    scheme: str = "dense",
 ) -> float:
-    """Predicts the seconds per step of averaging ``numel`` parameters every ``period`` steps (M-AVG)."""
+    """Predicts the seconds per step of averaging ``numel`` parameters every ``period`` steps.
+
+    Args:
+        costs: of network and device.
+        numel: elements of the model.
+        world_size: P.
+        period: K, local steps between two averagings.
+        crowding: as for ``exchange_terms``.
+        scheme: ``"dense"`` (M-AVG), or one of ``LOW_BIT``: an averager with that wire.
+    """
     if period < 1:
         raise ValueError(f"period must be at least 1, got {period}")
-    return exchange_s(costs, "dense", numel, 0, world_size, crowding) / period
+    return exchange_s(costs, scheme, numel, 0, world_size, crowding) / period
 
 
 def exposed_s(bucket_s: float, buckets: int, backward_s: float) -> float:

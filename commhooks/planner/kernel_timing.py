@@ -28,13 +28,14 @@ _BUCKETS = 3  # their gradients and residuals are more than caches hold, as in a
 _REPEATS = 5
 _SMALL_REPEATS = 10
 _DENSITY = 0.001
+_BITS = 4
 
 
-def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, float, float, float]:
-    """Measures ``select_s``, ``gather_s``, ``write_s`` and ``merge_s`` of :class:`.Costs`, in this order.
+def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, ...]:
+    """Measures six of :class:`.Costs`: select_s, gather_s, write_s, merge_s, encode_s and decode_s, in this order.
 
-    The first three are seconds per element: of top-k selection, random-k's update and write-back. The last is
-    seconds per pair of a merge.
+    ``merge_s`` is seconds per pair of a merge. The others are seconds per element: of top-k selection,
+    random-k's update and write-back, and of writing and adding codes of 4 bits.
 
     Args:
         numel: parameters of the model. At most three buckets of 25 MB are worked on, in turns, as in a step.
@@ -65,9 +66,12 @@ def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, fl
     select = turns(lambda b: ops.select_topk(b, k))
     gather = turns(lambda b: ops.select_indices(b, indices))
     write = turns(lambda b: ops.write_back(b.grad, values, indices))
+    codes = torch.empty(ops.low_bit_size(size, _BITS), dtype=torch.uint8, device=device)
+    encode = turns(lambda b: ops.low_bit_encode(b.grad, _BITS, codes, b.grad))
+    decode = turns(lambda b: ops.low_bit_decode_add(codes, _BITS, b.grad))
     pairs = ops.select_topk(buckets[0], k)
     merge = least_s(lambda: _merge(pairs.values, pairs.indices, values, indices, k), _REPEATS + 1, device)
-    return select, gather, write, merge / (2 * k)
+    return select, gather, write, merge / (2 * k), encode, decode
 
 
 def small_bucket_s(transport: Transport, device: torch.device, dense: bool) -> float:

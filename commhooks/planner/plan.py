@@ -6,12 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .cost_model import Costs, check_backward_s, exposed_s, step_s
+from .cost_model import LOW_BIT, Costs, check_backward_s, exposed_s, periodic_averaging_s, step_s
 
-CANDIDATES = ("topk", "gtopk", "randomk")
-"""The schemes that are predicted for every job, beside dense."""
+SPARSE = ("topk", "gtopk", "randomk")
+"""The schemes with a density that are predicted for every job."""
+CODED = ("lowbit8", "lowbit4", "lowbit2")
+"""The schemes that send every element in few bits and are predicted for every job."""
+CANDIDATES = (*SPARSE, *CODED)
 SAFE = ("topk", "gtopk")
-"""The schemes that may be chosen for any optimizer. Not random-k: it diverges with momentum."""
+"""The schemes that may be chosen for SGD, and untold. Not random-k: it diverges with momentum."""
+ADAPTIVE = ("lowbit8", "lowbit4")
+"""The schemes that may be chosen for AdamW, Muon and other optimizers than SGD.
+
+Sparse gradients cost them much of the loss. What 2 bits cost is not measured.
+"""
 DENSITIES = (0.01,)
 """The densities that are chosen by default. Lower ones need a density warm-up, which a plan cannot see."""
 PREDICTED_DENSITIES = (0.01, 0.001)
@@ -19,6 +27,7 @@ BUCKET_MB = (1.0, 5.0, 25.0, 100.0, 400.0)
 DEFAULT_BUCKET_MB = 25.0  # DDP's own
 MARGIN = 1.5  # a candidate that sends less must be predicted to be this many times faster,
 LEAST_SAVING_S = 2e-3  # and to save this much per step
+AVERAGING_PERIOD = 4  # of the averager with a wire of one bit that is advised
 EQUAL = 1.25  # two bucket sizes whose times differ by less than this factor count as equally fast
 _BYTES_PER_MB = 1 << 20
 
@@ -61,8 +70,9 @@ class Job:
     def ladder(self) -> list[tuple[str, float]]:
         """Returns the allowed pairs of scheme and density, those closest to dense training first."""
         densities = sorted(self.densities, reverse=True)
+        coded = [(s, 1.0) for s in CODED if s in self.schemes]
         exact = [(s, d) for d in densities for s in ("topk", "gtopk") if s in self.schemes]
-        return exact + [("randomk", d) for d in densities if "randomk" in self.schemes]
+        return coded + exact + [("randomk", d) for d in densities if "randomk" in self.schemes]
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ class Plan:
     It can be called as the rule for a Reducer's ``dense_crossover``.
 
     Attributes:
-        scheme: ``"gtopk"``, ``"topk"``, ``"randomk"`` or ``"dense"``.
-        density: k / n (1.0 for dense).
+        scheme: ``"gtopk"``, ``"topk"``, ``"randomk"``, ``"lowbit8"``, ``"lowbit4"`` or ``"dense"``.
+        density: k / n (1.0 for dense and low-bit).
         bucket_mb: the value for DDP's ``bucket_cap_mb``.
         predictions: every candidate at its best bucket size, dense among them, fastest first.
         reason: why, in one sentence.
@@ -112,10 +122,26 @@ class Plan:
         dense = step_s(self.costs, "dense", numel, 0, world_size) + numel * self.costs.gather_s
         return dense <= step_s(self.costs, self.scheme, numel, k, world_size)
 
+    @property
+    def bits(self) -> int | None:
+        """The bits of an element on the wire. None: the scheme is not one of few bits."""
+        return LOW_BIT.get(self.scheme)
+
+    @property
+    def averaging_s(self) -> float:
+        """Seconds a step of an averager that sends one bit an element of the change every 4 steps.
+
+        A plan does not choose it, since it is another way to train.
+        """
+        n, period = self.job.numel, AVERAGING_PERIOD
+        return periodic_averaging_s(self.costs, n, self.world_size, period, scheme="lowbit1")
+
     def summary(self) -> str:
         """Returns scheme, density and bucket size in a few words."""
         if self.scheme == "dense":
             return f"dense all-reduce, bucket_cap_mb={self.bucket_mb:g}"
+        if self.bits is not None:
+            return f"lowbit, {self.bits} bits an element, bucket_cap_mb={self.bucket_mb:g}"
         return f"{self.scheme} at density {self.density:g}, bucket_cap_mb={self.bucket_mb:g}"
 
     def table(self) -> str:
@@ -153,7 +179,7 @@ def choose(costs: Costs, job: Job, world_size: int) -> Plan:
 
     The choice starts at dense and goes through :meth:`Job.ladder`. Candidates further down learn worse. So a
     candidate replaces the choice only when it is predicted to be ``MARGIN`` times faster and to save
-    ``LEAST_SAVING_S`` seconds. Random-k never replaces another sparse scheme.
+    ``LEAST_SAVING_S`` seconds. Random-k never replaces another scheme.
 
     Args:
         costs: from :func:`commhooks.planner.probe`, the same on all ranks.
@@ -161,7 +187,8 @@ def choose(costs: Costs, job: Job, world_size: int) -> Plan:
         world_size: P.
     """
     allowed, densities = job.ladder(), {*job.densities, *PREDICTED_DENSITIES}
-    others = [(s, d) for s in CANDIDATES for d in sorted(densities) if (s, d) not in allowed]
+    pairs = [*((s, d) for s in SPARSE for d in sorted(densities)), *((s, 1.0) for s in CODED)]
+    others = [pair for pair in pairs if pair not in allowed]
     found = {pair: _best(costs, job, world_size, *pair) for pair in [*allowed, *others]}
     taken = dense = _best(costs, job, world_size, "dense", 1.0)
     for scheme, density in allowed if world_size > 1 else []:
@@ -230,9 +257,9 @@ def _reason_dense(world_size: int, dense: Prediction, fastest: Prediction | None
     if fastest is None:
         return f"do not compress: dense takes {_ms(dense.step_s)} per step and no scheme may be chosen"
     return (
-        f"do not compress: dense takes {_ms(dense.step_s)} per step, the best compression ({fastest.scheme}, "
-        f"density {fastest.density:g}) {_ms(fastest.step_s)}: less than {MARGIN:g} times or "
-        f"{_ms(LEAST_SAVING_S)} faster"
+        f"do not compress: dense takes {_ms(dense.step_s)} per step, the best compression ({fastest.scheme}"
+        f"{'' if fastest.scheme in LOW_BIT else f', density {fastest.density:g}'}) {_ms(fastest.step_s)}: less "
+        f"than {MARGIN:g} times or {_ms(LEAST_SAVING_S)} faster"
     )
 
 

@@ -50,10 +50,10 @@ def probe(transport: Transport, numel: int = 1 << 21, device: torch.device | str
         # The size of the largest model on any rank: all must do the same number of all-reduces.
         largest_bytes = min(_LARGEST_BYTES, 4 * int(slowest(transport, [float(numel)])[0]))
         ring_step_s, reduce_s, byte_s = _all_reduce(transport, byte_s, largest_bytes)
-    select_s, gather_s, write_s, merge_s = kernel_costs(numel, device, transport.rank)
+    select_s, gather_s, write_s, merge_s, *coding = kernel_costs(numel, device, transport.rank)
     bucket_s, dense_bucket_s = _constants(transport, device)
     mine = [message_s, byte_s, ring_step_s, reduce_s, merge_s, select_s, gather_s, write_s]
-    return Costs(*slowest(transport, [*mine, bucket_s, dense_bucket_s]))
+    return Costs(*slowest(transport, [*mine, bucket_s, dense_bucket_s, *coding]))
 
 
 def slowest(transport: Transport, mine: list[float]) -> list[float]:

@@ -126,6 +126,44 @@ def test_a_memory_is_for_either_kind_of_plan(monkeypatch):
     assert "momentum=0.5" in found[False, "momentum"][2] and "clip_norm=1.0" in found[False, "clip"][2]
 
 
+def test_adamw_gets_few_bits_and_sgd_a_sparse_scheme(monkeypatch):
+    """What is averaged by the chosen state, and that small buckets go densely in either case."""
+    import commhooks.planner.job as module
+
+    monkeypatch.setattr(module, "probe", lambda transport, numel, device: SLOW)
+    weights = [torch.nn.Parameter(torch.zeros(3))]
+    optimizers = [
+        (torch.optim.AdamW(weights), "lowbit4"),
+        (torch.optim.RMSprop(weights), "lowbit4"),
+        (torch.optim.SGD(weights, lr=0.1, momentum=0.9), "topk"),
+        (None, "topk"),
+    ]
+    if hasattr(torch.optim, "Muon"):
+        matrices = [torch.nn.Parameter(torch.zeros(3, 3))]
+        optimizers.append((torch.optim.Muon(matrices), "lowbit4"))
+
+    def work(transport, optimizer):
+        state = SparseState.auto(10**6, transport, optimizer=optimizer)
+        averages = []
+        for index, size in enumerate((100_000, 8)):
+            gradient = torch.full((size,), transport.rank + 1.0)
+            parameters = (torch.empty(size, requires_grad=True),)
+            averages.append(state.submit(gradient, index, parameters, index == 1).wait())
+        sent = state.stats()["bytes_sent"]
+        state.close()
+        return state.plan.scheme, averages, sent, repr(state.reducer.aggregator)
+
+    for optimizer, expected in optimizers:
+        results = in_process.run(2, lambda t, optimizer=optimizer: work(t, optimizer))
+        for scheme, (large, small), sent, aggregator in results:
+            assert scheme == expected and torch.equal(small, torch.full((8,), 1.5))
+            assert torch.equal(large, results[0][1][0])
+            if expected == "lowbit4":
+                assert "LowBit" in aggregator and "4" in aggregator
+                torch.testing.assert_close(large, torch.full((100_000,), 1.5), rtol=0.02, atol=0.0)
+                assert 50_000 < sent < 53_000
+
+
 def test_a_memory_of_ones_own_is_kept():
     class Own(ErrorFeedback):
         pass

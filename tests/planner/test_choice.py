@@ -8,7 +8,7 @@ import pytest
 from commhooks import AllGather, GTopK, RandomK, SharedIndices, TopK
 from commhooks.planner import Costs, Job, settle
 from commhooks.planner import choose as choose_for
-from commhooks.planner.plan import BUCKET_MB, CANDIDATES, EQUAL, LEAST_SAVING_S, MARGIN
+from commhooks.planner.plan import ADAPTIVE, BUCKET_MB, CANDIDATES, EQUAL, LEAST_SAVING_S, MARGIN, SAFE
 from commhooks.schemes import make_parts
 
 MB = 1 << 18  # elements
@@ -137,6 +137,36 @@ def test_random_k_is_not_taken_untold_and_only_when_no_other_pays():
         untold = choose(c, numel, 2)
         assert untold.scheme == ("topk" if told == "topk" else "dense")
         assert untold.predictions[0].scheme == "randomk" and "randomk" not in untold.reason
+
+
+def test_few_bits_are_for_other_optimizers_than_sgd():
+    """Only bytes cost. Of an element 2 ranks send 4 bytes, 1.01 in 8 bits, 0.51 in 4 bits, and 0.08 by top-k."""
+    c, numel = free(byte_s=1e-6), 10**6
+    for schemes, taken in (
+        (SAFE, ("topk", 0.01)),
+        (ADAPTIVE, ("lowbit4", 1.0)),
+        (("lowbit8",), ("lowbit8", 1.0)),
+        ((*SAFE, *ADAPTIVE), ("topk", 0.01)),
+    ):
+        plan = choose(c, numel, 2, schemes=schemes, densities=(0.01,))
+        assert (plan.scheme, plan.density) == taken, schemes
+        assert {p.scheme for p in plan.predictions} == {"dense", *CANDIDATES}
+    plan = choose(c, numel, 2, schemes=ADAPTIVE)
+    assert plan.bits == 4 and plan.summary() == "lowbit, 4 bits an element, bucket_cap_mb=25"
+    assert plan.faster_if_allowed().density == 0.001  # a sparse scheme
+    assert choose(c, numel, 2, schemes=SAFE).bits is None
+    # 4 bits must be the margin faster than 8, and either than dense. 1.5 elements are coded for each.
+    for encode, taken in ((0.0, "lowbit4"), (0.5, "lowbit8"), (1.6, "dense")):
+        found = choose(replace(c, encode_s=encode * 1e-6), numel, 2, schemes=ADAPTIVE)
+        assert found.scheme == taken, encode
+    assert "do not compress" in found.reason and "density" not in found.reason
+
+
+def test_the_averagers_prediction_of_one_bit_every_4_steps():
+    c, numel = free(byte_s=1e-6), 2_560_000
+    plan = choose(c, numel, 4, schemes=ADAPTIVE)
+    assert plan.averaging_s == pytest.approx(6 * (16 + 5000 + 80_000) * 1e-6 / 4)
+    assert choose(c, numel, 1).averaging_s == 0.0
 
 
 def test_what_is_taken_promises_the_margin_itself():

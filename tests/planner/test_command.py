@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from launch import ROOT, mpiexec, run, torchrun, why_no_horovod, why_no_mpi
 import commhooks
 from commhooks import cli
 from commhooks.cli import main
-from commhooks.planner import Job, command, measured_plan
+from commhooks.planner import Costs, Job, choose, command, measured_plan
+from commhooks.planner.plan import ADAPTIVE, CANDIDATES
 from commhooks.transports import in_process
 
 
@@ -82,9 +84,9 @@ def test_random_k_is_considered_where_momentum_is_ruled_out(monkeypatch):
 
     monkeypatch.setattr(command, "measured_plan", measured)
     monkeypatch.setattr(command, "_transport", lambda *a: contextlib.nullcontext(in_process.group(2)[0]))
-    for more in ([], ["--plain-sgd"]):
+    for more in ([], ["--plain-sgd"], ["--adaptive"]):
         assert main(["plan", "--numel", "1e5", *more]) == 2
-    assert asked == [("topk", "gtopk"), ("topk", "gtopk", "randomk")]
+    assert asked == [("topk", "gtopk"), ("topk", "gtopk", "randomk"), ("lowbit8", "lowbit4")]
 
 
 _PLAN = """
@@ -114,7 +116,22 @@ def test_plan_as_json():
         "distributed",
     )
     assert plan["numel"] == 2_000_000 and plan["costs"]["byte_s"] == 8e-8 and plan["bucket_cap_mb"] == 25.0
-    assert {p["scheme"] for p in plan["predictions"]} == {"dense", "topk", "gtopk", "randomk"}
+    assert {p["scheme"] for p in plan["predictions"]} == {"dense", *CANDIDATES}
+
+
+def test_a_plan_for_adamw_says_what_to_write_and_what_would_send_less():
+    slow = Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
+    told = command.text(choose(slow, Job(25_000_000, schemes=ADAPTIVE), 4), "distributed")
+    assert '  register(model, SparseState.lowbit(4, transport="distributed"))' in told
+    assert told.count("lowbit4 ") == 1 and told.count("lowbit8 ") == told.count("lowbit2 ") == 1
+    assert "at density 0.001 would be faster" in told and "(without --adaptive)" in told
+    assert "DiLoCo(..., sync_every=4, wire=LowBit(1))" in told
+    untold = command.text(choose(slow, Job(25_000_000), 4), "distributed")
+    assert "SparseState.topk(0.01" in untold and "DiLoCo" not in untold
+    fast = replace(slow, byte_s=0.0, message_s=0.0, ring_step_s=0.0, reduce_s=0.0)
+    assert "DiLoCo" not in command.text(choose(fast, Job(25_000_000, schemes=ADAPTIVE), 4), "mpi")
+    few = next(p for p in choose(slow, Job(10**6), 4).predictions if p.scheme == "lowbit4")
+    assert "it is for other optimizers than SGD" in command._not_taken(choose(slow, Job(10**6), 4), few)
 
 
 @pytest.mark.mpi

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from commhooks import AllGather, GTopK, SharedIndices, SparseGrad
+from commhooks import AllGather, GTopK, LowBit, SharedIndices, SparseGrad
 from commhooks.planner import Costs, exchange_s, step_s
 from commhooks.planner.cost_model import (
     DOUBLING_BYTES,
@@ -18,6 +18,7 @@ from commhooks.planner.cost_model import (
     step_terms,
 )
 from commhooks.transports import in_process
+from commhooks.wire.low_bit import chunks
 from commhooks.wire.message import Context
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 33, 64, 1024)
@@ -91,6 +92,51 @@ def test_terms_counted_by_hand(scheme, world_size):
     assert step_terms(scheme, 9999, 100, world_size) == pytest.approx(step)
     crowded = {name: 3 * factor if name in ON_CORES else factor for name, factor in step.items()}
     assert step_terms(scheme, 9999, 100, world_size, crowding=3.0) == pytest.approx(crowded)
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 4, 5, 8))
+@pytest.mark.parametrize("numel", (70_000, 256 * 100, 10))
+@pytest.mark.parametrize("bits", (1, 2, 4, 8))
+def test_low_bit_bytes_are_what_a_rank_sends_at_most(bits, numel, world_size):
+    """A chunk is at most a block larger than another one."""
+
+    def exchange(transport):
+        begin, end = chunks(numel, world_size)[transport.rank]
+        before = transport.counters.bytes_sent
+        x, owned = torch.ones(numel), torch.zeros(end - begin)
+        LowBit(bits, transport).mean(transport, x, owned, False, Context(0, 0))
+        return transport.counters.bytes_sent - before
+
+    sent = max(in_process.run(world_size, exchange))
+    path = exchange_terms(f"lowbit{bits}", numel, 0, world_size)["byte_s"]
+    assert sent <= path <= sent + world_size * (32 * bits + 2)
+
+
+def test_low_bit_terms_counted_by_hand():
+    """2,560,000 elements are 10,000 blocks of 256: with 4 ranks and 4 bits a chunk has 640,000 and 325,016 bytes."""
+    terms = {
+        "message_s": 3,
+        "ring_step_s": 3,
+        "byte_s": 6 * 325_016,
+        "encode_s": 3_200_000,
+        "decode_s": 5_120_000,
+    }
+    assert exchange_terms("lowbit4", 2_560_000, 0, 4) == terms
+    passes = {"gather_s": 2_560_000, "write_s": 2_560_000, "bucket_s": 1}
+    assert step_terms("lowbit4", 2_560_000, 0, 4) == terms | passes
+    crowded = exchange_terms("lowbit4", 2_560_000, 0, 4, crowding=2.0)
+    assert crowded == terms | {"encode_s": 6_400_000, "decode_s": 10_240_000}
+    # a chunk of 25,600 elements in 1 bit: 16 + 200 + 3,200 bytes, which are all-gathered by doubling
+    assert exchange_terms("lowbit1", 102_400, 0, 4) == {
+        "message_s": 3 + 2,
+        "byte_s": 6 * 3416,
+        "encode_s": 128_000,
+        "decode_s": 204_800,
+    }
+    assert exchange_terms("lowbit4", 1000, 0, 1) == {}
+    c = costs(encode_s=1e-9, decode_s=1e-9)
+    one = exchange_s(c, "lowbit1", 2_560_000, 0, 4)
+    assert periodic_averaging_s(c, 2_560_000, 4, 4, scheme="lowbit1") == pytest.approx(one / 4)
 
 
 def test_small_all_gathers_of_a_power_of_two_go_by_doubling():

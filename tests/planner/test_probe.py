@@ -41,7 +41,7 @@ class Clocked(Transport):
 
 def probed(monkeypatch, transport, numel=10**7):
     monkeypatch.setattr(device_module, "time", transport)
-    monkeypatch.setattr(probe_module, "kernel_costs", lambda *arguments: (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(probe_module, "kernel_costs", lambda *arguments: (0.0,) * 4 + (3.0, 5.0))
     monkeypatch.setattr(
         probe_module, "small_bucket_s", lambda transport, device, dense: 0.5 if dense else 2.0
     )
@@ -56,6 +56,7 @@ def test_costs_are_found(monkeypatch, world_size, byte_s):
     found = probed(monkeypatch, Clocked(true, world_size))
     for name in ("message_s", "byte_s", "ring_step_s", "reduce_s"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-3), name
+    assert (found.encode_s, found.decode_s) == (3.0, 5.0)
     assert found.bucket_s == 2.0  # of which the all-gather took nothing here
     alone = exchange_s(true, "dense", SMALL_NUMEL, 0, world_size)
     assert found.dense_bucket_s == pytest.approx(max(0.0, 0.5 - alone))
