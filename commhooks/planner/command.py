@@ -142,9 +142,9 @@ def _averaging(plan: Plan) -> str | None:
     if not _is_adaptive(plan) or plan.bits is None or 2 * plan.averaging_s > taken.step_s:
         return None
     return (
-        f"averaging in one bit every {AVERAGING_PERIOD} steps would add {plan.averaging_s * 1e3:.3g} ms to a step: "
-        f"DiLoCo(..., sync_every={AVERAGING_PERIOD}, wire=LowBit(1)), best with Muon inside; it is another way "
-        "to train (docs/guide.md)"
+        f"averaging in one bit every {AVERAGING_PERIOD} steps would add {plan.averaging_s * 1e3:.3g} ms to a "
+        f"step: DiLoCo(..., sync_every={AVERAGING_PERIOD}, wire=LowBit(1)), best with Muon inside; it is "
+        "another way to train (docs/guide.md)"
     )
 
 

@@ -68,8 +68,8 @@ class Costs:
         return (
             f"message {self.message_s * 1e6:.0f} us, bandwidth {bandwidth}, selection "
             f"{self.select_s * 1e9:.2f} ns, write-back {self.write_s * 1e9:.2f} ns and low-bit code "
-            f"{(self.encode_s + 2 * self.decode_s) * 1e9:.2f} ns per element, merge {self.merge_s * 1e9:.1f} ns "
-            "per pair"
+            f"{(self.encode_s + 2 * self.decode_s) * 1e9:.2f} ns per element, merge "
+            f"{self.merge_s * 1e9:.1f} ns per pair"
         )
 
     def total(self, terms: Mapping[str, float]) -> float:

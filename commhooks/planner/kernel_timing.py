@@ -32,7 +32,7 @@ _BITS = 4
 
 
 def kernel_costs(numel: int, device: torch.device, seed: int) -> tuple[float, ...]:
-    """Measures six of :class:`.Costs`: select_s, gather_s, write_s, merge_s, encode_s and decode_s, in this order.
+    """Measures select_s, gather_s, write_s, merge_s, encode_s and decode_s of :class:`.Costs`, in this order.
 
     ``merge_s`` is seconds per pair of a merge. The others are seconds per element: of top-k selection,
     random-k's update and write-back, and of writing and adding codes of 4 bits.

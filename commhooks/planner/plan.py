@@ -256,10 +256,10 @@ def _reason_dense(world_size: int, dense: Prediction, fastest: Prediction | None
         return "do not compress: there is one rank, so nothing is sent"
     if fastest is None:
         return f"do not compress: dense takes {_ms(dense.step_s)} per step and no scheme may be chosen"
+    density = "" if fastest.scheme in LOW_BIT else f", density {fastest.density:g}"
     return (
         f"do not compress: dense takes {_ms(dense.step_s)} per step, the best compression ({fastest.scheme}"
-        f"{'' if fastest.scheme in LOW_BIT else f', density {fastest.density:g}'}) {_ms(fastest.step_s)}: less "
-        f"than {MARGIN:g} times or {_ms(LEAST_SAVING_S)} faster"
+        f"{density}) {_ms(fastest.step_s)}: less than {MARGIN:g} times or {_ms(LEAST_SAVING_S)} faster"
     )
 
 
