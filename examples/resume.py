@@ -44,10 +44,10 @@ def main(folder, last):
         if rank == 0:
             print(f"step {step}: loss {loss:.9f}", flush=True)
 
-    target = folder / f"step-{last}-ranks-{dist.get_world_size()}"
-    target.mkdir(parents=True, exist_ok=True)
+    (target := folder / f"step-{last}-ranks-{dist.get_world_size()}").mkdir(parents=True, exist_ok=True)
     mine = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "done": last}
-    torch.save({**mine, "commhooks": state.state_dict()}, target / f"rank-{rank:04d}.pt")
+    torch.save({**mine, "commhooks": state.state_dict()}, part := target / f"rank-{rank:04d}.part")
+    part.replace(part.with_suffix(".pt"))  # a file of that name was whole until now
     dist.barrier()  # a checkpoint becomes the newest one when all ranks have written it
     if rank == 0:
         (folder / ".link").symlink_to(target.name)

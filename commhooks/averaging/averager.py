@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteGradientError
 from ..exchange import LowBit
+from ..reduction.checkpoint import complain, withheld
 from ..transports import Transport
 from . import watch
 from .agreement import Gather, Header, Ranks, agree
@@ -570,10 +571,11 @@ class Averager(ModelAverager):
             **self._own_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Takes over a state of this rank at this world size, or one that ``average_checkpoints`` made.
 
         Where the saved settings differ from this averager's, both are logged, and this averager's are used.
+        ``strict`` is that of :meth:`Reducer.load_state_dict`.
 
         Raises:
             ValueError: the state is another rank's, or of another world size and not averaged.
@@ -584,6 +586,8 @@ class Averager(ModelAverager):
                 f"state is of rank {saved[0]} of {saved[1]}, this is rank {self.rank} of {self.world_size}: "
                 f"load each rank's own, or join all of them with average_checkpoints"
             )
+        if self.reducer is None and any(withheld(held) for held in state["reducers"] or []):
+            complain(["the residuals would be lost: this averager has no reducer"], strict)
         self._members.load_state_dict(state.get("members", {"trained": []}))
         self._load_shared_state(state["shared"])
         self.step, self.synchronisations = state["step"], state["synchronisations"]
@@ -593,7 +597,7 @@ class Averager(ModelAverager):
             logger.warning("the state was saved by %s; the run goes on with %s", settings, self.settings())
         if self.reducer is not None and state["reducers"] is not None:
             reducers = state["reducers"]
-            self.reducer.load_state_dict(reducers[0] if saved != (None, None) else reducers)
+            self.reducer.load_state_dict(reducers[0] if saved != (None, None) else reducers, strict=strict)
         self._load_own_state(state)
 
     def _own_state(self) -> dict[str, Any]:

@@ -165,12 +165,13 @@ class PostLocalState:
         place = {name: held[name] for name in ("rank", "world_size")}
         return {"step": self.step, "synchronisations": 0, **place, "shared": {}, "reducers": [held]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Continues a saved count, and the state of the hook.
 
         Args:
             state: what this rank's :meth:`state_dict` gave at this world size, or what
                 ``average_checkpoints`` made of all ranks'.
+            strict: of the hook state's ``load_state_dict``.
 
         Raises:
             ValueError: the hook's states are of another rank or world size, or the hook has no state for
@@ -183,7 +184,8 @@ class PostLocalState:
                 f"the checkpoint holds the state of a sparse hook, got hook_state={self.hook_state!r}"
             )
         if held is not None:
-            self.hook_state.load_state_dict(held if state["rank"] is None else held[0])
+            options = {} if strict else {"strict": False}
+            self.hook_state.load_state_dict(held if state["rank"] is None else held[0], **options)
         elif loads:
             logger.warning(
                 "PostLocalState: the checkpoint holds no residuals: those of its hook are kept as they are"

@@ -23,6 +23,7 @@ from ..memory import Memory
 from ..memory.clipping import norm_of
 from ..memory.no_memory import NoMemory
 from ..memory.resharding import check_entries
+from ..reduction.checkpoint import check_units
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, dense_memory, make_parts
 from ..selection.density import DensitySchedule
@@ -519,27 +520,41 @@ class SparseState:
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's residuals and velocities by parameter name. Save one per rank.
 
-        ``"moved"`` has the settings that :meth:`for_optimizer` moved, by name.
+        ``"scheme"`` says what made them, and ``"units"`` whether they are of unscaled gradients
+        (``grad_scaler``). ``"moved"`` has the settings that :meth:`for_optimizer` moved, by name.
 
         Raises:
             ValueError: the parameters' names are unknown.
         """
         moved = {} if self.moved is None else {"moved": dict(self.moved)}
-        return {**self.reducer.state_dict(), **moved}
+        return {**self.reducer.state_dict(), "units": self._units, **moved}
 
-    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+    @property
+    def _units(self) -> str:
+        """The units of the memory. Without a scaler they are those of the gradients that DDP gives."""
+        return "as given" if self.grad_scaler is None else "unscaled"
+
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]], *, strict: bool = True) -> None:
         """Loads this rank's state, or the list of all ranks' states of a run of any world size.
 
-        The first call opens the transport, which is collective. Errors as :meth:`Reducer.load_state_dict`. A
-        state of :meth:`for_optimizer` also raises ``ValueError`` when the saved one moved other settings.
+        The first call opens the transport, which is collective.
+
+        Args:
+            state: as for :meth:`Reducer.load_state_dict`.
+            strict: False: a memory that does not fit is loaded all the same, and what is dropped is logged.
+
+        Raises:
+            ValueError: as :meth:`Reducer.load_state_dict`; the memory has other units, because only one of
+                the two states has a ``grad_scaler``; or :meth:`for_optimizer` moved other settings.
         """
         for saved in state if isinstance(state, list) else [state]:
             check_entries(saved, ("residual", "velocity"))
             check_moved(saved, self.moved)
+            check_units(saved, self._units, strict)
         self.forget_waiting()
         self._thread.wait()
         self.open()
-        self.reducer.load_state_dict(state)
+        self.reducer.load_state_dict(state, strict=strict)
         self._steps_seen = 0
         self.watch.forgive()
 

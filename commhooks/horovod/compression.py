@@ -70,9 +70,9 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         """This rank's residuals, velocities and step counts by parameter name. Each rank saves its own."""
         return self.core.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what this rank's :meth:`state_dict` gave."""
-        self.core.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
+        """Loads what this rank's :meth:`state_dict` gave. ``strict`` as for ``SparseState``."""
+        self.core.load_state_dict(state, strict)
 
     def stats(self) -> dict[str, Any]:
         """Figures of the last step on this rank: bytes, compression ratio, residual norm."""

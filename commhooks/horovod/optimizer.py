@@ -145,8 +145,11 @@ class SparseOptimizer:
             state["commhooks"] = self._sync.state.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` gave; ``"commhooks"`` may be the list of all ranks of any world size."""
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
+        """Loads what ``state_dict`` gave; ``"commhooks"`` may be the list of all ranks of any world size.
+
+        ``strict`` as for ``SparseState.load_state_dict``.
+        """
         state_dict = dict(state_dict)
         residuals = state_dict.pop("commhooks", None)
         groups, state = self.param_groups, self.state
@@ -163,7 +166,7 @@ class SparseOptimizer:
             self._sync.reset()
             if residuals is not None:
                 self._sync.open()
-                self._sync.state.load_state_dict(residuals)
+                self._sync.state.load_state_dict(residuals, strict=strict)
         self._synchronized, self._should_synchronize = False, True
 
     def __getstate__(self) -> Any:

@@ -21,6 +21,7 @@ from ..gradient.sparse_grad import SparseGrad
 from ..memory import ErrorFeedback, Memory
 from ..memory.parameter_memory import VERSION
 from ..memory.resharding import check_entries
+from ..reduction.checkpoint import check_fits, description, in_units_of
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
 from ..selection.selectors import Selector
@@ -230,16 +231,19 @@ class CompressorCore:
         """This rank's memory and step counts by parameter name. Call it between steps; save one per rank."""
         self._finish_if_complete()
         moved = {} if self.moved is None else {"moved": dict(self.moved)}
-        return {"steps": self.steps(), **self.memory.table.state_dict(), **moved}
+        made_by = description(self.selector, "Horovod", self.memory)
+        return {"steps": self.steps(), "scheme": made_by, **self.memory.table.state_dict(), **moved}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what this rank's :meth:`state_dict` gave.
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Loads what this rank's :meth:`state_dict` gave. ``strict`` as for ``SparseState``.
 
         Raises:
-            ValueError: ``state`` is something else, or it moved other settings.
+            ValueError: ``state`` is something else, its memory does not fit, or it moved other settings.
         """
         check_entries(state, ("steps", "residual", "velocity"))
         check_moved(state, self.moved)
+        check_fits(state, self.selector, self.memory, strict)
+        state = in_units_of(self.memory, state)
         self._begun.clear()
         self.step.forget()
         self.load_steps(state["steps"])

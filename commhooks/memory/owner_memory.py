@@ -176,6 +176,23 @@ def gathered(states: list[dict[str, Any]]) -> dict[str, dict[int, Tensor]]:
     return result
 
 
+def without_owners(state: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Returns a state whose residuals hold ``world_size`` times what the rank owned. It owns nothing.
+
+    So ``mean_p residual_p + owned`` stays the same where the exchange that follows has no owners.
+    """
+    if not state.get("owned"):
+        return state
+    residual = dict(state["residual"])
+    for name, found in state["owned"].items():
+        ends = [start + kept.numel() for start, kept in found.items()]
+        first = next(iter(found.values()))
+        residual[name] = residual[name].clone() if name in residual else first.new_zeros(max(ends))
+        for start, kept in found.items():
+            residual[name][start : start + kept.numel()].add_(kept, alpha=world_size)
+    return {**{key: value for key, value in state.items() if key != "owned"}, "residual": residual}
+
+
 def _whole(piece: Piece, numel: int) -> Tensor:
     """Returns a whole parameter, shape ``(numel,)``, that is zero outside the piece."""
     start, kept = piece

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
@@ -16,8 +15,6 @@ from ..gradient.bucket import Bucket
 from ..native.fused import Fused
 from .element_order import ElementOrder, order_of, orders_in
 from .owner_memory import OwnerMemory
-
-logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Of the format of checkpoints. Version 1 has each parameter's elements as DDP lays them out."""
@@ -249,7 +246,8 @@ class ParameterMemory:
                     f"state_dict needs the parameters' names ({self.name_of(key)}): attach the state with "
                     "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
                 )
-            state["residual"][name] = held.by_index(held.residual, position)
+            if self.with_residual:
+                state["residual"][name] = held.by_index(held.residual, position)
             if held.velocity is not None:
                 state["velocity"][name] = held.by_index(held.velocity, position)
             if key in self.last_lr:
@@ -269,23 +267,19 @@ class ParameterMemory:
         self._loaded_lr = {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Replaces the table by a :meth:`state_dict`. A tensor is used when its parameter is first seen."""
+        """Replaces the table by a :meth:`state_dict`. A tensor is used when its parameter is first seen.
+
+        Residuals or velocities that this table does not keep are dropped.
+        """
         self._of_bucket.clear()
         self._place.clear()
         self.last_lr.clear()
         self._loaded = {
             kind: {n: t.clone() for n, t in state[kind].items()} for kind in ("residual", "velocity")
         }
-        if not self.with_residual:
-            held = sum(1 for residual in self._loaded["residual"].values() if bool(residual.any()))
-            if held:
-                logger.warning(
-                    "the loaded residuals of %d parameters are dropped: this state has no memory", held
-                )
-            self._loaded["residual"].clear()
-        if self._loaded["velocity"] and not self.with_velocity:
-            logger.warning("the loaded velocities are dropped: this memory has no momentum")
-            self._loaded["velocity"].clear()
+        for kind, has in (("residual", self.with_residual), ("velocity", self.with_velocity)):
+            if not has:
+                self._loaded[kind].clear()
         self.owned = OwnerMemory(state.get("owned") if self.with_residual else None)
         self._loaded_lr = dict(state.get("last_lr", {}))
         self._is_version_1 = state.get("version", 1) < 2

@@ -12,7 +12,7 @@ from ..exchange import Aggregator, Dense, LowBit
 from ..exchange.agreement import agree
 from ..gradient.bucket import Bucket
 from ..memory import Memory, NoMemory
-from ..memory.owner_memory import OwnedChunk
+from ..memory.owner_memory import OwnedChunk, without_owners
 from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
 from ..schemes import UNSET, check_scheme, chosen_memory
@@ -20,6 +20,7 @@ from ..selection.selectors import Selector
 from ..transports import Connection, Transport
 from ..wire.low_bit import chunks
 from ..wire.message import Context
+from .checkpoint import check_fits, description, in_units_of
 from .dense_rule import Crossover, DenseRule
 from .routes import DenseRoute, LowBitRoute, PlainRoute, Route, SparseRoute
 from .sizes import Sizes
@@ -241,14 +242,17 @@ class Reducer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's memory by parameter name, and the step. Call it between steps.
+        """Returns this rank's memory by parameter name, the step, and what made them. Call it between steps.
+
+        ``"scheme"`` has the names of selector, aggregator and memory, and the momentum.
 
         Raises:
             ValueError: a parameter has no name.
         """
         transport = self.transport if self.connection.is_open else None
         place = (transport.rank, transport.world_size) if transport else (0, 1)
-        return {"rank": place[0], "world_size": place[1], "step": self.step} | (
+        made_by = description(self.selector, type(self.aggregator).__name__, self.memory)
+        return {"rank": place[0], "world_size": place[1], "step": self.step, "scheme": made_by} | (
             self.memory.table.state_dict()
         )
 
@@ -265,26 +269,36 @@ class Reducer:
         self.step, self._can_discard = 0, False
         self.memory.table.forget()
 
-    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]], *, strict: bool = True) -> None:
         """Loads this rank's state, or all ranks' states of a run with any world size.
+
+        What owners kept in low-bit exchanges goes to the residuals where the exchange has no owners, and
+        velocities are converted between Nesterov's and Polyak's form.
 
         Args:
             state: what this rank's :meth:`state_dict` returned, or the list of all ranks' in rank order. When
                 the world size differs the list is redistributed so that ``sum_p residual_p / P`` is kept.
+            strict: False: a memory that does not fit is loaded all the same, and what is dropped is logged.
 
         Raises:
-            ValueError: one state of a run with another world size, or states that do not belong together.
+            ValueError: one state of a run with another world size, or states that do not belong together; a
+                format of a later version; or a memory that does not fit: it would be dropped, or random-k
+                would go on with momentum.
         """
         transport = self.open()
         states = state if isinstance(state, list) else [state]
         check_states(states, isinstance(state, list), transport.rank, transport.world_size)
+        for saved in states:
+            check_fits(saved, self.selector, self.memory, strict)
         if len(states) == 1 and not isinstance(state, list):
             mine = states[0]
         elif len(states) == transport.world_size:
             mine = states[transport.rank]
         else:
             mine = {**states[0], **redistributed(states, transport.rank, transport.world_size)}
-        self.restart({**mine, "step": states[0]["step"]})
+        if not isinstance(self.aggregator, LowBit):
+            mine = without_owners(mine, transport.world_size)
+        self.restart({**in_units_of(self.memory, mine), "step": states[0]["step"]})
 
     def __getstate__(self) -> dict[str, Any]:
         # The settings are all that a later version needs to make a Reducer of its own.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import ALL_SCHEMES, BUCKETS, NAMES, integers, memory_of, reducer, step
 
-from commhooks import Bucket, Dense, ErrorFeedback, GTopK, Reducer, TopK
+from commhooks import Bucket, Dense, ErrorFeedback, GTopK, NoMemory, Reducer, TopK
 from commhooks.memory.parameter_memory import ParameterMemory
 from commhooks.memory.resharding import redistributed
 from commhooks.transports import in_process
@@ -161,39 +161,61 @@ def test_a_loaded_name_that_no_parameter_has_is_refused():
     assert in_process.run(1, work) == [[3.0, 3.0, 0.0, 0.0]]
 
 
-def test_loaded_velocities_without_momentum_are_dropped_with_a_warning(caplog):
+def test_loaded_velocities_without_momentum_are_dropped_only_if_asked(caplog):
     def work(transport):
         red = reducer("union", transport, 0.5)
-        red.load_state_dict(
-            {
-                "rank": 0,
-                "world_size": 1,
-                "step": 1,
-                "residual": {"p0": torch.ones(4)},
-                "velocity": {"p0": torch.ones(4)},
-            }
-        )
+        saved = {
+            "rank": 0,
+            "world_size": 1,
+            "step": 1,
+            "residual": {"p0": torch.ones(4)},
+            "velocity": {"p0": torch.ones(4)},
+        }
+        with pytest.raises(ValueError, match="velocities would be lost.*no momentum.*strict=False"):
+            red.load_state_dict(saved)
+        assert red.step == 0 and red.state_dict()["residual"] == {}
+        red.load_state_dict(saved, strict=False)
         return red.state_dict()["velocity"]
 
     with caplog.at_level(logging.WARNING):
         assert in_process.run(1, work) == [{}]
-    assert "velocities are dropped" in caplog.text
+    assert "velocities would be lost" in caplog.text
 
 
-def test_loaded_residuals_without_a_memory_are_dropped_with_a_warning(caplog):
+def test_loaded_residuals_without_a_memory_are_dropped_only_if_asked(caplog):
     """As when a job resumes on a faster network and ``auto`` does not compress there."""
 
-    def work(transport, residual):
+    def work(transport, residual, **options):
         red = Reducer(None, Dense(transport))
-        saved = {"rank": 0, "world_size": 1, "step": 1, "residual": {"p0": residual}, "velocity": {}}
-        red.load_state_dict(saved)
+        saved = reducer("union", transport, 0.5).state_dict()
+        red.load_state_dict({**saved, "residual": {"p0": residual}}, **options)
         return red.state_dict()["residual"]
 
     with caplog.at_level(logging.WARNING):
         assert in_process.run(1, lambda t: work(t, torch.zeros(4))) == [{}]
         assert not caplog.records
-        assert in_process.run(1, lambda t: work(t, torch.ones(4))) == [{}]
-    assert "residuals of 1 parameters are dropped" in caplog.text
+        with pytest.raises(ValueError, match="residuals of 1 parameters would be lost.*strict=False"):
+            in_process.run(1, lambda t: work(t, torch.ones(4)))
+        assert not caplog.records
+        assert in_process.run(1, lambda t: work(t, torch.ones(4), strict=False)) == [{}]
+    assert "residuals of 1 parameters would be lost" in caplog.text
+
+
+def test_no_memory_saves_no_residual():
+    """What it dropped is not withheld, so its own checkpoint fits. Version 1 saved it, and is only logged."""
+
+    def work(transport):
+        red = reducer("union", transport, 0.5, NoMemory())
+        step(red, [torch.arange(1.0, 5.0)] * BUCKETS)
+        saved = red.state_dict()
+        assert saved["residual"] == {} and saved["step"] == 1
+        again = reducer("union", transport, 0.5, NoMemory())
+        again.load_state_dict(saved)
+        old = {name: value for name, value in saved.items() if name != "scheme"}
+        again.load_state_dict({**old, "version": 1, "residual": {"p0": torch.ones(4)}})
+        return again.step
+
+    assert in_process.run(1, work) == [1]
 
 
 def test_loading_forgets_a_step_that_was_broken_off():
