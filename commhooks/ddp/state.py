@@ -666,7 +666,7 @@ class SparseState:
 
     def _fail(self, error: BaseException) -> None:
         self.error = error
-        logger.error("communication failed: %s", error)
+        logger.error("communication failed: %s: %s", type(error).__name__, error)
         if self.reducer.connection.is_open:
             self.reducer.transport.fail(error)
 

@@ -40,8 +40,8 @@ def run_cases(folder):
             continue
         started = time.monotonic()
         faulthandler.dump_traceback_later(
-            60.0, exit=True
-        )  # no case takes long: say where it hangs, and end the job
+            150.0, exit=True
+        )  # no case takes long on an idle machine: say where it hangs, and end the job
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

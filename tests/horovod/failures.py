@@ -26,7 +26,7 @@ def main():
         optimizer = hvd.DistributedOptimizer(sgd, named(), compression=Compression.topk(0.1, named()))
     else:
         density = 0.2 if mode == "mismatch" and odd else 0.1
-        state = SparseState.gtopk(density, timeout_s=8.0, dense_crossover=False)  # slow machines open late
+        state = SparseState.gtopk(density, timeout_s=15.0, dense_crossover=False)  # slow machines open late
         optimizer = DistributedOptimizer(sgd, named(), state=state, bucket_cap_mb=0.0003)
 
     def fail(_):
