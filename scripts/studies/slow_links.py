@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +130,49 @@ def study(
         lambda done: left(done, world.size, rates, seeds),
         lambda labels: trained.train(world, command(labels["method"], labels["lr"], labels["seed"], steps)),
     )
+
+
+class Row(NamedTuple):
+    """What is known of one method on one number of ranks, at its best rate so far.
+
+    Attributes:
+        method: a name in METHODS.
+        ranks: how many.
+        runs, wanted: how many runs there are, and how many a whole study has.
+        lr: the best rate so far.
+        losses: at that rate, by seed; None: it diverged. Empty: there is no run yet.
+        bytes_sent_per_step: of a rank.
+    """
+
+    method: str
+    ranks: int
+    runs: int
+    wanted: int
+    lr: float
+    losses: list[float | None]
+    bytes_sent_per_step: float
+
+    @property
+    def loss(self) -> float | None:
+        """The median over the seeds; None: there is no run yet, or one diverged."""
+        known = [loss for loss in self.losses if loss is not None]
+        return statistics.median(known) if known and len(known) == len(self.losses) else None
+
+
+def rows(found: Sequence[Record]) -> list[Row]:
+    """All methods, those without a run too, in their order."""
+    about, result = found[0], []
+    for name, method in METHODS.items():
+        for ranks in method.ranks:
+            rates = len(about["rates"]) if ranks == 4 else 1
+            wanted = rates + len(about["seeds"]) - 1
+            runs = records.select(found, bench="run", method=name, ranks=ranks)
+            lr = best_rate(found, name, about["seeds"][0]) if runs else math.nan
+            best = records.select(runs, lr=lr)
+            losses = [run["loss"] for run in sorted(best, key=lambda run: run["seed"])]
+            sent = runs[0]["bytes_sent_per_step"] if runs else math.nan
+            result.append(Row(name, ranks, len(runs), wanted, lr, losses, sent))
+    return result
 
 
 def main() -> None:

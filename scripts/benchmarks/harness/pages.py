@@ -25,6 +25,7 @@ PAGES = {
     "docs/kernels.md": "benchmarks.pages.kernels",
     "docs/kernels-cuda.md": "benchmarks.pages.kernels_cuda",
     "docs/recipes.md": "benchmarks.pages.recipes",
+    "docs/slow-links.md": "benchmarks.pages.slow_links",
 }
 _BLOCK = re.compile(r"<!-- rendered: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
