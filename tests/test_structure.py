@@ -327,6 +327,7 @@ FOREIGN = {
     "_get_backend": "torch has no public way to a group's backend",
     "_foreach_div_": "torch's operator on lists of tensors",
     "_handle_map": "Horovod: what lives from one init() to the next",
+    "_is_view": "torch has no public way to tell a view",
     "_version": "torch has no public count of the changes of a tensor in place",
 }
 """Private names of other libraries, with the reason."""

@@ -33,7 +33,7 @@ from ..transports.distributed import backend_for
 from .comm_thread import CommThread
 from .optimizers import check_optimizer, is_plain_sgd
 from .recipe import Recipe, check_moved
-from .step_watch import StepWatch
+from .step_watch import Found, StepWatch
 from .wrapped import find_ddp
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class SparseState:
         error: the error that made the state fail, or None. A failed state raises it at every later step.
         plan: the decision of :meth:`auto`, or None.
         moved: the optimizer's settings that :meth:`for_optimizer` put into the memory, or None.
-        watch: observes whether the averages are used, zeroed or accumulated.
+        watch: observes whether the averages are used, zeroed, clipped or accumulated.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value, ``nonfinite="skip"`` with a
@@ -343,14 +343,14 @@ class SparseState:
         """
         # Before take(), which begins to watch parameters that register() has not named.
         idle = self.watch.never_reached(parameters) if self.reducer.memory.decays else []
-        stale = self.watch.take(parameters)
+        found = self.watch.take(parameters, buffer, self._steps_all)
         devices: list[Any] = [buffer.device] if buffer.device.type == "cuda" else []
         done: Future[Tensor] = Future(devices=devices)
         if self._passthrough or self.error is not None:
             done.set_result(buffer)
             return done.then(self._check)
         self._waiting.append(
-            _Full(buffer, index, parameters, is_last, stale, idle, ready_event(buffer), done)
+            _Full(buffer, index, parameters, is_last, found, idle, ready_event(buffer), done)
         )
         if is_last or not self.reducer.memory.clips_model:
             full, self._waiting = self._waiting, []
@@ -387,11 +387,14 @@ class SparseState:
             return None
 
     def _enter(self, one: _Full) -> Bucket:
-        """Makes the bucket and takes stale gradients out of it."""
+        """Makes the bucket and takes out of it what is no gradient of this pass."""
         if one.bucket is None:
-            unreached = frozenset() if self._steps_all else frozenset((*one.stale, *one.idle))
-            one.bucket = self._bucket(one.buffer, one.index, one.parameters, one.is_last, unreached)
-            one.held = one.bucket.take_out(one.stale)
+            found, unreached = one.found, frozenset[int]()
+            if not self._steps_all:
+                unreached = frozenset((*found.stale, *one.idle))
+            bucket = self._bucket(one.buffer, one.index, one.parameters, one.is_last, unreached)
+            one.bucket = replace(bucket, same_step=found.same_step)
+            one.kept = bucket.take_out(found.stale, found.held)
         return one.bucket
 
     def _reduce(self, one: _Full, norm: Tensor | None) -> None:
@@ -404,7 +407,8 @@ class SparseState:
                 bucket = replace(bucket, step_norm=norm)
             scale = self._loss_scale()
             self.reducer.reduce(bucket, scale)
-            bucket.put_back(one.held)
+            bucket.put_back(one.kept, one.found.held)
+            self.watch.written(one.found, one.buffer)
             if bucket.is_last:
                 bad = bool(self.reducer.nonfinite_buckets)
                 self.watch.end_step(bad)
@@ -680,23 +684,23 @@ class _Full:
     """A bucket that DDP has filled.
 
     Attributes:
-        stale: positions of parameters whose old ``.grad`` is in the buffer.
+        found: what in the buffer is no gradient of its backward pass.
         idle: positions of parameters that no backward pass has reached yet.
         ready: the event after which the buffer is full; None on the CPU.
         done: the future that DDP waits for.
-        bucket, held: once it was taken into the step: the bucket, and what ``take_out`` returned.
+        bucket, kept: once it was taken into the step: the bucket, and what ``take_out`` returned.
     """
 
     buffer: Tensor
     index: int
     parameters: tuple[Hashable, ...]
     is_last: bool
-    stale: list[int]
+    found: Found
     idle: list[int]
     ready: Any
     done: Future[Tensor]
     bucket: Bucket | None = None
-    held: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
 
 _DRAIN_S = 5.0

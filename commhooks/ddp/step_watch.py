@@ -5,13 +5,15 @@ For the hook a step ends with the last bucket of a backward pass. For the progra
 every parameter and a hook after every ``torch.optim`` step notice four cases:
 
 - *held*: a backward pass reaches a parameter whose ``.grad`` still is the average that the hook wrote. The
-  bucket would hold the sum of that average and the new gradient, and the average would enter the memory. The
-  watch warns once.
+  bucket will hold the sum of that average and the new gradient. The watch copies the average before the
+  gradient is added, so that only the new gradient enters the memory. If no optimizer has stepped since, the
+  pass belongs to the same step. A ``.grad`` that was changed in between cannot be told from a gradient of
+  this rank: the sum is averaged, and the watch warns once.
 - *discarded*: the average was zeroed before any optimizer stepped with it. What was sent is in no residual
   and in no model. The watch warns once.
 - *clipped*: the averages were made smaller before the optimizer stepped with them. The watch warns once.
 - *stale*: no backward pass reached a parameter, and DDP copied its old ``.grad`` into the bucket. That is not
-  a gradient of this step, so the caller of :meth:`StepWatch.take` sets it to zero.
+  a gradient of this step and does not enter the memory.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -27,12 +30,14 @@ from typing import Any
 from torch import Tensor
 
 from ..gradient.bucket import Bucket
+from ..gradient.held import HeldAverage
 from .optimizer_steps import listen
+from .written import Record, Written
 
 HELD = (
-    "the gradient of {name} still is the average of the last backward pass: this pass would average it "
-    "again. Call zero_grad() first; accumulate inside ddp_model.no_sync(); run a backward pass whose "
-    "gradients of this model are not wanted inside state.passthrough()"
+    "the gradient of {name} still holds the average of the last backward pass, changed since: this pass "
+    "averages both again. Call zero_grad() first; accumulate inside ddp_model.no_sync(); run a backward pass "
+    "whose gradients of this model are not wanted inside state.passthrough()"
 )
 DISCARDED = (
     "gradients that the hook had averaged were zeroed before an optimizer stepped with them: what this step "
@@ -51,20 +56,33 @@ _EACH_STEP, _THEN_EVERY = 20, 50
 """The first steps are all looked at for a clip of the average, and then one in so many."""
 
 
-class StepWatch:
-    """Watches the parameters of one model and warns when their averages are misused.
+@dataclass(eq=False, slots=True)
+class Found:
+    """What of a bucket is no gradient of its backward pass. Positions count the bucket's parameters.
 
-    :meth:`end_step` is called on the state's thread, the other methods on the program's threads.
+    Attributes:
+        written: the record of the bucket, for :meth:`StepWatch.written`.
+        stale: positions that no backward pass reached since the last bucket. Their segments do not count.
+        held: by position, the average that the segment contains.
+        same_step: positions that an earlier bucket of the present optimizer step had too.
+    """
+
+    written: Written
+    stale: list[int] = field(default_factory=list)
+    held: dict[int, HeldAverage] = field(default_factory=dict)
+    same_step: frozenset[int] = frozenset()
+
+
+class StepWatch:
+    """Watches the parameters of one model, what their gradients hold, and what becomes of their averages.
+
+    :meth:`end_step`, :meth:`written` and :meth:`remember_largest` are called on the state's thread, the other
+    methods on the program's threads.
     """
 
     def __init__(self) -> None:
-        self._watched: set[int] = set()
-        self._reached: set[int] = set()  # since their bucket was last taken
-        self._ever_reached: set[int] = set()
-        self._written: set[int] = set()  # and not reached by a backward pass since
-        self._stepped: set[int] = set()  # since they were written
-        self._names: dict[int, str] = {}
-        self._optimizer_seen = self._thrown_away = False
+        self._records: dict[int, Record] = {}
+        self._optimizer_seen = self._thrown_away = self._goes_on = False
         self._told: set[str] = set()
         self._steps = 0
         self._largest: tuple[weakref.ref[Tensor], float, float] | None = None
@@ -73,71 +91,102 @@ class StepWatch:
         """False while backward passes are ignored (inside ``passthrough``)."""
         listen(self)
 
-    def take(self, parameters: Sequence[Any]) -> list[int]:
-        """Records that a bucket with these parameters is full, and watches parameters that are new.
+    def take(self, parameters: Sequence[Any], buffer: Tensor, all_count: bool = False) -> Found:
+        """Records that a bucket is full, and watches parameters that are new.
 
-        Returns:
-            The positions of stale parameters: a backward pass reached them once, but none has since the last
-            call.
+        Args:
+            parameters: the bucket's, in order.
+            buffer: shape ``(n,)``, the bucket's gradient.
+            all_count: whether the optimizer steps with parameters, too, that no backward pass reached.
         """
-        stale = []
+        found, same_step = Found(Written.of(buffer)), []
         for position, parameter in enumerate(parameters):
-            key = id(parameter)
-            counts = key not in self._watched or key in self._reached
-            if key not in self._watched:
-                self.add(parameter)
-            elif not counts and key in self._ever_reached:
-                stale.append(position)
-            self._reached.discard(key)
-            if self.enabled:
-                self._written.add(key)
-                # What was not in this pass may be zeroed: an optimizer of other parameters may have stepped.
-                (self._stepped.discard if counts else self._stepped.add)(key)
-        return stale
+            is_new = self._record(parameter) is None
+            record = self.add(parameter)
+            if record is None:
+                continue
+            counts, record.reached = record.reached or is_new, False
+            if not self.enabled:
+                continue
+            held = record.held
+            if not counts:
+                held = (
+                    HeldAverage.of(parameter.grad, parameter) if record.is_untouched(parameter.grad) else None
+                )
+                if held is not None or record.ever_reached:
+                    found.stale.append(position)
+            if held is not None:
+                found.held[position] = held
+                if record.is_of_this_step(parameter):
+                    same_step.append(position)
+            record.note(found.written, parameter, counts or all_count)
+        # Where all averages are zero they were zeroed in a way that torch does not count (grad.data.zero_()).
+        if not all(average.is_empty for average in found.held.values()):
+            found.same_step = frozenset(same_step)
+            self._goes_on = self._goes_on or bool(same_step)
+        return found
 
     def never_reached(self, parameters: Sequence[Any]) -> list[int]:
         """Returns the positions of watched parameters that no backward pass has reached yet."""
-        idle = self._watched - self._ever_reached
-        return [position for position, parameter in enumerate(parameters) if id(parameter) in idle]
+        records = [self._record(parameter) for parameter in parameters]
+        return [p for p, record in enumerate(records) if record is not None and not record.ever_reached]
 
-    def add(self, parameter: Tensor, name: str | None = None) -> None:
-        """Watches one more parameter. ``name`` is for messages."""
-        key = id(parameter)
-        if name is not None:
-            self._names[key] = name
-        is_trained = isinstance(parameter, Tensor) and parameter.requires_grad and parameter.is_leaf
-        if is_trained and key not in self._watched:
-            self._watched.add(key)
+    def add(self, parameter: Any, name: str | None = None) -> Record | None:
+        """Watches a parameter, if it is trained. ``name`` is for messages."""
+        record = self._record(parameter)
+        if record is None:
+            if not (isinstance(parameter, Tensor) and parameter.requires_grad and parameter.is_leaf):
+                return None
+            record = Record(weakref.ref(parameter), name or f"a parameter {tuple(parameter.shape)}")
+            self._records[id(parameter)] = record
             parameter.register_hook(  # type: ignore[no-untyped-call]
-                partial(_reached, weakref.ref(self), key, weakref.ref(parameter))
+                partial(_reached, weakref.ref(self), record)
             )
+        record.name = name or record.name
+        return record
+
+    def _record(self, parameter: Any) -> Record | None:
+        record = self._records.get(id(parameter))
+        return record if record is not None and record.parameter() is parameter else None
+
+    def written(self, found: Found, buffer: Tensor) -> None:
+        """Records that a bucket holds its average now."""
+        found.written.version = buffer._version
 
     def end_step(self, thrown_away: bool) -> None:
-        """Records the end of a step. A step that was thrown away may be zeroed without a warning."""
-        self._thrown_away = thrown_away
+        """Records the end of a step.
+
+        Averages of a step that was thrown away may be zeroed without a warning, unless they hold what earlier
+        passes of the same optimizer step sent: that is lost then.
+        """
+        self._thrown_away, self._goes_on = thrown_away and not self._goes_on, False
 
     def forgive(self) -> None:
         """Lets the last averages be zeroed without a warning, since the memory has forgotten them."""
-        self._stepped |= self._written
+        for record in self._records.values():
+            record.stepped()
 
-    def reached(self, key: int, parameter: Tensor) -> None:
-        """Records that a gradient is about to be added to the parameter's ``.grad``.
-
-        Warns once if ``.grad`` still is the average of the last backward pass.
-        """
-        self._reached.add(key)
-        self._ever_reached.add(key)
-        if key not in self._written or not self.enabled:
+    def reached(self, record: Record, parameter: Tensor) -> None:
+        """Records that a gradient is about to be added to the parameter's ``.grad``."""
+        record.reached = record.ever_reached = True
+        if not self.enabled:
             return
         # This reads the gradient once a step where the program zeroes gradients in place. Where it sets them
         # to None this costs nothing.
-        if parameter.grad is not None and bool(parameter.grad.detach().any()):
-            name = self._names.get(key, f"a parameter {tuple(parameter.shape)}")
-            self._tell("held", HELD.format(name=name))
-            self._written.remove(key)
+        grad, written = parameter.grad, record.written
+        if written is None:
+            # Inside no_sync() the average may have been copied at an earlier pass, and zeroed since.
+            if record.held is not None and not _holds(grad):
+                record.held = None
             return
-        self._written.remove(key)
-        if key not in self._stepped and self._optimizer_seen and not self._thrown_away:
+        written.begin()
+        record.held = HeldAverage.of(grad, parameter) if record.is_untouched(grad) else None
+        record.written = None
+        if record.held is not None:
+            return
+        if _holds(grad):
+            self._tell("held", HELD.format(name=record.name))
+        elif not record.excused and self._optimizer_seen and not self._thrown_away:
             self._tell("discarded", DISCARDED)
 
     def remember_largest(self, bucket: Bucket, scale: float) -> None:
@@ -193,14 +242,20 @@ class StepWatch:
 
     def stepped(self, held: frozenset[int]) -> None:
         """Records a step of an optimizer that holds the parameters of these ids."""
-        mine = held & self._watched
+        mine = held & self._records.keys()
+        for key in mine:
+            self._records[key].stepped()
         if mine:
             self._optimizer_seen = True
-            self._stepped |= mine
             self._look_for_clip(held)
 
 
-def _reached(watch: weakref.ref[StepWatch], key: int, parameter: weakref.ref[Tensor], grad: Tensor) -> None:
-    here, tensor = watch(), parameter()
-    if here is not None and tensor is not None:
-        here.reached(key, tensor)
+def _holds(grad: Tensor | None) -> bool:
+    """Whether a gradient is not zero."""
+    return grad is not None and bool(grad.detach().any())
+
+
+def _reached(watch: weakref.ref[StepWatch], record: Record, grad: Tensor) -> None:
+    here, parameter = watch(), record.parameter()
+    if here is not None and parameter is not None:
+        here.reached(record, parameter)

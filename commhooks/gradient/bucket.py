@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .held import HeldAverage
+from .memory_order import flattened
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of gradients."""
@@ -26,6 +29,8 @@ class Bucket:
         numels: number of elements of each segment, in the buffer's order. The sum is ``n``.
         is_last: whether this bucket ends the step.
         unreached: positions of parameters that no backward pass of this step reached, as far as it is known.
+        same_step: positions of parameters that an earlier bucket of the same optimizer step had too, so that
+            their weight decay and the decay of their velocity have happened.
         in_memory_order: whether a segment has its parameter's elements in the order of the parameter's own
             memory, as DDP lays them out. False: in the order of its indices. The two differ for parameters in
             ``torch.channels_last``.
@@ -43,6 +48,7 @@ class Bucket:
     numels: tuple[int, ...]
     is_last: bool = True
     unreached: frozenset[int] = frozenset()
+    same_step: frozenset[int] = frozenset()
     in_memory_order: bool = False
     step_norm: Tensor | None = None
 
@@ -87,64 +93,48 @@ class Bucket:
                     "goes with DDP and with Horovod"
                 )
             if position not in self.unreached:
-                found.append((position, _flat(key.detach(), self.in_memory_order)))
+                weight = key.detach()
+                flat = flattened(weight, weight) if self.in_memory_order else weight.reshape(-1)
+                found.append((position, flat))
         return found
 
-    def take_out(self, positions: Sequence[int]) -> dict[int, Tensor]:
-        """Sets the segments at ``positions``, which hold no gradient of this step, to zero.
+    def take_out(self, stale: Iterable[int], held: Mapping[int, HeldAverage]) -> dict[int, Tensor]:
+        """Leaves only this backward pass's gradients in the buffer.
 
-        Waits for the device.
-
-        Returns:
-            Copies of the segments that were not zero, by position, for :meth:`put_back`.
-        """
-        held = {p: s.clone() for p in positions if bool((s := self._segment(p)).any())}
-        for position in held:
-            self._segment(position).zero_()
-        return held
-
-    def put_back(self, held: dict[int, Tensor]) -> None:
-        """Restores the segments in ``held`` that are zero after the reduction.
-
-        Such a segment is zero because no rank had a gradient there. With ``gradient_as_bucket_view`` the
-        segment is the parameter's ``.grad``, which a step without a gradient must leave unchanged. Waits for
-        the device.
+        Waits for the device where ``stale`` has a position that ``held`` has not.
 
         Args:
-            held: what :meth:`take_out` returned.
+            stale: positions without a gradient of this pass. Their segments become zero.
+            held: averages of earlier passes, by position. They are subtracted.
+
+        Returns:
+            Copies of the stale segments that were not zero and are not in ``held``, for :meth:`put_back`.
         """
-        for position, values in held.items():
+        stale = frozenset(stale)
+        kept = {p: s.clone() for p in sorted(stale - held.keys()) if bool((s := self._segment(p)).any())}
+        for position in kept.keys() | (stale & held.keys()):
+            self._segment(position).zero_()
+        for position in held.keys() - stale:
+            held[position].take_out(self._segment(position))
+        return kept
+
+    def put_back(self, kept: Mapping[int, Tensor], held: Mapping[int, HeldAverage]) -> None:
+        """Adds what :meth:`take_out` took out to the average over ranks.
+
+        A segment in ``kept`` is restored only if it is zero, because no rank had a gradient there. With
+        ``gradient_as_bucket_view`` it is the parameter's ``.grad``, which a pass without a gradient must
+        leave unchanged. Waits for the device where ``kept`` is not empty.
+
+        Args:
+            kept: what :meth:`take_out` returned.
+            held: what :meth:`take_out` was given. All ranks hold the same averages.
+        """
+        for position, values in kept.items():
             if not bool(self._segment(position).any()):
                 self._segment(position).copy_(values)
+        for position, average in held.items():
+            average.put_back(self._segment(position))
 
     def _segment(self, position: int) -> Tensor:
         start = sum(self.numels[:position])
         return self.buffer[start : start + self.numels[position]]
-
-
-def _flat(parameter: Tensor, in_memory_order: bool) -> Tensor:
-    """Returns the parameter's elements, shape ``(n,)``, in one of the two orders of :class:`Bucket`."""
-    if not in_memory_order or not lies_otherwise(parameter):
-        return parameter.reshape(-1)
-    return parameter.as_strided((parameter.numel(),), (1,))
-
-
-def shaped(segment: Tensor, parameter: Tensor) -> Tensor:
-    """Returns a view of ``segment`` (n,) in the parameter's shape, in the order of the parameter's memory.
-
-    DDP lays its buckets out like this. A parameter whose memory has gaps has its indices' order.
-    """
-    if not lies_otherwise(parameter):
-        return segment.view(parameter.shape)
-    return segment.as_strided(parameter.shape, parameter.stride(), segment.storage_offset())
-
-
-def lies_otherwise(parameter: Tensor) -> bool:
-    """Whether the elements lie without gaps and in another order than that of their indices.
-
-    The elements of a parameter never overlap.
-    """
-    if parameter.is_contiguous():
-        return False
-    steps = zip(parameter.shape, parameter.stride(), strict=True)
-    return sum((size - 1) * stride for size, stride in steps) + 1 == parameter.numel()

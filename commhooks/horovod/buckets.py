@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gradient.bucket import shaped
+from ..gradient.memory_order import shaped
 
 _MIB = 1 << 20
 _FIRST_CAP_MB = 1.0  # small, as in DDP: communication starts early in backward

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..gradient.bucket import Bucket, lies_otherwise
+from ..gradient.bucket import Bucket
+from ..gradient.memory_order import lies_otherwise
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ class ErrorFeedback(Memory):
     elsewhere: Algorithm 1 of M-DSGD (Zhao, Gao, Li, arXiv:1905.12960). With ``nesterov`` the second line is
     ``c <- u + g + momentum * v``. With ``weight_decay`` the gradient ``g`` is
     ``clip(grad) + weight_decay * w`` for a parameter ``w``, as in ``torch.optim.SGD``. At density 1 the
-    averages then are the updates of that SGD with the same three settings. The memory belongs to
-    parameters, not to bucket numbers, because DDP may change its bucket layout.
+    averages then are the updates of that SGD with the same three settings. Where several buckets of an
+    optimizer step follow one another (``Bucket.same_step``), velocity and decay are those of the gradients'
+    sum: the later ones compute ``v <- v + g`` and ``c <- u + g``, with ``nesterov``
+    ``c <- u + (1 + momentum) * g``. The memory belongs to parameters, not to bucket numbers, because DDP may
+    change its bucket layout.
 
     Args:
         momentum: beta in [0, 1). With momentum here the optimizer's own momentum must be 0.
@@ -123,33 +127,27 @@ class ErrorFeedback(Memory):
         return self.weight_decay != 0.0
 
     def operands(self, held: BucketMemory, bucket: Bucket, *, scale: Tensor | None) -> Fused:
+        held.begin(bucket.same_step)
         grad, factor = bucket.buffer, scale
         if self._clip is not None:
             factor = self._clip.factor(held, bucket, scale)
         if self.decays:
             grad, factor = self._with_decay(held, bucket, factor), None
         rescale = self._rescale(held) if self.rescales else None
-        if not self.nesterov:
-            return Fused(
-                grad, held.residual, held.velocity, self.momentum, 1.0, factor, held.segments, rescale=rescale
-            )
-        return Fused(
-            grad,
-            self._looking_ahead(held, grad, rescale),
-            held.velocity,
-            self.momentum,
-            1.0 + self.momentum,
-            factor,
-            held.segments,
-            rescale=rescale,
-            residual_out=held.residual,
+        ahead = 1.0 + self.momentum if self.nesterov else 1.0
+        operands = Fused(
+            grad, held.residual, held.velocity, self.momentum, ahead, factor, held.segments, rescale=rescale
         )
+        if held.velocity is not None and (self.nesterov or held.again):
+            operands = self._shifted(held, held.velocity, operands)
+        return operands
 
     def mask_velocity(self, held: BucketMemory, contributed: SparseGrad) -> None:
         if self.factor_masking and held.velocity is not None:
             held.velocity[contributed.indices[contributed.used].long()] = 0.0
 
     def undo(self, held: BucketMemory, operands: Fused, active: Tensor | None) -> None:
+        held.end(torch.zeros_like(held.entered))
         if held.recall():
             return
         gradient = _scaled(operands.grad, operands.scale_tensor).mul_(operands.scale)
@@ -160,6 +158,10 @@ class ErrorFeedback(Memory):
             return
         before = (held.velocity - gradient) / self.momentum
         added = held.velocity - self._ahead * before
+        for position in held.again:
+            same = held.view(gradient, position)
+            held.view(added, position).copy_(same)
+            held.view(before, position).copy_(held.view(held.velocity, position) - same)
         if mask is None:
             held.residual.sub_(added)
             held.velocity.copy_(before)
@@ -172,27 +174,40 @@ class ErrorFeedback(Memory):
         """The share of the old velocity that Nesterov's form takes off the corrected gradient."""
         return self.momentum / (1.0 + self.momentum) if self.nesterov else 0.0
 
-    def _looking_ahead(self, held: BucketMemory, grad: Tensor, rescale: Tensor | None) -> Tensor:
-        """Returns the residual with which the pass computes Nesterov's ``c = u + g + momentum * v``.
+    def _shifted(self, held: BucketMemory, velocity: Tensor, operands: Fused) -> Fused:
+        """Returns operands with which the pass computes Nesterov's form, and later passes of a step.
 
-        With ``w = (1 + momentum) * v`` in the place of the velocity, and the gradient multiplied by
-        ``1 + momentum``, that is ``c = (u - momentum / (1 + momentum) * w_before) + w``. The pass multiplies
-        what this returns by ``rescale``. Where a parameter is inactive, its residual stays as it is.
+        The pass multiplies the gradient by ``1 + momentum`` in Nesterov's form, with
+        ``w = (1 + momentum) * v`` in the place of the velocity. Nesterov's ``c = u + g + momentum * v`` then
+        is ``(u - momentum / (1 + momentum) * w_before) + w``. A later pass of the same step adds the gradient
+        alone: from ``velocity / momentum`` and ``u - velocity`` the pass computes ``velocity + g`` and
+        ``u + g``. Where a parameter is inactive, its memory stays as it is.
+
+        The pass multiplies the residual by ``rescale`` afterwards.
         """
-        assert held.velocity is not None
-        numels = held.segments.diff()
-        active = torch.stack([held.view(grad, position).any() for position in range(len(held.keys))])
+        positions, numels, n = range(len(held.keys)), held.segments.diff(), operands.grad.numel()
+        active = torch.stack([held.view(operands.grad, position).any() for position in positions])
         share = (active * -self._ahead).to(torch.float32)
-        if rescale is not None:
-            share = share / rescale
-        every = share.repeat_interleave(numels, output_size=grad.numel())
-        return held.residual.addcmul(held.velocity, every)
+        again = active & held.flags(held.again) if held.again else None
+        if again is not None:
+            share[again] = -1.0
+        if operands.rescale is not None:
+            share = share / operands.rescale
+        every = share.repeat_interleave(numels, output_size=n)
+        residual = operands.residual.addcmul(velocity, every)
+        operands = replace(operands, residual=residual, residual_out=operands.residual)
+        if again is None:
+            return operands
+        divisor = torch.where(again, self.momentum, 1.0).to(torch.float32)
+        before = velocity / divisor.repeat_interleave(numels, output_size=n)
+        return replace(operands, velocity=before, velocity_out=velocity)
 
     def _with_decay(self, held: BucketMemory, bucket: Bucket, factor: Tensor | None) -> Tensor:
         """Returns ``factor * gradient + weight_decay * parameter``, shape ``(n,)``, float32."""
         grad = _scaled(bucket.buffer, factor)
         for position, values in bucket.weights():
-            if decay := self._decay_of(held.keys[position]):
+            decay = self._decay_of(held.keys[position])
+            if decay and position not in held.again:
                 held.view(grad, position).add_(values, alpha=decay)
         return grad
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -30,6 +30,8 @@ class BucketMemory:
         orders: each parameter's order of elements. None: that of its indices.
         residual: shape ``(n,)``, float32.
         velocity: shape ``(n,)``, float32, or None.
+        entered: shape ``(parameters,)``, bool: whose gradients have entered in the present optimizer step.
+        again: in the present pass, positions of those that entered in an earlier pass of the same step.
     """
 
     def __init__(self, bucket: Bucket, with_velocity: bool) -> None:
@@ -40,8 +42,30 @@ class BucketMemory:
         self.segments = torch.tensor(self.offsets, dtype=torch.int64, device=device)
         self.residual = torch.zeros(bucket.numel, dtype=torch.float32, device=device)
         self.velocity = torch.zeros_like(self.residual) if with_velocity else None
+        self.entered = torch.zeros(len(self.keys), dtype=torch.bool, device=device)
+        self.again: list[int] = []
         self._other: tuple[Tensor, Tensor | None] | None = None  # the memory before or after the last pass
         self._can_recall = False
+
+    def begin(self, same_step: frozenset[int]) -> None:
+        """Begins a pass. Waits for the device unless ``same_step``, as in :class:`Bucket`, is empty."""
+        entered = self.entered.tolist() if same_step else []
+        self.again = [position for position in sorted(same_step) if entered[position]]
+
+    def end(self, active: Tensor | None) -> None:
+        """Records which parameters took part in the pass: bool ``(parameters,)``; None when all did.
+
+        A pass that is undone has no such parameters.
+        """
+        self.entered = torch.ones_like(self.entered) if active is None else active
+        if self.again:
+            self.entered = self.entered | self.flags(self.again)
+
+    def flags(self, positions: Sequence[int]) -> Tensor:
+        """Returns bool ``(parameters,)``, True at ``positions``."""
+        flags = torch.zeros(len(self.keys), dtype=torch.bool)
+        flags[list(positions)] = True
+        return flags.to(self.residual.device)
 
     def apart(self, operands: Fused) -> Fused:
         """Returns operands with which the pass writes the new memory elsewhere, for :meth:`recall`.
@@ -200,6 +224,8 @@ class ParameterMemory:
                 _take_over(view, values, held.orders[position])
         if name is not None and name in self._loaded_lr:
             self.last_lr[key] = self._loaded_lr.pop(name)
+        if old is not None:
+            held.entered[position] = old[0].entered[old[1]]
         self._place[key] = (held, position)
 
     def residual_norm(self) -> float:

@@ -103,6 +103,7 @@ class DenseRoute:
     def correct(self) -> None:
         """Adds the gradient to the residual. A parameter whose gradient is all zero sends nothing."""
         summed_up = self.memory.accumulate(self.operands)
+        self.held.end(summed_up.active)
         _, self.bad, _, left_out = summed_up.report.tolist()
         self._active = summed_up.active if left_out else None
         self._mask = self.held.mask(self._active)
@@ -163,6 +164,7 @@ class LowBitRoute:
     def correct(self) -> None:
         """Adds the gradient to the residual. A parameter whose gradient is all zero sends zeros."""
         summed_up = self.memory.accumulate(self.operands)
+        self.held.end(summed_up.active)
         _, self.bad, _, left_out = summed_up.report.tolist()
         self._flags = summed_up.active
         self._active = summed_up.active if left_out else None
@@ -244,6 +246,7 @@ class SparseRoute:
         """Adds the gradient to the residual and takes ``pairs`` out of it, in one pass."""
         step, key = self.context.step, self.mask_key
         selected = self.selector.select(self.operands, self.k, step=step, mask_key=key)
+        self.held.end(selected.active)
         _, self.bad, self.misses, left_out = selected.report.tolist()
         self._active = selected.active if left_out else None
         self.pairs = self._contributed = SparseGrad(

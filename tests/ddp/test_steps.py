@@ -1,95 +1,18 @@
 """What is a step: gradients that are discarded, accumulated or left behind between two backward passes.
 
-``W`` is a module whose gradient is its input, so that ``grad + residual`` can be held against the gradients that count.
+``W`` (step_models.py) is a module whose gradient is its input, so that ``grad + residual`` can be held against the
+gradients that count. Passes onto averages that ``.grad`` still holds: test_accumulation.py.
 """
-
-import warnings
 
 import pytest
 import torch
 from launch import spawn_gloo
+from step_models import PAIRS, Branches, W, each, law, made, told
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import ErrorFeedback, SparseState, register, sparse_hook
-
-
-class W(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(4))
-
-    def forward(self, g):
-        return (self.w * g).sum()
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
-
-    def forward(self, g, which):
-        return (getattr(self, which) * g).sum()
-
-
-def made(model=None, momentum=0.0, raw=False, state_options=None, **ddp_options):
-    ddp = DistributedDataParallel(W() if model is None else model, **ddp_options)
-    options = {"dense_crossover": False, "timeout_s": 20.0, **(state_options or {})}
-    state = SparseState.topk(0.25, memory=ErrorFeedback(momentum=momentum), **options)
-    if raw:
-        state.set_names(ddp.module.named_parameters())
-        ddp.register_comm_hook(state, sparse_hook)
-        return ddp, state
-    return ddp, register(ddp, state)
-
-
-def law(ddp, state):
-    return (ddp.module.w.grad + state.state_dict()["residual"]["w"]).tolist()
-
-
-def told(work):
-    """How often ``work`` warned of discarded gradients."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        work()
-    return sum("zeroed before an optimizer" in str(w.message) for w in caught)
-
-
-PAIRS = [(a, b) for a in (True, False) for b in (False, True)]
-MODES = [(to_none, view, raw) for to_none in (True, False) for view in (False, True) for raw in (False, True)]
-
-
-def _accumulates(rank, size, to_none, view, raw):
-    ddp, _ = made(raw=raw, gradient_as_bucket_view=view)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
-    g = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    for _ in range(3):  # an ordinary loop goes on
-        optimizer.zero_grad(set_to_none=to_none)
-        ddp(g).backward()
-        optimizer.step()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        ddp(g).backward()  # onto the average of the last one
-        ddp(g).backward()
-    texts = [str(w.message) for w in caught if "still is the average" in str(w.message)]
-    return texts[0] if len(texts) == 1 else f"{len(texts)} warnings"
-
-
-def in_turn(rank, size, work, cases):
-    """What ``work`` returns for each case: process starts dominate."""
-    return [work(rank, size, *case) for case in cases]
-
-
-def each(work, cases):
-    """``(case, what the two ranks returned)`` for every case."""
-    return list(zip(cases, zip(*spawn_gloo(in_turn, 2, (work, cases)), strict=True), strict=True))
-
-
-def test_accumulation_without_no_sync_is_warned_of_in_every_mode():
-    for mode, texts in each(_accumulates, MODES):
-        for text in texts:
-            assert "the gradient of" in text and "no_sync()" in text and "passthrough" in text, (mode, text)
+from commhooks import ErrorFeedback, SparseState, register
 
 
 def _accumulates_by_no_sync(rank, size, to_none, view):
@@ -113,20 +36,6 @@ def test_accumulation_inside_no_sync_is_one_step_of_the_sum():
         for laws, step in ranks:
             assert laws == [[8.0, 6.0, 4.0, 2.0]] * 2, case
             assert step == 1  # since the last reset
-
-
-def _no_sync_onto_an_average(rank, size):
-    ddp, _ = made()
-    ddp(torch.ones(4)).backward()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with ddp.no_sync():
-            ddp(torch.ones(4)).backward()
-    return " ".join(str(w.message) for w in caught)
-
-
-def test_a_no_sync_pass_onto_an_average_is_warned_of_too():
-    assert all("the gradient of w" in text for text in spawn_gloo(_no_sync_onto_an_average, 2))
 
 
 def _discards(rank, size, to_none, view):
