@@ -87,6 +87,51 @@ def reset_forgets_what_was_withheld():
     optimizer.close()
 
 
+class Two(nn.Module):
+    """The second parameter is used by rank 0 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.z = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.full((4,), 2.0))
+
+    def forward(self, g):
+        return (self.w * g).sum() + ((self.z * g).sum() if hvd.rank() == 0 else 0.0)
+
+
+@case()
+def a_pass_onto_an_average_is_of_the_same_step():
+    """Two exchanges before the step of the optimizer: the sum of the gradients counts, and the decay once."""
+    for decay in (0.0, 0.25):
+        model = Two()
+        memory = ErrorFeedback(momentum=0.5, weight_decay=decay)
+        state = SparseState.topk(0.25, memory=memory, dense_crossover=False, timeout_s=20.0)
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), state=state)
+        due = {"w": torch.zeros(4), "z": torch.zeros(4)}
+        velocity = {name: torch.zeros(4) for name in due}
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for _ in range(3):
+            for name, p in model.named_parameters():
+                reached = name == "w" or hvd.rank() == 0
+                gradient = 2 * REAL * reached + decay * p.detach()
+                if bool(gradient.any()):
+                    velocity[name] = 0.5 * velocity[name] + gradient
+                    due[name] += velocity[name]
+            model(REAL).backward()
+            optimizer.synchronize()
+            model(REAL).backward()
+            optimizer.synchronize()
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            optimizer.zero_grad()
+        residual = state.state_dict()["residual"]
+        for name, p in model.named_parameters():
+            withheld = hvd.allreduce(residual[name].clone(), name=f"residual.{name}.{decay}")
+            mean_due = hvd.allreduce(due[name], name=f"due.{name}.{decay}")
+            torch.testing.assert_close(start[name] - p.detach() + withheld, mean_due)
+        optimizer.close()
+
+
 def scaled_step(model, optimizer, scaler, in_order):
     scaler.scale(model(torch.ones(4))).backward()
     if not in_order:

@@ -66,6 +66,39 @@ def test_at_density_one_it_is_dense_sgd_with_the_same_settings(settings):
             torch.testing.assert_close(mine, other, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("undoable", (False, True))
+@pytest.mark.parametrize("settings", (*SETTINGS, {"momentum": 0.9}))
+def test_several_buckets_of_an_optimizer_step_are_one_of_their_sum(settings, undoable):
+    """Some are thrown away in between, and in some a parameter's gradient is zero."""
+    ours, theirs = parameters(), parameters()
+    sgd = torch.optim.SGD(theirs, lr=0.1, **settings)
+    reduce = reducer(1.0, ErrorFeedback(**settings), undoable=undoable)
+    for step in range(8):
+        applied = torch.zeros(307)
+        totals = [torch.zeros_like(p) for p in ours]
+        for i in range(1 + step % 4):
+            same_step = frozenset({0, 1} if i else ())
+            gradients = [torch.randn_like(p) for p in ours]
+            if (step, i) in ((2, 0), (3, 2)):
+                gradients[1].zero_()
+            if (step, i) in ((2, 1), (3, 0), (7, 3)):
+                spoiled = [gradients[0], gradients[1].index_fill(0, torch.tensor([2]), torch.nan)]
+                reduce.reduce(bucket_of(ours, spoiled, same_step=same_step))
+            bucket = bucket_of(ours, gradients, same_step=same_step)
+            reduce.reduce(bucket)
+            applied += bucket.buffer
+            totals = [total + gradient for total, gradient in zip(totals, gradients, strict=True)]
+        for parameter, total in zip(theirs, totals, strict=True):
+            parameter.grad = total
+        sgd.step()
+        with torch.no_grad():
+            image, vector = applied.split([300, 7])
+            ours[0].sub_(0.1 * image.view(4, 5, 5, 3).permute(0, 3, 1, 2))
+            ours[1].sub_(0.1 * vector)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, atol=4e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("world_size", (1, 2, 3))
 def test_what_is_not_sent_is_withheld(settings, world_size):
