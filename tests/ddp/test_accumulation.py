@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from launch import spawn_gloo
-from step_models import MODES, PAIRS, W, each, law, made, told
+from step_models import MODES, PAIRS, W, law, made, told
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,8 +35,8 @@ def _accumulates(rank, size, to_none, view, raw):
     return ddp.module.w.grad, saved["residual"]["w"], saved["velocity"]["w"], len(caught)
 
 
-def test_accumulation_without_no_sync_is_one_step_of_the_sum_in_every_mode():
-    for mode, ((grad, first, v, warned), (other, second, v2, _)) in each(_accumulates, MODES):
+def test_accumulation_without_no_sync_is_one_step_of_the_sum_in_every_mode(found):
+    for mode, ((grad, first, v, warned), (other, second, v2, _)) in found[_accumulates]:
         assert torch.equal(grad, other) and not warned, mode
         torch.testing.assert_close(grad + (first + second) / 2, torch.tensor([18.0, 13.5, 9.0, 4.5]))
         torch.testing.assert_close([v, v2], [torch.tensor([12.0, 9.0, 6.0, 3.0]) * f for f in (1, 2)])
@@ -121,11 +121,8 @@ SETTINGS = (
 )
 
 
-def test_several_passes_are_one_step_of_their_sum_beside_unused_parameters():
-    schemes = [(scheme, SETTINGS[3]) for scheme in ("topk", "gtopk", "randomk", "dense", "lowbit")]
-    schemes += [("topk", settings) for settings in SETTINGS[:3]]
-    cases = [(*scheme, undoable, view) for scheme in schemes for undoable, view in PAIRS]
-    for case, ((first, texts), (second, _)) in each(_accumulates_like_the_oracle, cases):
+def test_several_passes_are_one_step_of_their_sum_beside_unused_parameters(found):
+    for case, ((first, texts), (second, _)) in found[_accumulates_like_the_oracle]:
         assert not texts, (case, texts)
         for name, (applied, residual, due) in first.items():
             other, residual2, due2 = second[name]
@@ -165,7 +162,7 @@ def _micro_batches(rank, size, what):
     return law(ddp, state)
 
 
-def test_clipping_voting_scaling_and_rounding_see_the_new_gradient_alone():
+def test_clipping_voting_scaling_and_rounding_see_the_new_gradient_alone(found):
     right = {
         "clip": [1.2, 1.6, 0.0, 0.0],
         "clip model": [1.2, 1.6, 0.0, 0.0],
@@ -174,9 +171,9 @@ def test_clipping_voting_scaling_and_rounding_see_the_new_gradient_alone():
         "bfloat16": [6.0, 8.0, 0.0, 0.0],
         "scaler": [6.0, 8.0, 0.0, 0.0],
     }
-    for (what,), ranks in each(_micro_batches, [(what,) for what in right]):
-        for found in ranks:
-            assert found == pytest.approx(right[what]), what
+    for (what,), ranks in found[_micro_batches]:
+        for applied in ranks:
+            assert applied == pytest.approx(right[what]), what
 
 
 def _voted_out_first(rank, size, momentum, weight_decay):
@@ -200,9 +197,9 @@ def _voted_out_first(rank, size, momentum, weight_decay):
     return laws
 
 
-def test_a_pass_that_is_voted_out_does_not_count_as_the_steps_first():
+def test_a_pass_that_is_voted_out_does_not_count_as_the_steps_first(found):
     g = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    for (momentum, decay), ranks in each(_voted_out_first, [(0.5, 0.0), (0.0, 0.25), (0.5, 0.25)]):
+    for (momentum, decay), ranks in found[_voted_out_first]:
         first = 2 * g + 2.0 * decay
         second = g + 2.0 * decay + momentum * first
         for laws in ranks:
@@ -232,8 +229,8 @@ def _discards_the_second(rank, size, scheme):
     return all(same) and before["step"] == again["step"]
 
 
-def test_a_later_pass_of_a_step_can_be_discarded():
-    for case, ranks in each(_discards_the_second, [("topk",), ("lowbit",), ("gtopk",)]):
+def test_a_later_pass_of_a_step_can_be_discarded(found):
+    for case, ranks in found[_discards_the_second]:
         assert ranks == (True, True), case
 
 
@@ -256,8 +253,8 @@ def _channels_last(rank, size, view):
     return torch.equal(grad + state.state_dict()["residual"]["w"], 3 * g.permute(0, 2, 3, 1).reshape(-1))
 
 
-def test_the_held_average_of_a_channels_last_parameter_is_taken_out_where_it_lies():
-    for case, ranks in each(_channels_last, [(False,), (True,)]):
+def test_the_held_average_of_a_channels_last_parameter_is_taken_out_where_it_lies(found):
+    for case, ranks in found[_channels_last]:
         assert ranks == (True, True), case
 
 
@@ -277,8 +274,8 @@ def _steps_without_zeroing(rank, size, kind):
     return (ddp.module.w.grad + saved["residual"]["w"]).tolist(), saved["velocity"]["w"].tolist()
 
 
-def test_the_velocity_decays_once_an_optimizer_step():
-    for case, ranks in each(_steps_without_zeroing, [("torch",), ("own",)]):
+def test_the_velocity_decays_once_an_optimizer_step(found):
+    for case, ranks in found[_steps_without_zeroing]:
         assert ranks == (([10.0, 7.5, 5.0, 2.5], [6.0, 4.5, 3.0, 1.5]),) * 2, case
 
 
@@ -296,11 +293,9 @@ def _changed_in_between(rank, size, what):
     return ddp.module.w.grad, state.state_dict()["residual"]["w"], texts
 
 
-def test_a_gradient_that_was_changed_in_between_is_averaged_and_warned_of():
+def test_a_gradient_that_was_changed_in_between_is_averaged_and_warned_of(found):
     right = {"clipped": [2.0, 0.0, 1.0, 0.0], "own": [0.0, 2.0, 1.0, 0.0]}
-    for (what,), ((grad, first, texts), (other, second, _)) in each(
-        _changed_in_between, [(w,) for w in right]
-    ):
+    for (what,), ((grad, first, texts), (other, second, _)) in found[_changed_in_between]:
         assert torch.equal(grad, other)
         assert (grad + (first + second) / 2).tolist() == right[what]
         assert len(texts) == 1 and "the gradient of w" in texts[0] and "no_sync()" in texts[0]
@@ -324,9 +319,9 @@ def _no_sync_onto_an_average(rank, size, view):
     return laws
 
 
-def test_no_sync_after_a_synchronised_pass_is_the_same_step():
+def test_no_sync_after_a_synchronised_pass_is_the_same_step(found):
     right = [[12.0, 9.0, 6.0, 3.0], [4.0, 3.0, 2.0, 1.0]]
-    for _, ranks in each(_no_sync_onto_an_average, [(False,), (True,)]):
+    for _, ranks in found[_no_sync_onto_an_average]:
         for laws in ranks:
             torch.testing.assert_close(laws, right)
 
@@ -348,8 +343,8 @@ def _lost_with_a_voted_out_pass(rank, size):
     return told(lambda: [run(bad), run(good)]), told(lambda: [run(good, bad), run(good)])
 
 
-def test_a_voted_out_pass_that_takes_earlier_ones_with_it_is_warned_of():
-    assert spawn_gloo(_lost_with_a_voted_out_pass, 2) == [(0, 1)] * 2
+def test_a_voted_out_pass_that_takes_earlier_ones_with_it_is_warned_of(found):
+    assert found[_lost_with_a_voted_out_pass] == [((), ((0, 1), (0, 1)))]
 
 
 def _zeroed_uncounted(rank, size):
@@ -363,8 +358,8 @@ def _zeroed_uncounted(rank, size):
     return state.state_dict()["velocity"]["w"].tolist()
 
 
-def test_averages_that_were_zeroed_by_way_of_data_are_of_an_earlier_step():
-    assert spawn_gloo(_zeroed_uncounted, 2) == [[6.0, 4.5, 3.0, 1.5]] * 2
+def test_averages_that_were_zeroed_by_way_of_data_are_of_an_earlier_step(found):
+    assert found[_zeroed_uncounted] == [((), ([6.0, 4.5, 3.0, 1.5],) * 2)]
 
 
 def _ordinary(rank, size, to_none, view):
@@ -398,6 +393,39 @@ def _ordinary(rank, size, to_none, view):
     return all(places) and len(places) == 6
 
 
-def test_an_ordinary_step_copies_nothing():
-    for case, ranks in each(_ordinary, PAIRS):
+def test_an_ordinary_step_copies_nothing(found):
+    for case, ranks in found[_ordinary]:
         assert ranks == (True, True), case
+
+
+SCHEMES = [(scheme, SETTINGS[3]) for scheme in ("topk", "gtopk", "randomk", "dense", "lowbit")]
+SCHEMES += [("topk", settings) for settings in SETTINGS[:3]]
+VIEWS = [(False,), (True,)]
+
+CASES = {
+    _accumulates: MODES,
+    _accumulates_like_the_oracle: [
+        (*scheme, undoable, view) for scheme in SCHEMES for undoable, view in PAIRS
+    ],
+    _micro_batches: [(w,) for w in ("clip", "clip model", "skip first", "skip second", "bfloat16", "scaler")],
+    _voted_out_first: [(0.5, 0.0), (0.0, 0.25), (0.5, 0.25)],
+    _discards_the_second: [("topk",), ("lowbit",), ("gtopk",)],
+    _channels_last: VIEWS,
+    _steps_without_zeroing: [("torch",), ("own",)],
+    _changed_in_between: [("clipped",), ("own",)],
+    _no_sync_onto_an_average: VIEWS,
+    _lost_with_a_voted_out_pass: [()],
+    _zeroed_uncounted: [()],
+    _ordinary: PAIRS,
+}
+
+
+def _all(rank, size):
+    return [work(rank, size, *case) for work, cases in CASES.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """By function: ``(case, what the two ranks returned)`` of every case, all in the same two processes."""
+    outcomes = iter(zip(*spawn_gloo(_all, 2, timeout=600.0), strict=True))
+    return {work: [(case, next(outcomes)) for case in cases] for work, cases in CASES.items()}
