@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import records
+from benchmarks.harness import table as tables
 from benchmarks.harness.figure import WIDTH, color, figure, label_ends
 from training import launch, loop, options
 from training.log import count, table
@@ -231,7 +232,7 @@ def page(study: Any, rows: list[dict[str, Any]], ranks: int, elapsed_s: float) -
         f"± is the standard deviation over seeds. Every run is in [accuracy.jsonl](accuracy.jsonl); the study took "
         f"{elapsed_s / 60:.0f} minutes here.",
     ]
-    return "\n".join(parts) + "\n"
+    return tables.page(parts)
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import table as tables
 from training import horovod, launch
 from training.log import count, table
 
@@ -138,7 +139,7 @@ def page(study: Any, runs: list[dict[str, Any]], ranks: int) -> str:
         ]
         left_out = [name for name, *_ in CASES if name not in names]
         parts += ["", f"Not run here: {'; '.join(left_out)}."] if left_out else []
-    return "\n".join(parts) + "\n"
+    return tables.page(parts)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,14 @@ def markdown(head: Row, rows: Sequence[Row], left: int = 1) -> list[str]:
 
 def paragraph(text: str, bullet: str = "") -> list[str]:
     """Lines of at most 110 columns; with `bullet`, which begins the first, an item of a list."""
-    return textwrap.wrap(text, 110, initial_indent=bullet, subsequent_indent=" " * len(bullet))
+    return textwrap.wrap(
+        text,
+        110,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_on_hyphens=False,  # a page would show a space behind the hyphen
+        break_long_words=False,  # links
+    )
 
 
 def number(value: float) -> str:
@@ -42,3 +49,20 @@ def number(value: float) -> str:
 def ms(seconds: float) -> str:
     """Seconds as milliseconds."""
     return number(seconds * 1e3)
+
+
+def page(lines: Sequence[str]) -> str:
+    """A page of lines: what is longer than 110 columns is broken, except tables, headings and pictures."""
+    return (
+        "\n".join(
+            part
+            for line in lines
+            for part in ([line] if line.startswith(("|", "#", "![", "<")) else broken(line))
+        )
+        + "\n"
+    )
+
+
+def broken(text: str) -> list[str]:
+    """Every line of the text, the longer ones broken at spaces."""
+    return [part for line in text.split("\n") for part in (paragraph(line) if len(line) > 110 else [line])]

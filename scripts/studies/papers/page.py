@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.harness.table import page
+
 from .claims import PAPERS
 from .judged import JUDGED
 
@@ -50,4 +52,4 @@ def render(results: dict[str, dict[str, Any]]) -> str:
             seconds = claim.get("cpu_seconds")
             cost = f" ({seconds:.0f} s of CPU time)" if seconds else ""
             lines += [f"*How:* {claim['how']}{cost}", "", f"![{claim['name']}]({claim['name']}.png)"]
-    return "\n".join(lines) + "\n"
+    return page(lines)
