@@ -40,17 +40,24 @@ inline uint16_t rounded_scale(float exact) {
   return static_cast<uint16_t>(bits_of(scale < kLeastScale ? 0.0f : scale) >> 16);
 }
 
-// The sum of the magnitudes of a block, in the format's order.
-template <class V>
-inline float sum_of_magnitudes(const float *x) {
+// Combines the magnitudes of a block lane by lane, 16 lanes, row after row.
+template <class V, class Combine>
+inline void combine_magnitudes(const float *x, float *sixteen, Combine combine) {
   constexpr int kVectors = 16 / V::kLanes;
   typename V::Float lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) lanes[v] = V::magnitude(V::load(x + v * V::kLanes));
   for (int row = 16; row < kLowBitBlock; row += 16) {
-    for (int v = 0; v < kVectors; ++v) lanes[v] = V::add(lanes[v], V::magnitude(V::load(x + row + v * V::kLanes)));
+    for (int v = 0; v < kVectors; ++v) lanes[v] = combine(lanes[v], V::magnitude(V::load(x + row + v * V::kLanes)));
   }
+  for (int v = 0; v < kVectors; ++v) V::store(sixteen + v * V::kLanes, lanes[v]);
+}
+
+// The sum of the magnitudes of a block, in the format's order.
+template <class V>
+inline float sum_of_magnitudes(const float *x) {
+  using Float = typename V::Float;
   float sums[16];
-  for (int v = 0; v < kVectors; ++v) V::store(sums + v * V::kLanes, lanes[v]);
+  combine_magnitudes<V>(x, sums, [](Float a, Float b) { return V::add(a, b); });
   for (int half = 8; half > 0; half /= 2) {
     for (int j = 0; j < half; ++j) sums[j] = sums[j] + sums[j + half];
   }
@@ -60,16 +67,9 @@ inline float sum_of_magnitudes(const float *x) {
 // The largest magnitude of a block; NaN and infinity are above every number.
 template <class V>
 inline uint32_t largest_key(const float *x) {
-  constexpr int kVectors = 16 / V::kLanes;
-  typename V::Float lanes[kVectors];
-  for (int v = 0; v < kVectors; ++v) lanes[v] = V::magnitude(V::load(x + v * V::kLanes));
-  for (int row = 16; row < kLowBitBlock; row += 16) {
-    for (int v = 0; v < kVectors; ++v) {
-      lanes[v] = V::larger_key(lanes[v], V::magnitude(V::load(x + row + v * V::kLanes)));
-    }
-  }
+  using Float = typename V::Float;
   float largest[16];
-  for (int v = 0; v < kVectors; ++v) V::store(largest + v * V::kLanes, lanes[v]);
+  combine_magnitudes<V>(x, largest, [](Float a, Float b) { return V::larger_key(a, b); });
   uint32_t key = 0;
   for (int j = 0; j < 16; ++j) key = bits_of(largest[j]) > key ? bits_of(largest[j]) : key;
   return key;
