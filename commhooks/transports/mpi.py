@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import array
 import atexit
 import contextlib
+import fcntl
+import sys
+import termios
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ from .duplicates import duplicate
 
 _SPIN_POLLS = 200  # after so many polls a waiting rank sleeps between polls; before, it only yields the core
 _SLEEP_S = 5e-5
+_READ_POLL_S = 0.02  # also the time in which a launcher passes on what it has read
 _ROTATION_BYTES = 16384  # below, the number of rounds decides, and MPI's own all-reduce has fewer
 _serialized = threading.Lock()
 
@@ -179,9 +184,26 @@ class MpiTransport(Transport):
 
 
 def abort(mpi: Any) -> None:
-    """Ends all ranks of the job with exit status 1, unless MPI is finalized."""
+    """Ends all ranks of the job with exit status 1, unless MPI is finalized.
+
+    Launchers end the ranks without reading what is left in their pipes. So the error's text is given time.
+    """
     if not finalization.is_over(mpi):
+        if sys.__stderr__ is not None:
+            wait_until_read(sys.__stderr__)
         mpi.COMM_WORLD.Abort(1)
+
+
+def wait_until_read(stream: TextIO, limit_s: float = 2.0) -> None:
+    """Waits until the other end of a pipe has read everything, at most ``limit_s``. Files need no wait."""
+    try:
+        stream.flush()
+        deadline, unread = Deadline(limit_s), array.array("i", [1])
+        while unread[0] and not deadline.has_passed():
+            fcntl.ioctl(stream.fileno(), termios.FIONREAD, unread)
+            time.sleep(_READ_POLL_S)
+    except (OSError, ValueError):
+        return  # closed, or no pipe
 
 
 def _bytes(buffer: Tensor) -> Any:
