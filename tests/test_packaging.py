@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -118,6 +119,67 @@ def test_wheel_builds_in_isolation(checkout: Path, tmp_path: Path) -> None:
     environment.pop("COMMHOOKS_LIBRARY_DIR", None)
     done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[410, 469, 699, 872, 915]", done.stderr
+
+
+def test_the_source_distribution_holds_what_a_build_needs(checkout: Path, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    (checkout / "tests").mkdir()
+    (checkout / "tests" / "test_a.py").touch()
+    library = (
+        checkout / "commhooks" / "native" / "lib" / "libcommhooks_cpu.so"
+    )  # as a build in place leaves it
+    library.parent.mkdir()
+    library.touch()
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "made")]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "made").iterdir()
+    assert made.name == f"commhooks-{commhooks.__version__}.tar.gz"
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        listed = archive.extractfile(f"commhooks-{commhooks.__version__}/PKG-INFO")
+        assert listed is not None
+        metadata = listed.read().decode()
+    built_from = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.is_file()}
+    built_from |= {str(file.relative_to(ROOT)) for file in (ROOT / "commhooks").rglob("*.py")}
+    built_from |= {
+        "CMakeLists.txt",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "commhooks/py.typed",
+    }
+    assert built_from <= names, built_from - names
+    assert not [name for name in names if name.endswith(".so") or name.startswith("tests")]
+    assert "License-Expression: BSD-3-Clause" in metadata and "Requires-Python: >=3.10" in metadata
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / "build/wheel/tools/stamp").exists(), reason="scripts/wheel has never run here"
+)
+def test_the_wheel_runs_on_old_systems(tmp_path: Path) -> None:
+    """scripts/wheel, once it has its tools, builds a wheel that auditwheel accepts; nothing newer than glibc 2.28."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "wheel", "--no-test", tmp_path], capture_output=True, text=True, timeout=290
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"commhooks-{commhooks.__version__}-py3-none-manylinux_2_28_")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read("commhooks/native/lib/libcommhooks_cpu.so")
+    needed = [tuple(map(int, found.split(b"."))) for found in re.findall(rb"GLIBC_(\d+\.\d+)", library)]
+    assert needed and max(needed) <= (2, 28)
+
+
+def test_wheel_says_what_it_does() -> None:
+    done = subprocess.run([ROOT / "scripts" / "wheel", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "manylinux_2_28" in done.stdout and not done.stderr
+    done = subprocess.run(
+        [ROOT / "scripts" / "wheel", "--nosuch"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "--nosuch" in done.stderr
 
 
 NO_KERNELS = "WITHOUT the native kernels"
