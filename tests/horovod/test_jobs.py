@@ -1,4 +1,4 @@
-"""Real Horovod jobs at 2, 3 and 4 ranks under both controllers. Many cases per start: starting dominates."""
+"""Real Horovod jobs at 2, 3 and 4 ranks under both launchers. Many cases per start: starting dominates."""
 
 import json
 import re
@@ -13,8 +13,14 @@ HERE = Path(__file__).resolve().parent
 COMPRESSION_LINE = "    compression = hvd.Compression.none\n"
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("launcher", ["gloo", "mpi"])
+def pytest_generate_tests(metafunc):
+    """Each launcher with each number of ranks under `--stress`; otherwise each number under one launcher at least."""
+    if metafunc.function is test_cases:
+        some = [("gloo", 2), ("mpi", 2), ("mpi", 3), ("gloo", 4)]
+        more = [("gloo", 3), ("mpi", 4)]
+        metafunc.parametrize("launcher, ranks", some + more * metafunc.config.getoption("--stress"))
+
+
 def test_cases(launcher, ranks, tmp_path):
     done = horovod_job(launcher, ranks, HERE / "job.py", tmp_path, timeout=280.0, check=False)
     names = [
@@ -95,7 +101,7 @@ LSTM = ["--task", "text", "--text-size", 20_000, "--hidden", 16]
 )
 def test_train_horovod(launcher, arguments, tmp_path):
     """The main job under the three launchers; stopped and resumed it ends as if it had never been stopped."""
-    ranks = 4
+    ranks = 2
     common = ["--epochs", 1, "--density", 0.05, "--quiet"]
     script = ROOT / "scripts" / "train_horovod.py"
 
