@@ -15,15 +15,21 @@ from .base import Message, Transport
 
 T = TypeVar("T")
 _POLL_S = 0.05
+_GRACE_S = 1.0
+"""For how long a rank waits for a peer after a third rank has failed. The message may be on its way."""
 
 
 class _Mailboxes:
-    """The queues of a group: one for each (source, destination, tag), made on first use."""
+    """The queues of a group: one for each (source, destination, tag), made on first use.
+
+    Attributes:
+        failed: the errors of ranks that failed, by rank.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._boxes: dict[tuple[int, int, int], queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
-        self.broken: BaseException | None = None
+        self.failed: dict[int, BaseException] = {}
 
     def box(self, source: int, destination: int, tag: int) -> queue.SimpleQueue[Tensor]:
         with self._lock:
@@ -55,17 +61,20 @@ class InProcessTransport(Transport):
             buffer.copy_(message)
 
     def _receive(self, peer: int, tag: int, what: str) -> Tensor:
-        box, waited = self._mailboxes.box(peer, self.rank, tag), 0.0
+        box, failed = self._mailboxes.box(peer, self.rank, tag), self._mailboxes.failed
+        step_s, waited_s, grace_s = min(_POLL_S, self.timeout_s), 0.0, _GRACE_S
         while True:
+            # Read before the box is looked into: what a rank sent before it failed is in there by then.
+            errors = dict(failed)
             try:
-                return box.get(timeout=min(_POLL_S, self.timeout_s))
+                return box.get(timeout=step_s)
             except queue.Empty:
-                waited += min(_POLL_S, self.timeout_s)
-            if self._mailboxes.broken is not None:
-                raise PeerLostError(
-                    f"rank {self.rank}, {what}: another rank failed"
-                ) from self._mailboxes.broken
-            if waited >= self.timeout_s:
+                waited_s += step_s
+            grace_s -= step_s if errors else 0.0
+            if errors and (peer in errors or self.rank in errors or grace_s <= 0.0):
+                cause = errors.get(peer, next(iter(errors.values())))
+                raise PeerLostError(f"rank {self.rank}, {what}: another rank failed") from cause
+            if waited_s >= self.timeout_s:
                 raise PeerTimeoutError(
                     f"rank {self.rank}, {what}: nothing from rank {peer} for {self.timeout_s:g} s"
                 )
@@ -84,8 +93,11 @@ class InProcessTransport(Transport):
         buffer.copy_(total)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the waits of all other ranks with ``PeerLostError``."""
-        self._mailboxes.broken = error
+        """Ends the waits of all other ranks with ``PeerLostError``. What was sent before is delivered first.
+
+        Waits for ranks that have not failed end a second later.
+        """
+        self._mailboxes.failed[self.rank] = error
 
 
 def group(world_size: int, timeout_s: float = 30.0) -> list[InProcessTransport]:
@@ -103,7 +115,7 @@ def group(world_size: int, timeout_s: float = 30.0) -> list[InProcessTransport]:
 def run(world_size: int, work: Callable[[InProcessTransport], T], timeout_s: float = 30.0) -> list[T]:
     """Runs ``work(transport)`` for every rank in a thread of its own and returns the results by rank.
 
-    When a rank raises an exception, the waits of all others end at once with ``PeerLostError``. The exception
+    When a rank raises an exception, the waits of all others end soon with ``PeerLostError``. The exception
     is raised again here: the first one that was raised and is no ``PeerLostError``.
     """
     transports = group(world_size, timeout_s)
