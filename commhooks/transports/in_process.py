@@ -47,8 +47,11 @@ class InProcessTransport(Transport):
     def __init__(self, rank: int, world_size: int, mailboxes: _Mailboxes, timeout_s: float) -> None:
         super().__init__(rank, world_size, timeout_s)
         self._mailboxes = mailboxes
+        self._goes_on = False  # after it failed: the others are expected to go on too
 
     def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
+        if self._goes_on:
+            self._mailboxes.failed.pop(self.rank, None)
         for peer, buffer in sends:
             self._mailboxes.box(self.rank, peer, tag).put(buffer.detach().clone())
         for peer, buffer in receives:
@@ -65,13 +68,13 @@ class InProcessTransport(Transport):
         step_s, waited_s, grace_s = min(_POLL_S, self.timeout_s), 0.0, _GRACE_S
         while True:
             # Read before the box is looked into: what a rank sent before it failed is in there by then.
-            errors = dict(failed)
+            errors = {} if self._goes_on else dict(failed)
             try:
                 return box.get(timeout=step_s)
             except queue.Empty:
                 waited_s += step_s
             grace_s -= step_s if errors else 0.0
-            if errors and (peer in errors or self.rank in errors or grace_s <= 0.0):
+            if errors and (peer in errors or grace_s <= 0.0):
                 cause = errors.get(peer, next(iter(errors.values())))
                 raise PeerLostError(f"rank {self.rank}, {what}: another rank failed") from cause
             if waited_s >= self.timeout_s:
@@ -95,8 +98,10 @@ class InProcessTransport(Transport):
     def fail(self, error: BaseException) -> None:
         """Ends the waits of all other ranks with ``PeerLostError``. What was sent before is delivered first.
 
-        Waits for ranks that have not failed end a second later.
+        Waits for ranks that have not failed end a second later. This rank may go on: its later waits end with
+        ``PeerTimeoutError`` only.
         """
+        self._goes_on = True
         self._mailboxes.failed[self.rank] = error
 
 
