@@ -324,6 +324,9 @@ def test_a_circle_is_found():
 # -- privacy ------------------------------------------------------------------------------------------------------
 
 FOREIGN = {
+    "_comm_hooks": "torch has no public way to the hooks that a copy of a DDP model lists and has lost",
+    "_forward_pre_hooks": "torch has no public way to the hooks that a copy of a module has",
+    "_world": "torch has no public list of process groups",
     "_get_backend": "torch has no public way to a group's backend",
     "_foreach_div_": "torch's operator on lists of tensors",
     "_handle_map": "Horovod: what lives from one init() to the next",

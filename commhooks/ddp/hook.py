@@ -1,6 +1,8 @@
 """``sparse_hook``, the DDP communication hook, and ``register``, which registers it on a model."""
 
 # No `from __future__ import annotations` here: register_comm_hook inspects the hook's real annotations.
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch.futures import Future
 from ..gradient.bucket import GRAD_DTYPES
 from .optimizers import check_optimizer
 from .state import SparseState
-from .wrapped import plain_name, require_ddp
+from .wrapped import check_group, plain_name, require_ddp
 
 
 def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Future[torch.Tensor]:
@@ -44,6 +46,7 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
     if state.left_to_ddp:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+        check_group(state.process_group, state.reducer.connection)
         averaged: Future[torch.Tensor] = allreduce_hook(state.process_group, bucket)
         return averaged
     return state.submit(bucket.buffer(), bucket.index(), tuple(bucket.parameters()), bucket.is_last())
@@ -52,7 +55,9 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
 def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | None = None) -> SparseState:
     """Registers ``sparse_hook`` on a DDP model. A collective call.
 
-    It also tells the state the parameters' names and opens its transport.
+    It also tells the state the parameters' names and opens its transport. A copy of the model (``deepcopy``,
+    ``AveragedModel``, ``torch.save``) takes a copy of the state along. DDP forgets the hook of a copy, so the
+    copy's first forward pass with gradients registers it again.
 
     Args:
         model: the DDP model, or what Lightning Fabric's ``setup`` or ``torch.compile`` made of it.
@@ -79,15 +84,65 @@ def register(model: Any, state: SparseState, optimizer: torch.optim.Optimizer | 
     reducer = state.reducer
     optimizer = optimizer or getattr(reducer.memory, "optimizer", None)
     check_optimizer(reducer.memory, reducer.selector, optimizer, reducer.aggregator)
+    for key, guard in list(ddp._forward_pre_hooks.items()):
+        if isinstance(guard, _Guard):  # of a copied model, which now gets another state
+            del ddp._forward_pre_hooks[key]
+            _forget_pair(ddp, guard.state)
+    _bind(ddp, state)
+    state.open(next(ddp.parameters()).device.type)
+    _add_hook(ddp, state)
+    ddp.register_forward_pre_hook(_Guard(state, ddp))
+    return state
+
+
+class _Guard:
+    """The forward pre-hook of a registered model. It raises the state's error with the error's own type.
+
+    Out of backward every error comes as ``RuntimeError``. In a copy of the model it registers the hook again.
+
+    Args:
+        state: the model's.
+        model: held weakly, and not copied.
+    """
+
+    def __init__(self, state: SparseState, model: Any) -> None:
+        self.state = state
+        self._model: Callable[[], Any] = weakref.ref(model)
+
+    def __call__(self, module: Any, arguments: Any) -> None:
+        if self._model() is not module and torch.is_grad_enabled():  # else it is only evaluated
+            _forget_pair(module, self.state)
+            _bind(module, self.state)
+            _add_hook(module, self.state)
+            self._model = weakref.ref(module)
+        self.state.raise_error()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": self.state}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.state, self._model = saved["state"], _no_model
+
+
+def _no_model() -> None:
+    """Stands for a reference whose model is gone."""
+
+
+def _forget_pair(ddp: Any, state: SparseState) -> None:
+    """Removes the hook from a copied model's list. The copy's reducer does not have it."""
+    ddp._comm_hooks = [pair for pair in ddp._comm_hooks if pair[1] is not state]
+
+
+def _bind(ddp: Any, state: SparseState) -> None:
+    """Gives the state its model, the parameters' names and the process group."""
     state.attach(ddp)
     state.set_names((plain_name(name), p) for name, p in ddp.module.named_parameters())
     state.process_group = ddp.process_group
-    state.open(next(ddp.parameters()).device.type)
+
+
+def _add_hook(ddp: Any, state: SparseState) -> None:
     if not state.ddp_allreduce:  # without any hook DDP averages in C++
         ddp.register_comm_hook(state, sparse_hook)
-    # Out of backward every error comes as RuntimeError. The next forward pass raises it with its own type.
-    ddp.register_forward_pre_hook(lambda module, arguments: state.raise_error())
-    return state
 
 
 def _check_dtypes(ddp: Any) -> None:

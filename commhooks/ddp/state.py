@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from .comm_thread import CommThread
 from .optimizers import check_optimizer, is_plain_sgd
 from .recipe import Recipe, check_moved
 from .step_watch import Found, StepWatch
-from .wrapped import find_ddp
+from .wrapped import check_group, find_ddp
 
 if TYPE_CHECKING:
     from ..planner import Plan
@@ -63,7 +64,7 @@ class SparseState:
         timeout_s: seconds until a missing rank is an error. None: the process group's timeout, or 300 s
             without a group.
         process_group: whose ranks take part, for the ``"distributed"`` transport. :func:`register` sets it to
-            DDP's group.
+            DDP's group. With ``register_comm_hook`` it must be named in a job that has groups of fewer ranks.
         ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by
             this state's thread. Traffic is not counted then. Only with ``Dense("distributed")``,
             ``NoMemory()`` and ``"propagate"``.
@@ -434,7 +435,7 @@ class SparseState:
                 self.watch.add(parameter, name)
 
     def attach(self, owner: Any, average: bool = True, steps_all: bool = False) -> None:
-        """Binds the state to one model.
+        """Binds the state to one model. A model that was wrapped anew may take the place of the former one.
 
         Args:
             owner: the model, held weakly.
@@ -445,8 +446,11 @@ class SparseState:
         Raises:
             ValueError: the state belongs to another model already.
         """
-        if self._owner is not None and self._owner() not in (None, owner):
+        former = None if self._owner is None else self._owner()
+        if former is not None and former is not owner and not _wrap_one_module(former, owner):
             raise ValueError("this SparseState has a model already; each DDP model needs a state of its own")
+        if former is not owner:
+            self._steps_seen = 0  # its parameters may be others: some may have been unfrozen
         # Weakly: DDP's C++ part holds this state, and a cycle through C++ would never be collected.
         self._owner = weakref.ref(owner)
         self.reducer.average, self._steps_all = average, steps_all
@@ -459,8 +463,10 @@ class SparseState:
                 ``"cpu"``.
 
         Raises:
-            ValueError: the world sizes of transport and process group differ.
+            ValueError: the world sizes of transport and process group differ, or no process group was named
+                and this rank is in several.
         """
+        check_group(self.process_group, self.reducer.connection)
         if device_type is None:
             nccl = dist.is_available() and backend_for(self.process_group, "cuda") == "nccl"
             device_type = "cuda" if nccl else "cpu"
@@ -610,7 +616,15 @@ class SparseState:
         self.__dict__.update(state)
         self.process_group = self.grad_scaler = None
         self._reset_runtime()
+        self._lacks_scaler = saved.get("units") == "unscaled"
         self.reducer.restart(saved)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseState:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        copied.grad_scaler = self.grad_scaler  # the job has one
+        return copied
 
     def _reset_runtime(self) -> None:
         self.error = None
@@ -621,7 +635,7 @@ class SparseState:
         self._steps_seen = 0
         self._indices: set[int] = set()
         self._waiting = []
-        self._steps_all = False
+        self._steps_all = self._lacks_scaler = False
 
     def _bucket(
         self,
@@ -664,6 +678,11 @@ class SparseState:
 
     def _loss_scale(self) -> float:
         """Returns this step's loss scale. Called on the state's thread, since reading it may wait."""
+        if self.grad_scaler is None and self._lacks_scaler:
+            raise ValueError(
+                "this state was pickled with a grad_scaler, which is not in the file: set state.grad_scaler "
+                "= scaler, or GradScaler(enabled=False) where the loss is not scaled now"
+            )
         if self.grad_scaler is None or not self.grad_scaler.is_enabled():
             return 1.0
         return float(self.grad_scaler.get_scale())
@@ -677,6 +696,11 @@ class SparseState:
     def _check(self, done: Future[Tensor]) -> Tensor:
         self.raise_error()
         return done.value()
+
+
+def _wrap_one_module(a: Any, b: Any) -> bool:
+    """Whether two DDP models wrap the same module."""
+    return a.__dict__.get("_modules", {}).get("module", a) is b.__dict__.get("_modules", {}).get("module", b)
 
 
 @dataclass(eq=False, slots=True)
@@ -715,6 +739,7 @@ _RUNTIME = (
     "_indices",
     "_waiting",
     "_steps_all",
+    "_lacks_scaler",
     "process_group",
     "grad_scaler",
     "error",

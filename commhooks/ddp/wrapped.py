@@ -1,4 +1,4 @@
-"""Finds the DDP model inside the wrappers of Fabric and ``torch.compile``, without importing them."""
+"""Finds the DDP model inside the wrappers of Fabric and ``torch.compile``; checks that its group is known."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ..transports import OVER_TORCH
+from ..transports.connection import Connection
+from ..transports.own_group import smaller_groups
 
 _INNER = {"OptimizedModule": "_orig_mod", "_FabricModule": "_forward_module"}
 """Class names of wrappers, and the attribute that holds what they wrap."""
@@ -52,3 +56,21 @@ def _advice(model: Any) -> str:
 def plain_name(name: str) -> str:
     """Removes what ``torch.compile`` adds to a name: checkpoints then fit with and without it."""
     return name.replace("_orig_mod.", "")
+
+
+def check_group(process_group: Any, connection: Connection) -> None:
+    """Raises ``ValueError`` where it is unknown over which ranks DDP averages.
+
+    A hook that ``register_comm_hook`` registered does not see DDP's process group. Without ``process_group``
+    it takes all ranks, which is refused in a job that has groups of fewer ranks.
+    """
+    by_name = connection.requested in (*OVER_TORCH, "mpi")
+    if process_group is not None or connection.is_open or not by_name:
+        return
+    if groups := smaller_groups():
+        raise ValueError(
+            f"this rank is in process groups of fewer ranks than the job has, such as {groups[0]}, and the "
+            "hook does not know over which group DDP averages: attach the state with "
+            "commhooks.register(ddp_model, state), or pass process_group= to the state "
+            "(process_group=torch.distributed.group.WORLD for all ranks)"
+        )

@@ -81,6 +81,23 @@ class OwnGroup:
         _garbage.append(self)
 
 
+def smaller_groups() -> list[list[int]]:
+    """Returns the global ranks of the program's groups that hold this rank and not all ranks.
+
+    Groups of our own are left out. Without ``torch.distributed`` there are none.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    ours = [own.group for own in list(_open)]
+    world: Any = dist.distributed_c10d._world
+    found = []
+    for group, ranks in list(world.pg_group_ranks.items()):
+        if dist.get_rank() in ranks and len(ranks) < dist.get_world_size():
+            if not any(group is own for own in ours):
+                found.append(sorted(ranks))
+    return found
+
+
 def close_garbage() -> None:
     """Closes the groups whose transports have been garbage-collected."""
     while _garbage:
