@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteGradientError
 from ..exchange import LowBit
+from ..ownership import claim
 from ..reduction.checkpoint import complain, withheld
 from ..transports import Transport
 from . import watch
 from .agreement import Gather, Header, Ranks, agree
 from .buffers import BufferChoice, Buffers, average_exactly, has_nonfinite
 from .channel import TAG, Channel, reporting
-from .compressed_change import claim
 from .flat import (
     Parameters,
     digest,
@@ -131,7 +131,7 @@ class Averager(ModelAverager):
 
     Raises:
         TypeError: an option that does not exist, or a wire that is none.
-        ValueError: an argument out of range, with its name and value; a reducer that another averager has; a
+        ValueError: an argument out of range, with its name and value; a reducer that another averager or state has; a
             wire for another averager, beside a reducer, or with a transport of its own.
     """
 
@@ -160,7 +160,7 @@ class Averager(ModelAverager):
             given["transport"], given["timeout_s"], self.process_group, given["device_type"]
         )
         if self.reducer is not None:
-            claim(self.reducer, self)
+            claim(self.reducer, self, "reducer", "averager or state")
         self.step = 0
         self.synchronisations = 0
         self._members = Members()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +14,6 @@ from .flat import digest_of, flatten, message_dtype, numel, pieces, real_view, s
 
 if TYPE_CHECKING:
     from ..reduction.reducer import Reducer
-
-_owners: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-
-
-def claim(reducer: Reducer, owner: object) -> None:
-    """Makes ``owner`` the only owner of a reducer.
-
-    Two owners would share one memory, and what one withheld would reach the other's model.
-
-    Raises:
-        ValueError: it is another owner's.
-    """
-    other = _owners.get(reducer)
-    if other is not None and other() not in (None, owner):
-        raise ValueError(
-            f"reducer belongs to another {type(other()).__name__} already: each averager needs its own, "
-            f"got {reducer!r}"
-        )
-    _owners[reducer] = weakref.ref(owner)
 
 
 class CompressedChange:

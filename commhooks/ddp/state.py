@@ -24,6 +24,7 @@ from ..memory import Memory
 from ..memory.clipping import norm_of
 from ..memory.no_memory import NoMemory
 from ..memory.resharding import check_entries
+from ..ownership import claim
 from ..reduction.checkpoint import check_units
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, dense_memory, make_parts
@@ -121,6 +122,7 @@ class SparseState:
             timeout_s=timeout_s,
             undoable=undoable,
         )
+        claim(self.reducer, self, "reducer", "averager or state")
         self.grad_scaler, self.process_group = grad_scaler, process_group
         self.ddp_allreduce = bool(ddp_allreduce)
         if ddp_allreduce and not self._ddp_can():
@@ -614,6 +616,7 @@ class SparseState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("saved")
         self.__dict__.update(state)
+        claim(self.reducer, self, "reducer", "averager or state")
         self.process_group = self.grad_scaler = None
         self._reset_runtime()
         self._lacks_scaler = saved.get("units") == "unscaled"

@@ -21,6 +21,7 @@ from ..gradient.sparse_grad import SparseGrad
 from ..memory import ErrorFeedback, Memory
 from ..memory.parameter_memory import VERSION
 from ..memory.resharding import check_entries
+from ..ownership import claim
 from ..reduction.checkpoint import check_fits, description, in_units_of
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
@@ -97,6 +98,7 @@ class CompressorCore:
         self._name = f"commhooks.{next(_numbers[_key(process_set)])}"
         self._agreement: int | None = None  # handle of the exchange of settings
         self._agreed = False
+        claim(self.memory, self, "memory", "state, compression or Reducer")
 
     @property
     def process_set(self) -> Any:

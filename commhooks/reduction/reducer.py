@@ -15,6 +15,7 @@ from ..memory import Memory, NoMemory
 from ..memory.owner_memory import OwnedChunk, without_owners
 from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
+from ..ownership import claim
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import Connection, Transport
@@ -43,8 +44,8 @@ class Reducer:
     Args:
         selector: chooses the elements that are sent. ``None`` only with ``Dense`` and ``LowBit``.
         aggregator: sums the ranks' selections, over the transport that it names.
-        memory: keeps what is not sent. Default: ``NoMemory()`` with ``Dense``, which sends everything, and
-            else ``ErrorFeedback()``.
+        memory: keeps what is not sent, and belongs to this Reducer alone. Default: ``NoMemory()`` with
+            ``Dense``, which sends everything, and else ``ErrorFeedback()``.
         average: whether to divide the sum by the world size.
         nonfinite: what happens on all ranks when any rank's gradient holds NaN or Inf, which never enter a
             memory. ``"propagate"``: the bucket becomes NaN on all ranks, as under plain DDP, so that a
@@ -65,7 +66,8 @@ class Reducer:
         connection: opens the transport and holds it.
 
     Raises:
-        ValueError: an unknown policy, a number out of range, or a selector that does not fit the aggregator.
+        ValueError: an unknown policy, a number out of range, a selector that does not fit the aggregator, or
+            a memory that another Reducer has.
         TypeError: an argument of the wrong kind.
     """
 
@@ -101,6 +103,7 @@ class Reducer:
         self._sends_everything = self._can_discard = False
         self._sizes = Sizes()
         self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, by index
+        claim(self.memory, self, "memory", "state, compression or Reducer")
 
     def open(self, process_group: Any = None, device_type: str = "cpu") -> Transport:
         """Opens the transport if it is not open yet. A collective call; :meth:`reduce` makes it too.

@@ -367,7 +367,7 @@ def test_a_reducer_belongs_to_one_averager():
     transport = in_process.group(1)[0]
     reducer = Reducer(TopK(0.5), AllGather(transport=transport), ErrorFeedback())
     first = LocalSGD(1, params=parameters(0), transport=transport, reducer=reducer)
-    with pytest.raises(ValueError, match="reducer belongs to another LocalSGD"):
+    with pytest.raises(ValueError, match="reducer belongs to another averager or state"):
         BlockMomentum(0.5, 1, params=parameters(0), transport=transport, reducer=reducer)
     del first
     BlockMomentum(0.5, 1, params=parameters(0), transport=transport, reducer=reducer)
