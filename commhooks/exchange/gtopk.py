@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import says_what_to_write
-from ..gradient.sparse_grad import SparseGrad
+from ..gradient.sparse_grad import SparseGrad, empty_message, places
 from ..native import ops
 from ..transports import Transport
-from ..wire.message import HEADER_BYTES, Context, NextSizeError, empty_message, pack, unpack
+from ..wire.message import HEADER_BYTES, Context, NextSizeError, pack, unpack
 from .base import Aggregated, Aggregator
 
 ALGORITHMS = ("doubling", "tree")
@@ -154,8 +154,11 @@ class _Merged:
         if child is not None:
             self.children[child] = _Tracked(other.indices)
         mine = self.pairs
-        merged = ops.merge_topk(mine.values, mine.indices, other.values, other.indices, mine.k)
-        self.pairs = SparseGrad(merged.values, merged.indices, mine.numel)
+        message = empty_message(mine.k, mine.indices.device)
+        merged = ops.merge_topk(
+            mine.values, mine.indices, other.values, other.indices, mine.k, out=places(message)
+        )
+        self.pairs = SparseGrad(merged.values, merged.indices, mine.numel, message)
         self.nonfinite |= vote
         for tracked in (self.own, *self.children.values()):
             if tracked.indices is mine.indices:  # the merge reports which pairs of its inputs survived

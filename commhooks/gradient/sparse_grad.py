@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..native import ops
 from ..native.fused import PAD
+
+HEADER_WORDS = 4
+"""int32 words before the indices and the values' bits in a message; ``wire/message.py`` writes them."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class SparseGrad:
         indices: shape ``(k,)``, int32, ascending and unique. Unused places are at the end and have index
             ``PAD`` (2**31 - 1) and value 0, so that a message has the same size when fewer pairs exist.
         numel: length of the dense gradient.
+        message: the message whose places the pairs are (:func:`places`), so that it
+            needs no copy of them to be sent. None: they are in no message.
 
     Raises:
         TypeError: a wrong dtype.
@@ -29,6 +34,7 @@ class SparseGrad:
     values: Tensor
     indices: Tensor
     numel: int
+    message: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.values.dtype != torch.float32 or self.indices.dtype != torch.int32:
@@ -66,3 +72,18 @@ class SparseGrad:
         dense = self.values.new_zeros(self.numel)
         ops.scatter_add(dense, self.values, self.indices)
         return dense
+
+
+def empty_message(k: int, device: torch.device) -> Tensor:
+    """Returns an uninitialised buffer for a message of ``k`` pairs, to write or to receive in."""
+    return torch.empty(HEADER_WORDS + 2 * k, dtype=torch.int32, device=device)
+
+
+def places(message: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the places of the values, float32 ``(k,)``, and of the indices, int32 ``(k,)``, in a message.
+
+    Args:
+        message: shape ``(HEADER_WORDS + 2 k,)``, int32. The places are views of it.
+    """
+    k = (message.numel() - HEADER_WORDS) // 2
+    return message[HEADER_WORDS + k :].view(torch.float32), message[HEADER_WORDS : HEADER_WORDS + k]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fused import PAD, Fused, Selected
+from .fused import PAD, Fused, Merged, Selected
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 F32 = (torch.float32,)
@@ -149,6 +149,28 @@ def segment_order(fused: Fused) -> None:
         return
     if int(segments[0]) != 0 or int(segments[-1]) != numel or bool((segments[1:] < segments[:-1]).any()):
         raise ValueError(f"segments must ascend from 0 to {numel}, got {segments.tolist()}")
+
+
+def merged(
+    k: int, inputs: tuple[Tensor, Tensor, Tensor, Tensor], out: tuple[Tensor, Tensor] | None
+) -> Merged:
+    """Checks the given outputs of a merge and makes the others.
+
+    Args:
+        k: number of places.
+        inputs: values and indices of both inputs.
+        out: values and indices of the result. None: new ones.
+    """
+    _, indices_a, _, indices_b = inputs
+    sizes, device = (k, indices_a.numel(), indices_b.numel()), indices_a.device
+    if out is None:
+        return Merged.empty(*sizes, device)
+    values, indices = out
+    array("values", values, F32, device, k)
+    array("indices", indices, I32, device, k)
+    names = ("values_a", "indices_a", "values_b", "indices_b")
+    no_overlap([("values", values), ("indices", indices)], list(zip(names, inputs, strict=True)))
+    return Merged.empty(*sizes, device, values, indices)
 
 
 def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]) -> None:

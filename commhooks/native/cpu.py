@@ -158,6 +158,7 @@ def merge_topk(
     indices_b: Tensor,
     k: int,
     threads: int | None = None,
+    out: Merged | None = None,
 ) -> Merged:
     """See :func:`commhooks.native.ops.merge_topk`."""
 
@@ -165,7 +166,8 @@ def merge_topk(
         checks.index_order("indices_a", indices_a, None)
         checks.index_order("indices_b", indices_b, None)
 
-    out = Merged.empty(k, indices_a.numel(), indices_b.numel(), _CPU)
+    if out is None:
+        out = Merged.empty(k, indices_a.numel(), indices_b.numel(), _CPU)
     _call(
         "merge_topk",
         values_a.data_ptr(),

@@ -118,11 +118,19 @@ class Merged(NamedTuple):
     survives_b: Tensor
 
     @classmethod
-    def empty(cls, k: int, size_a: int, size_b: int, device: torch.device) -> Merged:
-        """Uninitialised outputs for a merge of ``size_a`` and ``size_b`` places into ``k``."""
+    def empty(
+        cls,
+        k: int,
+        size_a: int,
+        size_b: int,
+        device: torch.device,
+        values: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Merged:
+        """Outputs for a merge of ``size_a`` and ``size_b`` places into ``k``: given, or uninitialised."""
         return cls(
-            torch.empty(k, dtype=torch.float32, device=device),
-            torch.empty(k, dtype=torch.int32, device=device),
+            torch.empty(k, dtype=torch.float32, device=device) if values is None else values,
+            torch.empty(k, dtype=torch.int32, device=device) if indices is None else indices,
             torch.empty(size_a, dtype=torch.bool, device=device),
             torch.empty(size_b, dtype=torch.bool, device=device),
         )

@@ -157,7 +157,12 @@ def sample_threshold(fused: Fused, k: int, *, seed: int = 0) -> float:
 
 
 def select_indices(
-    fused: Fused, indices: Tensor, *, values: Tensor | None = None, threads: int | None = None
+    fused: Fused,
+    indices: Tensor,
+    *,
+    values: Tensor | None = None,
+    out: Tensor | None = None,
+    threads: int | None = None,
 ) -> Selected:
     """Corrects the gradient and takes out the elements at ``indices``.
 
@@ -166,6 +171,7 @@ def select_indices(
         indices: shape ``(k,)``, int32, ascending, unique. An entry in an inactive segment gives value 0, and
             its residual is kept.
         values: output, overwritten: float32 of shape ``(k,)``. None: a new tensor.
+        out: where the copy of ``indices`` goes, int32 of shape ``(k,)``. None: a new tensor.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
@@ -178,13 +184,16 @@ def select_indices(
     checks.fused_operands(fused)
     checks.array("indices", indices, checks.I32, fused.residual.device)
     checks.no_overlap(checks.overwritten(fused), [("indices", indices)])
-    out = checks.outputs(fused, indices.numel(), values, indices.clone(), [("indices", indices)])
+    if out is None:
+        out = torch.empty_like(indices)
+    selected = checks.outputs(fused, indices.numel(), values, out, [("indices", indices)])
+    out.copy_(indices)
     threads = checks.thread_count(threads)
     implementation = _implementation(fused.residual.device)
     if implementation is reference:
         checks.segment_order(fused)
         checks.index_order("indices", indices, fused.residual.numel())
-    result: Selected = implementation.select_indices(fused, indices, threads, out)
+    result: Selected = implementation.select_indices(fused, indices, threads, selected)
     return result
 
 
@@ -222,6 +231,7 @@ def merge_topk(
     indices_b: Tensor,
     k: int,
     *,
+    out: tuple[Tensor, Tensor] | None = None,
     threads: int | None = None,
 ) -> Merged:
     """The ``k`` largest magnitudes of the sum of two sparse gradients, sorted by index.
@@ -234,6 +244,8 @@ def merge_topk(
         values_a, values_b: float32, shape ``(k_a,)`` and ``(k_b,)``.
         indices_a, indices_b: int32, ascending, padding at the end.
         k: number of places in the result.
+        out: values and indices of the result, overwritten: float32 and int32 of shape ``(k,)``, possibly
+            views of a message. None: new tensors.
         threads: number of CPU threads, default torch's; never changes the result.
 
     Returns:
@@ -252,7 +264,8 @@ def merge_topk(
     if implementation is reference:
         checks.index_order("indices_a", indices_a, None)
         checks.index_order("indices_b", indices_b, None)
-    result: Merged = implementation.merge_topk(values_a, indices_a, values_b, indices_b, k, threads)
+    inputs = (values_a, indices_a, values_b, indices_b)
+    result: Merged = implementation.merge_topk(*inputs, k, threads, checks.merged(k, inputs, out))
     return result
 
 

@@ -260,16 +260,17 @@ def merge_topk(
     indices_b: Tensor,
     k: int,
     threads: int | None = None,
+    out: Merged | None = None,
 ) -> Merged:
     """See :func:`commhooks.native.ops.merge_topk`."""
     index, order = torch.cat((indices_a, indices_b)).sort(stable=True)
     value = torch.cat((values_a, values_b))[order]
     size = index.numel()
     if size == 0:
-        empty = indices_a.new_zeros(0, dtype=torch.bool)
-        return Merged(
-            values_a.new_zeros(k), torch.full_like(indices_a.new_empty(k), PAD), empty, empty.clone()
-        )
+        out = Merged.empty(k, 0, 0, index.device) if out is None else out
+        out.values.zero_()
+        out.indices.fill_(PAD)
+        return out
     same = torch.cat((index[1:] == index[:-1], index.new_zeros(1, dtype=torch.bool))) & (index != PAD)
     total = torch.where(same, value + value.roll(-1), value)
     second = torch.cat((same.new_zeros(1), same[:-1]))
@@ -283,15 +284,17 @@ def merge_topk(
     place = torch.where(best.values > 0, best.indices, PAD).sort().values
     used = place != PAD
     where = place.clamp(max=size - 1)
-    values = torch.zeros(k, dtype=torch.float32, device=index.device)
-    indices = torch.full((k,), PAD, dtype=torch.int32, device=index.device)
-    values[: place.numel()] = torch.where(used, total[where], 0.0)
-    indices[: place.numel()] = torch.where(used, index[where], PAD)
+    if out is None:
+        out = Merged.empty(k, indices_a.numel(), indices_b.numel(), index.device)
+    out.values.zero_()
+    out.indices.fill_(PAD)
+    out.values[: place.numel()] = torch.where(used, total[where], 0.0)
+    out.indices[: place.numel()] = torch.where(used, index[where], PAD)
     survives = torch.empty_like(kept)
     survives[order] = kept | (second & kept.roll(1))
-    return Merged(
-        values, indices, survives[: indices_a.numel()].clone(), survives[indices_a.numel() :].clone()
-    )
+    out.survives_a.copy_(survives[: indices_a.numel()])
+    out.survives_b.copy_(survives[indices_a.numel() :])
+    return out
 
 
 def contains(wanted: Tensor, among: Tensor) -> Tensor:

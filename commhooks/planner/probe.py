@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ..gradient.sparse_grad import HEADER_WORDS
 from ..transports import Transport
 from ..transports.recursive_doubling import DOUBLING_BYTES
-from ..wire.message import HEADER_WORDS
 from .cost_model import Costs
 from .kernel_timing import SMALL_K, SMALL_NUMEL, kernel_costs, least_s, small_bucket_s
 

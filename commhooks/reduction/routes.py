@@ -37,7 +37,7 @@ from ..exchange import Aggregated, Aggregator, LowBit
 from ..exchange.agreement import agree_on_context
 from ..exchange.low_bit import Activity, LowBitMean
 from ..exchange.voting_sum import summed
-from ..gradient.sparse_grad import SparseGrad
+from ..gradient.sparse_grad import SparseGrad, empty_message, places
 from ..memory import Memory
 from ..memory.owner_memory import OwnedChunk
 from ..memory.parameter_memory import BucketMemory
@@ -243,14 +243,16 @@ class SparseRoute:
     _rounding: SparseGrad | None = field(default=None, init=False)
 
     def correct(self) -> None:
-        """Adds the gradient to the residual and takes ``pairs`` out of it, in one pass."""
-        step, key = self.context.step, self.mask_key
-        selected = self.selector.select(self.operands, self.k, step=step, mask_key=key)
+        """Adds the gradient to the residual and takes ``pairs`` out of it into a message, in one pass."""
+        message = empty_message(self.k, self.operands.grad.device)
+        selected = self.selector.select(
+            self.operands, self.k, step=self.context.step, mask_key=self.mask_key, out=places(message)
+        )
         self.held.end(selected.active)
         _, self.bad, self.misses, left_out = selected.report.tolist()
         self._active = selected.active if left_out else None
         self.pairs = self._contributed = SparseGrad(
-            selected.values, selected.indices, self.operands.grad.numel()
+            selected.values, selected.indices, self.operands.grad.numel(), message
         )
 
     def exchange(self, transport: Transport) -> bool:

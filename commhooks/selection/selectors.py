@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..errors import says_what_to_write
 from ..native import ops
@@ -39,7 +40,15 @@ class Selector(ABC):
         return min(numel, max(1, wanted))
 
     @abstractmethod
-    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
+    def select(
+        self,
+        operands: Fused,
+        k: int,
+        *,
+        step: int,
+        mask_key: int,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> Selected:
         """Adds the gradient to the memory in ``operands`` and takes ``k`` pairs out of the residual.
 
         Args:
@@ -49,6 +58,8 @@ class Selector(ABC):
             step: number of exchanges so far, the same on all ranks.
             mask_key: the bucket's number or the hash of a parameter's name: different for each bucket of a
                 step, and the same on all ranks.
+            out: where values and indices are written, float32 and int32 of shape ``(k,)``, such as the
+                places of a message. None: new tensors.
 
         Returns:
             values ``(k,)`` float32, indices ``(k,)`` int32 ascending, the report, and the active segments.
@@ -73,8 +84,19 @@ class TopK(Selector):
         density: k/n in (0, 1], or a schedule such as ``ExponentialWarmup``.
     """
 
-    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
-        return ops.select_topk(operands, k, seed=_sampling_seed(step, mask_key))
+    def select(
+        self,
+        operands: Fused,
+        k: int,
+        *,
+        step: int,
+        mask_key: int,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> Selected:
+        values, indices = out or (None, None)
+        return ops.select_topk(
+            operands, k, seed=_sampling_seed(step, mask_key), values=values, indices=indices
+        )
 
 
 class ThresholdTopK(Selector):
@@ -88,13 +110,22 @@ class ThresholdTopK(Selector):
         density: k/n in (0, 1], or a schedule such as ``ExponentialWarmup``.
     """
 
-    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
+    def select(
+        self,
+        operands: Fused,
+        k: int,
+        *,
+        step: int,
+        mask_key: int,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> Selected:
         seed = _sampling_seed(step, mask_key)
         # The kernel takes magnitudes above the threshold. The estimate is itself the magnitude of an element,
         # possibly the only large one, and must be taken too.
         threshold = _next_below(ops.sample_threshold(operands, k, seed=seed))
         start = (seed * 2_654_435_761) % max(1, operands.grad.numel())
-        return ops.select_threshold(operands, threshold, k, start=start)
+        values, indices = out or (None, None)
+        return ops.select_threshold(operands, threshold, k, start=start, values=values, indices=indices)
 
 
 class RandomK(Selector):
@@ -120,10 +151,19 @@ class RandomK(Selector):
             raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
         self.seed = seed
 
-    def select(self, operands: Fused, k: int, *, step: int, mask_key: int) -> Selected:
+    def select(
+        self,
+        operands: Fused,
+        k: int,
+        *,
+        step: int,
+        mask_key: int,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> Selected:
         grad = operands.grad
-        indices = ops.random_indices(self.seed, step, mask_key, grad.numel(), k, grad.device)
-        return ops.select_indices(operands, indices)
+        mask = ops.random_indices(self.seed, step, mask_key, grad.numel(), k, grad.device)
+        values, indices = out or (None, None)
+        return ops.select_indices(operands, mask, values=values, out=indices)
 
     def settings(self) -> dict[str, object]:
         return {**super().settings(), "seed": self.seed}

@@ -52,8 +52,6 @@ class Transport(ABC):
     are copied there and back (``device_copy.py``). Every call blocks its thread until it is complete, or
     raises. It waits at most ``timeout_s``; in a collective that consists of point-to-point messages, at most
     ``timeout_s`` in each round. What is received on a GPU is complete for later work on the current stream.
-    raises. It waits at most ``timeout_s``; in a collective that consists of point-to-point messages, at most
-    ``timeout_s`` in each round. What is received on a GPU is complete for later work on the current stream.
     ``tag`` (0 to 32767) distinguishes messages that are under way at the same time. ``what`` names the
     messages in errors ("bucket 3, round 1").
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..gradient.sparse_grad import HEADER_WORDS
 from ..native import ops
-from .message import HEADER_BYTES, HEADER_WORDS, Context, header_of, read_header
+from .message import HEADER_BYTES, Context, header_of, read_header
 
 BITS = (1, 2, 4, 8, 16, 32)
 BFLOAT16, LOSSLESS = 16, 32
@@ -59,8 +60,8 @@ def encode(values: Tensor, bits: int, out: Tensor) -> None:
         out.view(torch.float32).copy_(values)
         values.zero_()
     elif bits == BFLOAT16:
-        codes, largest = _halves(out, values.numel()), torch.finfo(torch.bfloat16).max
-        codes.copy_(torch.where(values.isfinite(), values.clamp(-largest, largest), values))
+        codes = _halves(out, values.numel())
+        codes.copy_(_within_bfloat16(values))
         values.sub_(codes)
     else:
         ops.low_bit_encode(values, bits, out, values)
@@ -105,6 +106,16 @@ def decode_add(codes: Tensor, bits: int, out: Tensor) -> None:
             out += _halves(row, out.numel())
     else:
         ops.low_bit_decode_add(codes, bits, out)
+
+
+def _within_bfloat16(values: Tensor) -> Tensor:
+    """``values`` ``(n,)`` with finite elements beyond bfloat16's range replaced by the range's end."""
+    largest = torch.finfo(torch.bfloat16).max
+    if values.device.type == "cpu" and values.numel():  # a GPU would have to be waited for
+        low, high = values.aminmax()
+        if -largest <= float(low) and float(high) <= largest:  # false where there is a NaN
+            return values
+    return torch.where(values.isfinite(), values.clamp(-largest, largest), values)
 
 
 def _halves(codes: Tensor, numel: int) -> Tensor:

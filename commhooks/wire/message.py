@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsMismatchError
-from ..gradient.sparse_grad import SparseGrad
+from ..gradient.sparse_grad import HEADER_WORDS, SparseGrad, empty_message, places
 from ..native.fused import PAD
 
-HEADER_WORDS = 4
 HEADER_BYTES = 4 * HEADER_WORDS
 ROUNDS_PER_BUCKET = 32
 _MARK = 0x436F4B32
@@ -62,20 +61,23 @@ class Context(NamedTuple):
 
 
 def pack(pairs: SparseGrad, nonfinite: bool, context: Context) -> Tensor:
-    """Packs pairs into a new message on their device.
+    """Makes the message of pairs: the one that they are in, else a new one on their device.
 
     Args:
-        pairs: k pairs.
+        pairs: k pairs. Where they are in a message, only its header is written.
         nonfinite: the vote: whether this rank's gradient held NaN or Inf.
         context: which exchange this is.
 
     Returns:
         Shape ``(HEADER_WORDS + 2 k,)``, int32: header, indices, the values' bits.
     """
-    message = pairs.indices.new_empty(HEADER_WORDS + 2 * pairs.k)
+    message = pairs.message
+    if message is None:
+        message = empty_message(pairs.k, pairs.indices.device)
+        values, indices = places(message)
+        values.copy_(pairs.values)
+        indices.copy_(pairs.indices)
     message[:HEADER_WORDS] = header_of(context, nonfinite, pairs.k)
-    message[HEADER_WORDS : HEADER_WORDS + pairs.k] = pairs.indices
-    message[HEADER_WORDS + pairs.k :] = pairs.values.view(torch.int32)
     return message
 
 
@@ -94,10 +96,8 @@ def unpack(message: Tensor, numel: int, sender: int, context: Context) -> tuple[
             place. On a GPU indices are not checked here, since that would wait; the kernels leave out those
             that are out of range.
     """
-    k = (message.numel() - HEADER_WORDS) // 2
-    vote = read_header(message[:HEADER_WORDS].tolist(), k, sender, context)
-    indices = message[HEADER_WORDS : HEADER_WORDS + k]
-    values = message[HEADER_WORDS + k :].view(torch.float32)
+    values, indices = places(message)
+    vote = read_header(message[:HEADER_WORDS].tolist(), values.numel(), sender, context)
     _check_indices(indices[None], numel, [sender], context)
     return SparseGrad(values, indices, numel), vote
 
@@ -187,8 +187,3 @@ def _check_indices(rows: Tensor, numel: int, senders: Sequence[int], context: Co
             f"{context}: rank {sender} sent indices that do not ascend below {numel}: the message is damaged "
             "or of another program"
         )
-
-
-def empty_message(k: int, device: torch.device) -> Tensor:
-    """Returns an uninitialised buffer in which a message of ``k`` pairs can be received."""
-    return torch.empty(HEADER_WORDS + 2 * k, dtype=torch.int32, device=device)

@@ -105,6 +105,23 @@ def test_copies_of_a_step(scheme, waits, page_locked, back, calls):
     assert calls == {what: 2 * (agreement[what] + step[what]) for what in step}
 
 
+def test_several_messages_are_waited_for_once(calls):
+    """At four ranks a low-bit exchange sends three messages to owners: three copies, one wait."""
+
+    def work(transport):
+        before = calls["waits"]
+        peers = [rank for rank in range(4) if rank != transport.rank]
+        sent = {rank: torch.full((3,), float(10 * transport.rank + rank)) for rank in peers}
+        received = {rank: torch.zeros(3) for rank in peers}
+        transport.exchange(list(sent.items()), list(received.items()), tag=0, what="to owners")
+        for rank, found in received.items():
+            assert torch.equal(found, torch.full((3,), float(10 * rank + transport.rank)))
+        return before
+
+    in_process.run(4, work)
+    assert calls == {"waits": 4, "page-locked": 4 * 6, "copies back": 4 * 3}
+
+
 def test_nothing_is_copied_for_one_rank(calls):
     for scheme in SCHEMES:
         run_steps(1, scheme, 0.1, integer_gradients(1, 60, steps=1))

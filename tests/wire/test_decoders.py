@@ -6,9 +6,10 @@ import torch
 from commhooks import ErrorFeedback, SettingsMismatchError, SparseGrad
 from commhooks.exchange.agreement import MESSAGE_BYTES, compare, encode
 from commhooks.gradient.bucket import Bucket
+from commhooks.gradient.sparse_grad import HEADER_WORDS
 from commhooks.native.fused import PAD
 from commhooks.reduction.write_back import write_sparse
-from commhooks.wire.message import HEADER_WORDS, Context, pack, unpack, unpack_all
+from commhooks.wire.message import Context, pack, unpack, unpack_all
 
 N, K = 50, 6
 CONTEXT = Context(3, 7, K)

@@ -1,12 +1,15 @@
 """Bytes per step, counted under the transport's own counters, equal the formulas."""
 
 import math
+import threading
 
 import pytest
 import torch
 from ranks import reducer
 
 from commhooks import Bucket, SettingsMismatchError, SparseGrad
+from commhooks.gradient.sparse_grad import places
+from commhooks.native import ops
 from commhooks.transports import in_process
 from commhooks.wire.message import Context, pack, unpack, unpack_all
 
@@ -142,3 +145,59 @@ def test_a_message_says_what_it_is():
     ):
         with pytest.raises(SettingsMismatchError, match="expected 2 pairs from rank 1, got a message of 1"):
             read(padded)
+
+
+@pytest.mark.parametrize("scheme", ("union", "union-random", "threshold", "gtopk", "gtopk-tree"))
+def test_pairs_are_selected_and_merged_straight_into_the_message(scheme, monkeypatch):
+    """No pair is copied between the kernel that writes it and the transport that sends it."""
+    written, lock = {}, threading.Lock()  # by rank: the messages that kernels wrote
+
+    def spied(kernel):
+        def run(*arguments, **options):
+            result = kernel(*arguments, **options)
+            with lock:
+                written.setdefault(threading.get_ident(), []).append(
+                    (result.indices.data_ptr(), result.values.data_ptr(), result)
+                )
+            return result
+
+        return run
+
+    for name in ("select_topk", "select_threshold", "select_indices", "merge_topk"):
+        monkeypatch.setattr(ops, name, spied(getattr(ops, name)))
+
+    def work(transport):
+        red = reducer(scheme, transport, 0.1)
+        red.open()
+        sent = []
+        for name in ("exchange", "all_gather"):
+            plain = getattr(transport, name)
+
+            def spy(first, *rest, plain=plain, **options):
+                if options["tag"] < 30:  # not the settings, nor the result with its bits
+                    buffers = [buffer for _, buffer in first] if isinstance(first, list) else [first]
+                    sent.extend(b.data_ptr() for b in buffers if b.dtype == torch.int32 and b.numel() > 4)
+                plain(first, *rest, **options)
+
+            monkeypatch.setattr(transport, name, spy)
+        red.reduce(Bucket(0, torch.randn(400), ("p",), (400,)))
+        mine = written[threading.get_ident()]
+        return sent, [(i, v) for i, v, _ in mine]
+
+    torch.manual_seed(0)
+    results = in_process.run(4, work)
+    for sent, found in results:
+        for pointer in sent:
+            assert (pointer + 16, pointer + 16 + 40 * 4) in found
+    assert all(sent for sent, _ in results[1:]) and any(len(found) > 1 for _, found in results) == (
+        "gtopk" in scheme
+    )
+
+
+def test_pairs_of_no_message_are_copied_into_one():
+    pairs = SparseGrad(torch.tensor([1.0, 2.0]), torch.tensor([3, 9], dtype=torch.int32), 10)
+    message = pack(pairs, False, Context(1, 2))
+    inside = SparseGrad(*places(message), 10, message)
+    again = pack(inside, True, Context(1, 3))
+    assert again is message and unpack(again, 10, 0, Context(1, 3))[1]
+    assert pairs.values.tolist() == [1.0, 2.0] and inside.indices.tolist() == [3, 9]
