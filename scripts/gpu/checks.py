@@ -67,14 +67,15 @@ def smoke(job: Job) -> str:
     return last_line(cuda_runs(job, "few" if job.dry else "small"))
 
 
-def cuda_runs(job: Job, what: str, *behind: str, **more: str) -> str:
+def cuda_runs(job: Job, what: str, *behind: str, raw_scratch: bool = False, **more: str) -> str:
     """``tests/native/cuda_runs.py``, perhaps behind a sanitizer."""
     needs_kernels(job)
     command = [*behind, sys.executable, str(ROOT / "tests" / "native" / "cuda_runs.py"), what]
     device = (
         ["--device", "cpu", "--library", str(build.emulated(job.runner))] if job.dry else ["--device", "cuda"]
     )
-    return job.run([*command, *device], **environment(job), **more)
+    raw = ["--raw-scratch"] if raw_scratch else []
+    return job.run([*command, *device, *raw], **environment(job), **more)
 
 
 def nccl(job: Job) -> str:
@@ -246,7 +247,9 @@ def sanitize(job: Job, kind: str, what: str) -> str:
     option = next((name for name in ("--kernel-name", "--kernel-regex") if name in help_text), "")
     behind = sanitizer(kind, found, option)
     # Without torch's cache each tensor is an allocation of its own, so that leaving it is seen.
-    said = cuda_runs(job, what, *behind, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    # Poisoned scratch memory counts as initialized: initcheck gets it as it is allocated.
+    raw = kind == "initcheck"
+    said = cuda_runs(job, what, *behind, raw_scratch=raw, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if kind == "memcheck":
         try:
             seen = cuda_runs(job, "fault", *behind, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

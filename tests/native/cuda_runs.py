@@ -252,11 +252,15 @@ def main() -> None:
     parser.add_argument("what", choices=list(RUNS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--library", type=Path, help="an emulated library")
+    parser.add_argument(
+        "--raw-scratch", action="store_true", help="scratch as it is allocated: initcheck then sees it read"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.library is not None:
         emulate(options.library)
-    poison_scratch()
+    if not options.raw_scratch:
+        poison_scratch()
     print(f"{options.what}: as the reference says, {RUNS[options.what](options.device)} misses on the way")
 
 

@@ -164,8 +164,10 @@ def test_every_cuda_case(emulated: None, tmp_path: Path, monkeypatch: pytest.Mon
     times = {(r["kernel"], r["data"]): r["baselines"] for r in records if r["metric"] == "time"}
     seen = {(r["kernel"], r["data"], r["metric"]) for r in records}
     assert len(seen) == len(records) - 1  # the hit rate of the training run and of its gradients tiled
-    # The passes of low bit, whose baseline is r*=a, are measured on the CPU only.
-    assert {name for baselines in times.values() for name in baselines} == {*BASELINES} - {"numpy", "r*=a"}
+    assert {name for baselines in times.values() for name in baselines} == {*BASELINES} - {"numpy"}
+    for bits in (1, 2, 4, 8):
+        for kernel in ("low_bit_encode", "low_bit_decode_add"):
+            assert set(times[kernel, f"gaussian, {bits} bits"]) == {"r*=a"}
     for kernel in ("select_topk", "select_threshold", "select_indices", "write_back"):
         assert {"r+=g", "memcpy"} <= set(times[kernel, "gaussian"])
     for kernel in ("scatter_add", "random_indices", "merge_topk"):
@@ -187,6 +189,9 @@ def test_a_wrong_rival_or_kernel_stops_the_benchmark(emulated: None, monkeypatch
     kernels_cuda_checks.cub(TorchAsCub(), gradient, 40)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="CUB differs"):
         kernels_cuda_checks.cub(TorchAsCub(1e-6), gradient, 40)  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda, "low_bit_decode_add", lambda *arguments: None)
+    with pytest.raises(AssertionError, match="low-bit kernels of 4 bits differ"):
+        kernels_cuda_checks.low_bit(gradient, 4)
     monkeypatch.setattr(cuda, "scatter_add", lambda *arguments: None)
     with pytest.raises(AssertionError, match="scatter_add differs"):
         kernels_cuda_checks.writes(

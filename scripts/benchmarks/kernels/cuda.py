@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from commhooks.native import abi, cuda, reference
+from commhooks.native import abi, cuda, ops, reference
 from commhooks.native.fused import Fused
 
 from . import cuda_checks as check
@@ -42,6 +42,9 @@ SIZES = (*AIMED, 1_000_000)
 DENSITIES = (0.001, 0.01)
 MERGED = (25_000, 250_000)
 _FEW = 5  # repetitions of what is slow and only a rival
+
+
+LOW_BITS = (1, 2, 4, 8)
 
 
 class Bench:
@@ -266,6 +269,29 @@ class Bench:
         labels = {"kernel": "merge_topk", "data": "gaussian", "numel": numel, "density": density}
         self.table.time(labels, ms, baselines)
 
+    def low_bit(self, numel: int) -> None:
+        """Messages in 1, 2, 4 and 8 bits beside one pass that reads and writes a vector."""
+        x = torch.randn(numel, device=self.device)
+        rest, total, other = torch.empty_like(x), torch.zeros_like(x), torch.ones_like(x)
+        baselines = {"r*=a": self.timer(lambda turn: other.mul_(1.0), nothing, self.repeats)}
+        for bits in LOW_BITS:
+            check.low_bit(x, bits)
+            message = x.new_empty(ops.low_bit_size(numel, bits), dtype=torch.uint8)
+            cuda.low_bit_encode(x, bits, message)
+            labels = {"data": f"gaussian, {bits} bits", "numel": numel, "density": 1.0}
+            ms = self.timer(
+                lambda turn, b=bits, m=message: cuda.low_bit_decode_add(m[None], b, total),
+                nothing,
+                self.repeats,
+            )
+            self.table.time({"kernel": "low_bit_decode_add", **labels}, ms, baselines)
+            ms = self.timer(
+                lambda turn, b=bits, m=message: cuda.low_bit_encode(rest, b, m, rest),
+                lambda turn: rest.copy_(x),  # a remainder is no gaussian: each turn begins with x again
+                self.repeats,
+            )
+            self.table.time({"kernel": "low_bit_encode", **labels}, ms, baselines)
+
     def aimed_at(self, numel: int, density: float) -> None:
         """What the project's aims are about: select_topk on gaussian gradients, plain and with segments."""
         operands = Operands.make("gaussian", numel, self.device)
@@ -337,6 +363,8 @@ def rest(bench: Bench, sizes: Iterable[int], densities: Iterable[float] = DENSIT
     for k in MERGED:
         for density in densities:
             bench.merge(k, density)
+    for numel in sizes:
+        bench.low_bit(numel)
     for numel in sizes:
         for density in densities:
             bench.selections("heavy", numel, density)

@@ -8,13 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from commhooks.native import cuda, reference
+from commhooks.native import cuda, ops, reference
 from commhooks.native.fused import Fused, Selected
 
 from .cuda_tools import Cub
 
 _CHECKED = 1_000_000  # elements, of which the reference on the CPU makes little work
 _PLACES = 100_000
+
+
+_LOW_BIT_CHECKED = 200_003
 
 
 def require(same: bool, what: str) -> None:
@@ -113,3 +116,18 @@ def merge(lists: tuple[Tensor, Tensor, Tensor, Tensor], k: int) -> None:
     want = reference.merge_topk(*(part.cpu() for part in lists), k)
     for got, wanted, name in zip(cuda.merge_topk(*lists, k), want, want._fields, strict=True):
         require(torch.equal(got.cpu(), wanted), f"merge_topk differs from the reference in {name}, k {k}")
+
+
+def low_bit(x: Tensor, bits: int) -> None:
+    """low_bit_encode and low_bit_decode_add beside the reference on the CPU, on the first elements of ``x``."""
+    x = x[:_LOW_BIT_CHECKED]
+    rest, want_rest, total = torch.empty_like(x), torch.empty(x.numel()), torch.zeros_like(x)
+    message = x.new_empty(ops.low_bit_size(x.numel(), bits), dtype=torch.uint8)
+    want, want_total = torch.empty(message.numel(), dtype=torch.uint8), torch.zeros(x.numel())
+    cuda.low_bit_encode(x, bits, message, rest)
+    reference.low_bit_encode(x.cpu(), bits, want, want_rest)
+    cuda.low_bit_decode_add(message[None], bits, total)
+    reference.low_bit_decode_add(want[None], bits, want_total)
+    pairs = ((message, want), (rest, want_rest), (total, want_total))
+    same = all(torch.equal(got.cpu(), wanted) for got, wanted in pairs)
+    require(same, f"low-bit kernels of {bits} bits differ from the reference")

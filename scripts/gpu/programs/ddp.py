@@ -32,6 +32,8 @@ SCHEMES: dict[str, Callable[[str | Transport], SparseState]] = {
     "gtopk": lambda transport: SparseState.gtopk(0.01, transport),
     "randomk": lambda transport: SparseState.randomk(0.01, transport),
     "dense": lambda transport: SparseState.dense(transport),
+    "4 bits": lambda transport: SparseState.lowbit(4, transport),
+    "bfloat16": lambda transport: SparseState.lowbit(16, transport),
 }
 SENT = "every exchange sent"
 Outcome = dict[str, list[Tensor]]  # parameters by scheme and dtype

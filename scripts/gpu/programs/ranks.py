@@ -17,6 +17,7 @@ from commhooks import (
     Dense,
     ErrorFeedback,
     GTopK,
+    LowBit,
     RandomK,
     Reducer,
     SharedIndices,
@@ -35,6 +36,8 @@ SCHEMES: dict[str, Scheme] = {
     "gtopk, tree": lambda t: Reducer(TopK(0.01), GTopK(t, algorithm="tree"), ErrorFeedback()),
     "randomk": lambda t: Reducer(RandomK(0.01, seed=7), SharedIndices(t), ErrorFeedback()),
     "dense": lambda t: Reducer(None, Dense(t), ErrorFeedback(momentum=0.9)),
+    "4 bits": lambda t: Reducer(None, LowBit(4, t), ErrorFeedback(momentum=0.9)),
+    "bfloat16": lambda t: Reducer(None, LowBit(16, t), ErrorFeedback()),
     "topk, no memory": lambda t: Reducer(TopK(0.01), AllGather(t)),
 }
 

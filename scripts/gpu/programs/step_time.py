@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[bool, Variant]] = {  # with a GradScaler?, the state
     "gTop-k": (False, lambda scaler: SparseState.gtopk(DENSITY)),
     "random-k": (False, lambda scaler: SparseState.randomk(DENSITY)),
     "dense": (False, lambda scaler: SparseState.dense()),
+    "4 bits": (False, lambda scaler: SparseState.lowbit(4)),
     f"{PLAIN}, GradScaler": (True, lambda scaler: None),
     "top-k, GradScaler": (True, lambda scaler: SparseState.topk(DENSITY, grad_scaler=scaler)),
     f"{PLAIN}, again": (False, lambda scaler: None),
