@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteGradientError
 from ..exchange import LowBit
-from ..ownership import claim
+from ..memory.ownership import claim
 from ..reduction.checkpoint import complain, withheld
 from ..transports import Transport
 from . import watch
