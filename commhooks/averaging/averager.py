@@ -131,8 +131,8 @@ class Averager(ModelAverager):
 
     Raises:
         TypeError: an option that does not exist, or a wire that is none.
-        ValueError: an argument out of range, with its name and value; a reducer that another averager or state has; a
-            wire for another averager, beside a reducer, or with a transport of its own.
+        ValueError: an argument out of range, with its name and value; a reducer that another averager or
+            state has; a wire for another averager, beside a reducer, or with a transport of its own.
     """
 
     local = False  # whether a rank gets messages from its neighbours only
