@@ -135,12 +135,12 @@ def merge_topk(
     indices_b: Tensor,
     k: int,
     threads: int | None = None,
-    out: Merged | None = None,
+    result: Merged | None = None,
 ) -> Merged:
     """See :func:`commhooks.native.ops.merge_topk`; ``threads`` has no meaning here."""
     device = values_a.device
     size_a, size_b = values_a.numel(), values_b.numel()
-    merged = Merged.empty(k, size_a, size_b, device) if out is None else out
+    merged = Merged.empty(k, size_a, size_b, device) if result is None else result
     scratch = _scratch(device, _MERGE, size_a, 0, size_b)
     inputs = (
         values_a.data_ptr(),

@@ -260,17 +260,17 @@ def merge_topk(
     indices_b: Tensor,
     k: int,
     threads: int | None = None,
-    out: Merged | None = None,
+    room: Merged | None = None,
 ) -> Merged:
-    """See :func:`commhooks.native.ops.merge_topk`."""
+    """See :func:`commhooks.native.ops.merge_topk`; ``threads`` has no meaning here."""
     index, order = torch.cat((indices_a, indices_b)).sort(stable=True)
     value = torch.cat((values_a, values_b))[order]
     size = index.numel()
     if size == 0:
-        out = Merged.empty(k, 0, 0, index.device) if out is None else out
-        out.values.zero_()
-        out.indices.fill_(PAD)
-        return out
+        room = Merged.empty(k, 0, 0, index.device) if room is None else room
+        room.values.zero_()
+        room.indices.fill_(PAD)
+        return room
     same = torch.cat((index[1:] == index[:-1], index.new_zeros(1, dtype=torch.bool))) & (index != PAD)
     total = torch.where(same, value + value.roll(-1), value)
     second = torch.cat((same.new_zeros(1), same[:-1]))
@@ -284,17 +284,17 @@ def merge_topk(
     place = torch.where(best.values > 0, best.indices, PAD).sort().values
     used = place != PAD
     where = place.clamp(max=size - 1)
-    if out is None:
-        out = Merged.empty(k, indices_a.numel(), indices_b.numel(), index.device)
-    out.values.zero_()
-    out.indices.fill_(PAD)
-    out.values[: place.numel()] = torch.where(used, total[where], 0.0)
-    out.indices[: place.numel()] = torch.where(used, index[where], PAD)
+    if room is None:
+        room = Merged.empty(k, indices_a.numel(), indices_b.numel(), index.device)
+    room.values.zero_()
+    room.indices.fill_(PAD)
+    room.values[: place.numel()] = torch.where(used, total[where], 0.0)
+    room.indices[: place.numel()] = torch.where(used, index[where], PAD)
     survives = torch.empty_like(kept)
     survives[order] = kept | (second & kept.roll(1))
-    out.survives_a.copy_(survives[: indices_a.numel()])
-    out.survives_b.copy_(survives[indices_a.numel() :])
-    return out
+    room.survives_a.copy_(survives[: indices_a.numel()])
+    room.survives_b.copy_(survives[indices_a.numel() :])
+    return room
 
 
 def contains(wanted: Tensor, among: Tensor) -> Tensor:

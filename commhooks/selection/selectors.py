@@ -14,6 +14,9 @@ from ..native import ops
 from ..native.fused import Fused, Selected
 from .density import DensitySchedule, as_schedule
 
+Places = tuple[Tensor, Tensor] | None
+"""Where values and indices are written, float32 and int32 of shape ``(k,)``; None: new tensors."""
+
 
 class Selector(ABC):
     """Corrects a gradient and takes k of its elements out, in one pass over memory.
@@ -40,15 +43,7 @@ class Selector(ABC):
         return min(numel, max(1, wanted))
 
     @abstractmethod
-    def select(
-        self,
-        operands: Fused,
-        k: int,
-        *,
-        step: int,
-        mask_key: int,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> Selected:
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int, out: Places = None) -> Selected:
         """Adds the gradient to the memory in ``operands`` and takes ``k`` pairs out of the residual.
 
         Args:
@@ -84,15 +79,7 @@ class TopK(Selector):
         density: k/n in (0, 1], or a schedule such as ``ExponentialWarmup``.
     """
 
-    def select(
-        self,
-        operands: Fused,
-        k: int,
-        *,
-        step: int,
-        mask_key: int,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> Selected:
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int, out: Places = None) -> Selected:
         values, indices = out or (None, None)
         return ops.select_topk(
             operands, k, seed=_sampling_seed(step, mask_key), values=values, indices=indices
@@ -110,15 +97,7 @@ class ThresholdTopK(Selector):
         density: k/n in (0, 1], or a schedule such as ``ExponentialWarmup``.
     """
 
-    def select(
-        self,
-        operands: Fused,
-        k: int,
-        *,
-        step: int,
-        mask_key: int,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> Selected:
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int, out: Places = None) -> Selected:
         seed = _sampling_seed(step, mask_key)
         # The kernel takes magnitudes above the threshold. The estimate is itself the magnitude of an element,
         # possibly the only large one, and must be taken too.
@@ -151,15 +130,7 @@ class RandomK(Selector):
             raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
         self.seed = seed
 
-    def select(
-        self,
-        operands: Fused,
-        k: int,
-        *,
-        step: int,
-        mask_key: int,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> Selected:
+    def select(self, operands: Fused, k: int, *, step: int, mask_key: int, out: Places = None) -> Selected:
         grad = operands.grad
         mask = ops.random_indices(self.seed, step, mask_key, grad.numel(), k, grad.device)
         values, indices = out or (None, None)
