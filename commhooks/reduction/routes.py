@@ -239,6 +239,7 @@ class SparseRoute:
     pairs: SparseGrad = field(init=False)
     out: Aggregated | None = field(default=None, init=False)
     _active: Tensor | None = field(default=None, init=False)
+    _flags: Tensor | None = field(default=None, init=False)
     _contributed: SparseGrad = field(init=False)
     _rounding: SparseGrad | None = field(default=None, init=False)
 
@@ -248,7 +249,7 @@ class SparseRoute:
         selected = self.selector.select(
             self.operands, self.k, step=self.context.step, mask_key=self.mask_key, out=places(message)
         )
-        self.held.end(selected.active)
+        self._flags = selected.active
         _, self.bad, self.misses, left_out = selected.report.tolist()
         self._active = selected.active if left_out else None
         self.pairs = self._contributed = SparseGrad(
@@ -284,6 +285,7 @@ class SparseRoute:
         assert self.out is not None
         out, self.out = self.out, None  # the rows of all ranks are not needed until the end of the step
         self._contributed = out.contributed
+        self.held.end(self._flags)
         if out.refused is not None:
             self.memory.restore(self.held, out.refused)
         self._rounding = write_sparse(target, out.values, out.indices, factor, share)
@@ -300,6 +302,7 @@ class SparseRoute:
 
     def rollback(self) -> None:
         """Puts back what this rank contributed. Before ``write`` that is all of its pairs."""
+        self.held.end(self._flags)
         self.memory.restore(self.held, self._contributed)
 
 
