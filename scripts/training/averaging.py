@@ -14,14 +14,14 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from commhooks import LowBit, SparseState, sparse_hook
+from commhooks import LowBit, Reducer, SparseState, sparse_hook
 from commhooks.averaging import PostLocalState, post_local_hook
 from commhooks.transports import make as make_transport
 
 from . import optimizers
 from .launch import World
 from .schedules import total_steps
-from .strategies import Compute, Sparse, StepInfo, Strategy, clip, prime, sparse_state, wrap
+from .strategies import Compute, Sparse, StepInfo, Strategy, clip, prime, scheme_parts, sparse_state, wrap
 
 KINDS = ("local", "block", "slowmo", "diloco", "restarted", "decentralized", "stagewise")
 WIRED = ("local", "block", "slowmo", "diloco")
@@ -55,7 +55,11 @@ class Averaged(Strategy):
         if options.scheme != "dense" and not options.averaging_start:
             syncs = sum(step in sync for step in range(1, steps_per_epoch + 1))
             plain = _plain(options, self.transport, clip_norm=None)  # a model's change is not clipped
-            reducer = sparse_state(plain, max(1, syncs)).reducer
+            reducer = Reducer(
+                *scheme_parts(plain, max(1, syncs)),
+                dense_crossover=options.dense_crossover,
+                timeout_s=options.timeout,
+            )
         self.averager = make_averager(self, model, options, reducer, sync)
         if options.averaging_start:
             self._reduce_gradients_first(options, world, steps_per_epoch)

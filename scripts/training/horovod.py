@@ -92,14 +92,14 @@ class StockSparse(Sparse):
                 "--stock serves --scheme topk and randomk with error feedback, without --clip-norm"
             )
         optimizer = optimizers.make(model, options, in_memory=options.momentum_in == "memory")
-        state = strategies.sparse_state(options, steps_per_epoch, optimizer)  # for its selector and memory
-        reducer = state.reducer
+        selector, _, memory = strategies.scheme_parts(options, steps_per_epoch, optimizer)
+        assert selector is not None  # a sparse scheme has one
         extra = {"seed": options.seed} if options.scheme == "randomk" else {}
         make = getattr(Compression, options.scheme)
         self.compression = make(
-            reducer.selector.schedule,
+            selector.schedule,
             model.named_parameters(),
-            memory=reducer.memory,
+            memory=memory,
             timeout_s=options.timeout,
             **extra,
         )

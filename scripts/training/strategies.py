@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import ErrorFeedback, ExponentialWarmup, NoMemory, SparseState, register, schemes
+from commhooks.exchange import Aggregator
 from commhooks.memory import Memory
+from commhooks.selection.selectors import Selector
 
 from . import optimizers
 from .launch import World
@@ -157,10 +159,10 @@ def wrap(model: nn.Module, options: Any, world: World, **more: Any) -> Distribut
     return DistributedDataParallel(model, device_ids=places, bucket_cap_mb=options.bucket_mb, **more)
 
 
-def sparse_state(
+def scheme_parts(
     options: Any, steps_per_epoch: int, optimizer: torch.optim.Optimizer | None = None
-) -> SparseState:
-    """The hook's state that the options describe; `optimizer` is what `--rescale-with-lr` reads the rate of.
+) -> tuple[Selector | None, Aggregator, Memory]:
+    """What the options describe; `optimizer` is what `--rescale-with-lr` reads the rate of.
 
     Raises:
         ValueError: an unknown scheme, or values that the library refuses.
@@ -184,8 +186,15 @@ def sparse_state(
             clip_norm=options.clip_norm,
             rescale_with_lr=optimizer if options.rescale_with_lr else None,
         )
+    return schemes.make_parts(options.scheme, density, options.transport, seed=options.seed, memory=memory)
+
+
+def sparse_state(
+    options: Any, steps_per_epoch: int, optimizer: torch.optim.Optimizer | None = None
+) -> SparseState:
+    """The hook's state that the options describe; arguments and errors as :func:`scheme_parts`."""
     return SparseState(
-        *schemes.make_parts(options.scheme, density, options.transport, seed=options.seed, memory=memory),
+        *scheme_parts(options, steps_per_epoch, optimizer),
         dense_crossover=options.dense_crossover,
         delta_every=options.delta_every,
         timeout_s=options.timeout,

@@ -1,5 +1,6 @@
 """What version 0.1 saved loads: pickled states, by the old module paths, and state_dict files; old imports warn."""
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -61,9 +62,8 @@ def test_a_state_dict_of_0_1_goes_on_bit_for_bit(name, group):
         warnings.simplefilter("ignore", DeprecationWarning)
         fresh = torch.load(DATA / f"{name}.pickle.pt", weights_only=False)
     reducer = fresh.reducer
-    state = SparseState(
-        reducer.selector, reducer.aggregator, reducer.memory, dense_crossover=reducer.dense_crossover
-    )
+    memory = copy.deepcopy(reducer.memory)  # a memory has one state
+    state = SparseState(reducer.selector, reducer.aggregator, memory, dense_crossover=reducer.dense_crossover)
     state.load_state_dict(torch.load(DATA / f"{name}.state.pt", weights_only=True))
     assert_goes_on(state, name)
 
