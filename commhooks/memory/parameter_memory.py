@@ -63,7 +63,7 @@ class BucketMemory:
 
     def flags(self, positions: Sequence[int]) -> Tensor:
         """Returns bool ``(parameters,)``, True at ``positions``."""
-        flags = torch.zeros(len(self.keys), dtype=torch.bool)
+        flags = torch.zeros(len(self.keys), dtype=torch.bool, device="cpu")
         flags[list(positions)] = True
         return flags.to(self.residual.device)
 
