@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def bits(self) -> int | None:
-        """The bits of an element on the wire. None: the scheme is not one of few bits."""
+        """The bits of an element on the wire, or None if the scheme is not one of few bits."""
         return LOW_BIT.get(self.scheme)
 
     @property
