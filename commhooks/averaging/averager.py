@@ -575,7 +575,7 @@ class Averager(ModelAverager):
         """Takes over a state of this rank at this world size, or one that ``average_checkpoints`` made.
 
         Where the saved settings differ from this averager's, both are logged, and this averager's are used.
-        ``strict`` is that of :meth:`Reducer.load_state_dict`.
+        ``strict`` is that of :meth:`~commhooks.Reducer.load_state_dict`.
 
         Raises:
             ValueError: the state is another rank's, or of another world size and not averaged.
