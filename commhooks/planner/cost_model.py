@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ..transports.recursive_doubling import DOUBLING_BYTES
+from ..wire.low_bit import BLOCK
+from ..wire.message import HEADER_BYTES
 
 LOW_BIT = {"lowbit1": 1, "lowbit2": 2, "lowbit4": 4, "lowbit8": 8}
 """The schemes that send every element, and the bits of each."""
 SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk", *LOW_BIT)
-_BLOCK = 256  # elements that share a scale of two bytes
-_HEADER_BYTES = 16
 _PAIR_BYTES = 8
 _VALUE_BYTES = 4
 
@@ -127,7 +127,7 @@ def exchange_terms(
         }
     if scheme in LOW_BIT:
         return _low_bit_terms(LOW_BIT[scheme], numel, world_size, crowding)
-    message = _PAIR_BYTES * k + _HEADER_BYTES
+    message = _PAIR_BYTES * k + HEADER_BYTES
     if scheme == "topk":
         if not folds and message <= DOUBLING_BYTES:
             return {"message_s": float(rounds), "byte_s": float((world_size - 1) * message)}
@@ -146,9 +146,9 @@ def exchange_terms(
 def _low_bit_terms(bits: int, numel: int, world_size: int, crowding: float) -> dict[str, float]:
     """Every rank sends each owner its chunk's codes, and the owners' sums are all-gathered, coded again."""
     rounds, folds = core_rounds(world_size)
-    blocks = -(-numel // _BLOCK)
-    chunk = min(numel, -(-blocks // world_size) * _BLOCK)
-    message = _HEADER_BYTES + 2 * -(-chunk // _BLOCK) + -(-chunk * bits // 8)
+    blocks = -(-numel // BLOCK)
+    chunk = min(numel, -(-blocks // world_size) * BLOCK)
+    message = HEADER_BYTES + 2 * -(-chunk // BLOCK) + -(-chunk * bits // 8)
     others = world_size - 1
     doubles = not folds and message <= DOUBLING_BYTES
     gathers = {"message_s": float(others + rounds)} if doubles else {"ring_step_s": float(others)}
