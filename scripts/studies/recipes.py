@@ -8,7 +8,6 @@ soon as it ends. A study that is started again goes on behind the last record.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -157,8 +156,7 @@ def runs(
 
 def best_rate(arm: Arm, done: Sequence[records.Record]) -> float:
     """The rate with the least loss on the data of the choice."""
-    tried = records.select(done, **arm._asdict(), seed=CHOICE_SEED)
-    return float(min(tried, key=lambda r: math.inf if r["loss"] is None else r["loss"])["lr"])
+    return trained.best_rate(records.select(done, **arm._asdict(), seed=CHOICE_SEED))
 
 
 def one(world: launch.World, labels: dict[str, Any]) -> dict[str, Any]:

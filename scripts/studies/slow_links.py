@@ -112,7 +112,7 @@ def best_rate(done: Sequence[Record], method: str, seed: int) -> float:
     tried = records.select(done, bench="run", method=method, ranks=4, seed=seed)
     if not tried:
         raise ValueError(f"{method} has no run on 4 ranks yet, which chooses its rate")
-    return float(min(tried, key=lambda r: math.inf if r["loss"] is None else r["loss"])["lr"])
+    return trained.best_rate(tried)
 
 
 def study(

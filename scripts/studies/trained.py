@@ -38,6 +38,11 @@ def train(
     }
 
 
+def best_rate(tried: Sequence[records.Record]) -> float:
+    """The rate of the run with the least loss. A run that diverged is the worst."""
+    return float(min(tried, key=lambda run: math.inf if run["loss"] is None else run["loss"])["lr"])
+
+
 def study(
     world: launch.World,
     file: Path,
