@@ -11,9 +11,11 @@ from commhooks import ErrorFeedback, SparseState, register, sparse_hook
 
 
 class W(nn.Module):
-    def __init__(self):
+    """The gradient of ``w``, of ``n`` elements, is the module's input."""
+
+    def __init__(self, n=4):
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(4))
+        self.w = nn.Parameter(torch.zeros(n))
 
     def forward(self, g):
         return (self.w * g).sum()

@@ -4,24 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import spawn_gloo
-from torch import nn
+from step_models import W
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import SparseState, register, sparse_hook
 
 OPEN = []
 """States, which are closed at the end: torch gives a new group of the same ranks the name of a closed one."""
-
-
-class Given(nn.Module):
-    """A weight whose gradient is the module's input."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, gradient):
-        return (self.weight * gradient).sum()
 
 
 def state_of(dense=False, **options):
@@ -32,10 +21,10 @@ def state_of(dense=False, **options):
 
 def average(rank, group, attach):
     """What a step on rank's own gradient, its number, gives."""
-    model = DistributedDataParallel(Given(), process_group=group)
+    model = DistributedDataParallel(W(1), process_group=group)
     OPEN.append(attach(model))
     model(torch.tensor([float(rank)])).backward()
-    return model.module.weight.grad.item()
+    return model.module.w.grad.item()
 
 
 def raw(state):

@@ -7,24 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import spawn_gloo
+from step_models import W
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import SparseState, register
 from commhooks.averaging import LocalSGD
 from commhooks.transports.distributed import DistributedTransport
-
-
-class Weight(nn.Module):
-    """The gradient of ``weight`` is what is passed in."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4))
-
-    def forward(self, gradient):
-        return (self.weight * gradient).sum()
-
 
 GRADIENT = torch.tensor([4.0, 3.0, 2.0, 1.0])
 
@@ -36,7 +25,7 @@ def topk(timeout_s=30.0):
 def gradient(ddp):
     ddp.zero_grad()
     ddp(GRADIENT).backward()
-    return ddp.module.weight.grad.tolist()
+    return ddp.module.w.grad.tolist()
 
 
 def threads_and_files():
@@ -109,7 +98,7 @@ def a_cell_run_three_times(enter):
         if n:
             dist.destroy_process_group()
         enter(n)
-        ddp = DistributedDataParallel(Weight())
+        ddp = DistributedDataParallel(W())
         register(ddp, topk())
         seen.append(gradient(ddp))
     return seen
@@ -121,7 +110,7 @@ def test_everything_is_made_anew_and_nothing_closed(in_new_groups):
 
 def the_state_goes_on(enter):
     enter(0)
-    model, state = Weight(), topk()
+    model, state = W(), topk()
     ddp = DistributedDataParallel(model)
     register(ddp, state)
     seen = [gradient(ddp)]
@@ -140,7 +129,7 @@ def test_a_state_goes_on_in_a_new_group_without_close(in_new_groups):
 
 def late_close(enter):
     enter(0)
-    ddp, averager, parameter = DistributedDataParallel(Weight()), LocalSGD(1), nn.Parameter(torch.zeros(1))
+    ddp, averager, parameter = DistributedDataParallel(W()), LocalSGD(1), nn.Parameter(torch.zeros(1))
     state = register(ddp, topk())
     gradient(ddp)
     averager.average_parameters([parameter])
