@@ -23,8 +23,8 @@ class SparseGrad:
         indices: shape ``(k,)``, int32, ascending and unique. Unused places are at the end and have index
             ``PAD`` (2**31 - 1) and value 0, so that a message has the same size when fewer pairs exist.
         numel: length of the dense gradient.
-        message: the message whose places the pairs are (``places``), so that it
-            needs no copy of them to be sent. None: they are in no message.
+        message: the message whose places the pairs are (``places``), so that it needs no copy of them to be
+            sent. None: they are in no message.
 
     Raises:
         TypeError: a wrong dtype.

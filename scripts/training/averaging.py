@@ -27,7 +27,10 @@ KINDS = ("local", "block", "slowmo", "diloco", "restarted", "decentralized", "st
 WIRED = ("local", "block", "slowmo", "diloco")
 WIRE_BITS = (1, 2, 4, 8, 32)
 TOPOLOGIES = ("ring", "torus", "hypercube", "exponential", "complete", "one_peer_exponential")
-AVERAGING_HELP = "Local SGD, block momentum (M-AVG), SlowMo, DiLoCo, PR-SGD-Momentum, decentralized, or stagewise M-DSGD (none)."
+AVERAGING_HELP = (
+    "Local SGD, block momentum (M-AVG), SlowMo, DiLoCo, PR-SGD-Momentum, decentralized, "
+    "or stagewise M-DSGD (none)."
+)
 SYNC_SETS = "every (by --period), growing, one-shot, suggested (by the papers), at:10,20,40"
 SYNC_HELP = f"Steps after which local and restarted average: {SYNC_SETS} (every)."
 START_HELP = "Steps in which --scheme reduces gradients first: post-local SGD (0)."
