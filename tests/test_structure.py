@@ -327,6 +327,7 @@ FOREIGN = {
     "_comm_hooks": "torch has no public way to the hooks that a copy of a DDP model lists and has lost",
     "_forward_pre_hooks": "torch has no public way to the hooks that a copy of a module has",
     "_world": "torch has no public list of process groups",
+    "_exit": "the public name of the standard library's os._exit",
     "_get_backend": "torch has no public way to a group's backend",
     "_foreach_div_": "torch's operator on lists of tensors",
     "_handle_map": "Horovod: what lives from one init() to the next",

@@ -91,8 +91,7 @@ def test_a_child_that_hangs_is_ended():
 @pytest.mark.mpi
 def test_under_mpiexec_and_powersgd_in_a_child():
     options = ["bench", "--numel", "2500", "--seconds", "60", "--schemes", "powersgd", "topk"]
-    program = f"import sys\nfrom commhooks.cli import main\nsys.exit(main({options!r}))\n"
-    done = mpiexec(program, 2, timeout=120)
+    done = mpiexec("from commhooks.__main__ import program\nprogram()\n", 2, timeout=120, args=options)
     assert "2,500 parameters, 2 ranks" in done.stdout, done.show()
     assert re.findall(r"^(powersgd|topk) +[0-9.]+ ", done.stdout, re.M) == ["powersgd", "topk"], done.show()
 

@@ -92,11 +92,12 @@ def test_random_k_is_considered_where_momentum_is_ruled_out(monkeypatch):
 _PLAN = """
 import sys
 import commhooks.planner.job as job
-from commhooks.cli import main
+from commhooks.__main__ import program
 from commhooks.planner import Costs
 if "slow" in sys.argv:
     job.probe = lambda *arguments: Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
-sys.exit(main(["plan", "--numel", "2e6", *(["--json"] if "json" in sys.argv else [])]))
+sys.argv[1:] = ["plan", "--numel", "2e6", *(["--json"] if "json" in sys.argv else [])]
+program()
 """
 
 
@@ -165,7 +166,7 @@ def test_info_says_what_is_usable():
 
 
 def test_info_is_printed_once_under_a_launcher():
-    done = torchrun("import sys\nfrom commhooks.cli import main\nsys.exit(main(['info']))\n", 2, timeout=90)
+    done = torchrun("from commhooks.__main__ import program\nprogram()\n", 2, timeout=90, args=["info"])
     assert done.stdout.count("commhooks ") == 1 and "torchrun, 2 ranks" in done.stdout
 
 
@@ -204,7 +205,12 @@ def test_help_is_sentences_with_defaults(capsys):
 
 def test_the_console_script_is_the_command_line():
     text = (ROOT / "pyproject.toml").read_text()
-    assert '[project.scripts]\ncommhooks = "commhooks.cli:main"\n' in text
+    assert '[project.scripts]\ncommhooks = "commhooks.__main__:program"\n' in text
+
+
+def test_a_reader_that_goes_early_is_no_error():
+    done = run(["bash", "-c", 'set -o pipefail; "$0" -m commhooks info | true', sys.executable], timeout=90)
+    assert done.stderr == ""
 
 
 def test_a_rank_that_is_missing_is_one_line_and_status_one(monkeypatch, capsys):

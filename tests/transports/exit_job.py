@@ -114,6 +114,22 @@ def forked_child():
     return state
 
 
+def command_line():
+    """As `commhooks bench`: its group is destroyed, and still referenced, as torch does after DDP used it."""
+    from commhooks import __main__ as program
+
+    group = dist.group.WORLD
+
+    def main():
+        dist.all_reduce(torch.ones(NUMEL), async_op=True).wait()
+        ending.set()
+        dist.destroy_process_group()
+        return 0 if group else 1
+
+    program.main = main
+    program.program()
+
+
 def wait_for(pid):
     """Its exit status; minus the signal that ended it; None if it had to be killed."""
     deadline = time.monotonic() + LIMIT_S
@@ -131,7 +147,7 @@ def read(path):
     return int(open(path).read()) if os.path.exists(path) else None
 
 
-KINDS = {f.__name__: f for f in (state_without_close, averager_without_close, forked_child)}
+KINDS = {f.__name__: f for f in (state_without_close, averager_without_close, forked_child, command_line)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+from training.launch import leave
 
 from .ranks import join
 
@@ -35,3 +36,4 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave()
