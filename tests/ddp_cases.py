@@ -100,7 +100,7 @@ def gradients_of(ddp):
 
 def memory_of(ddp, state, kind="residual"):
     """The residual (or velocity), flat in the order of the names; zeros before the first step."""
-    saved = state.state_dict()[kind]
+    saved = state.reducer.state_dict()[kind]
     return flat(saved.get(n, torch.zeros(p.numel())) for n, p in sorted(ddp.module.named_parameters()))
 
 

@@ -42,7 +42,7 @@ def made(model=None, momentum=0.0, raw=False, state_options=None, **ddp_options)
 
 
 def law(ddp, state):
-    return (ddp.module.w.grad + state.state_dict()["residual"]["w"]).tolist()
+    return (ddp.module.w.grad + state.reducer.state_dict()["residual"]["w"]).tolist()
 
 
 def told(work):

@@ -530,16 +530,28 @@ class SparseState:
         return {"averaged_by": "commhooks", **figures}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's residuals and velocities by parameter name. Save one per rank.
+        """Returns this rank's residuals and velocities by parameter name. Save one per rank, between steps.
 
         ``"scheme"`` says what made them, and ``"units"`` whether they are of unscaled gradients
         (``grad_scaler``). ``"moved"`` has the settings that :meth:`for_optimizer` moved, by name.
 
+        Waits for the buckets under way. Inside a backward pass, and between it and the step of a torch
+        optimizer that has stepped before, an ``undoable`` state returns the memory from before the pass.
+
         Raises:
             ValueError: the parameters' names are unknown.
+            RuntimeError: it is called there, and the state is not ``undoable``, or several backward passes
+                belong to the optimizer's step.
         """
+        self._thread.wait()
+        used = not self.watch.are_unused(self.reducer.memory.table.names)
+        if self.watch.accumulates and (self.reducer.is_inside or not used):
+            raise RuntimeError(
+                "state_dict() after several backward passes of one optimizer step, of which only the last "
+                "could be taken back: call it after the optimizer's step"
+            )
         moved = {} if self.moved is None else {"moved": dict(self.moved)}
-        return {**self.reducer.state_dict(), "units": self._units, **moved}
+        return {**self.reducer.state_dict(last_counts=used), "units": self._units, **moved}
 
     @property
     def _units(self) -> str:

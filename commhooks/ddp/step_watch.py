@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -83,6 +83,7 @@ class StepWatch:
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}
         self._optimizer_seen = self._thrown_away = self._goes_on = False
+        self._pass_ended = self._added = False
         self._told: set[str] = set()
         self._steps = 0
         self._largest: tuple[weakref.ref[Tensor], float, float] | None = None
@@ -100,6 +101,7 @@ class StepWatch:
             all_count: whether the optimizer steps with parameters, too, that no backward pass reached.
         """
         found, same_step = Found(Written.of(buffer)), []
+        self._pass_ended = False
         for position, parameter in enumerate(parameters):
             is_new = self._record(parameter) is None
             record = self.add(parameter)
@@ -159,12 +161,30 @@ class StepWatch:
         Averages of a step that was thrown away may be zeroed without a warning, unless they hold what earlier
         passes of the same optimizer step sent: that is lost then.
         """
-        self._thrown_away, self._goes_on = thrown_away and not self._goes_on, False
+        self._thrown_away = thrown_away and not self._goes_on
+        self._added, self._goes_on, self._pass_ended = self._goes_on, False, True
 
     def forgive(self) -> None:
         """Lets the last averages be zeroed without a warning, since the memory has forgotten them."""
         for record in self._records.values():
             record.stepped()
+
+    def are_unused(self, parameters: Iterable[Any]) -> bool:
+        """Whether the last averages still wait for the step of a torch optimizer that has stepped before.
+
+        Reads gradients, and waits for the device, where no optimizer has stepped with any average.
+        """
+        records = [record for p in parameters if (record := self._record(p)) is not None]
+        waiting = [record for record in records if record.written is not None and record.was_stepped]
+        if not self._pass_ended or self._thrown_away or any(record.excused for record in waiting):
+            return False
+        grads = [p.grad for record in waiting if (p := record.parameter()) is not None and p.grad is not None]
+        return any(grad.is_sparse or bool(grad.detach().any()) for grad in grads)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the pass under way, or the last one, added to averages of the same optimizer step."""
+        return self._added if self._pass_ended else self._goes_on
 
     def reached(self, record: Record, parameter: Tensor) -> None:
         """Records that a gradient is about to be added to the parameter's ``.grad``."""
@@ -245,6 +265,7 @@ class StepWatch:
         mine = held & self._records.keys()
         for key in mine:
             self._records[key].stepped()
+            self._records[key].was_stepped = True
         if mine:
             self._optimizer_seen = True
             self._look_for_clip(held)

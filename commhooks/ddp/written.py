@@ -71,6 +71,7 @@ class Record:
         counts: whether a bucket of the present optimizer step has had its gradient.
         version: the parameter's own version then. A step of any optimizer changes it.
         excused: whether the average may be zeroed without a warning.
+        was_stepped: whether an optimizer that holds the parameter has ever stepped.
         held: the average to which a backward pass has added its gradient.
         address, versions: the memory of ``.grad`` when the bucket was taken (None: there was none), and the
             versions that it may have if only the hook and DDP have written to it since.
@@ -85,6 +86,7 @@ class Record:
     counts: bool = False
     version: int = 0
     excused: bool = True
+    was_stepped: bool = False
     held: HeldAverage | None = None
     address: int | None = None
     versions: tuple[int, ...] = ()

@@ -30,15 +30,17 @@ class OwnedChunk:
         self.held, self.start, self.stop = held, start, stop
         self.values = held.residual.new_zeros(stop - start)
         self._before: Tensor | None = None
+        self._step = 0
 
-    def begin(self, rescale: Tensor | None, undoable: bool) -> None:
+    def begin(self, step: int, rescale: Tensor | None, undoable: bool) -> None:
         """Begins a step.
 
         Args:
+            step: its number.
             rescale: shape ``(parameters,)``, float32: by what the values are multiplied. None: by 1.
             undoable: whether :meth:`recall` may be asked to return to here.
         """
-        self._before = self.values if undoable else None
+        self._before, self._step = self.values if undoable else None, step
         if rescale is not None:
             factors = rescale.repeat_interleave(self.held.segments.diff())
             self.values = self.values * factors[self.start : self.stop]
@@ -48,14 +50,21 @@ class OwnedChunk:
         if self._before is not None:
             self.values, self._before = self._before, None
 
-    def pieces(self) -> Iterator[tuple[Hashable, Piece]]:
-        """The values by parameter. A parameter that is laid out in another order gives one whole piece."""
+    def pieces(self, before: int | None = None) -> Iterator[tuple[Hashable, Piece]]:
+        """The values by parameter. A parameter that is laid out in another order gives one whole piece.
+
+        Args:
+            before: the number of a step before which the values are wanted, if it was begun as undoable.
+        """
+        values = self.values
+        if self._before is not None and self._step == before:
+            values = self._before
         for position, key in enumerate(self.held.keys):
             begin, end = self.held.offsets[position : position + 2]
             first, last = max(begin, self.start), min(end, self.stop)
             if first >= last:
                 continue
-            piece = first - begin, self.values[first - self.start : last - self.start]
+            piece = first - begin, values[first - self.start : last - self.start]
             order = self.held.orders[position]
             yield key, piece if order is None else (0, order.by_index(_whole(piece, end - begin)))
 
@@ -147,9 +156,14 @@ class OwnerMemory:
             if start + kept.numel() <= numel:
                 self._loaded[name][place] = 0, order.by_index(_whole((start, kept), numel))
 
-    def state_dict(self, names: Mapping[Hashable, str]) -> dict[str, dict[int, Tensor]]:
-        """Returns copies of all pieces: by the parameter's name and by where the piece begins in it."""
-        pieces = [pair for chunk in self._chunks.values() for pair in chunk.pieces()]
+    def state_dict(
+        self, names: Mapping[Hashable, str], before: int | None = None
+    ) -> dict[str, dict[int, Tensor]]:
+        """Returns copies of all pieces: by the parameter's name and by where the piece begins in it.
+
+        ``before`` as for ``ParameterMemory.state_dict``.
+        """
+        pieces = [pair for chunk in self._chunks.values() for pair in chunk.pieces(before)]
         pieces += [(key, piece) for key, found in self._loose.items() for piece in found]
         named = [(_name(key, names), piece) for key, piece in pieces]
         named += [(name, piece) for name, found in self._loaded.items() for piece in found]

@@ -46,6 +46,7 @@ class BucketMemory:
         self.again: list[int] = []
         self._other: tuple[Tensor, Tensor | None] | None = None  # the memory before or after the last pass
         self._can_recall = False
+        self._pass_of = 0  # the step of the last pass that was written apart
 
     def begin(self, same_step: frozenset[int]) -> None:
         """Begins a pass. Waits for the device unless ``same_step``, as in :class:`Bucket`, is empty."""
@@ -67,17 +68,18 @@ class BucketMemory:
         flags[list(positions)] = True
         return flags.to(self.residual.device)
 
-    def apart(self, operands: Fused) -> Fused:
+    def apart(self, operands: Fused, step: int) -> Fused:
         """Returns operands with which the pass writes the new memory elsewhere, for :meth:`recall`.
 
         Args:
             operands: of a pass that works in place on ``residual`` and ``velocity``.
+            step: the number of the step that the pass belongs to.
         """
         now = self.residual, self.velocity
         if self._other is None:
             self._other = torch.empty_like(now[0]), None if now[1] is None else torch.empty_like(now[1])
         (self.residual, self.velocity), self._other = self._other, now
-        self._can_recall = True
+        self._can_recall, self._pass_of = True, step
         return replace(operands, residual_out=self.residual, velocity_out=self.velocity)
 
     def recall(self) -> bool:
@@ -91,6 +93,23 @@ class BucketMemory:
         (self.residual, self.velocity), self._other = self._other, (self.residual, self.velocity)
         self._can_recall = False
         return True
+
+    def changed_in(self, step: int | None) -> bool:
+        """Whether the last pass was one of this step, so that :meth:`recall` would return to its start."""
+        return self._can_recall and self._pass_of == step
+
+    def at_start_of(self, step: int | None) -> tuple[Tensor, Tensor | None]:
+        """Returns residual and velocity from before a step whose passes were written apart. None: present."""
+        if self._other is not None and self.changed_in(step):
+            return self._other
+        return self.residual, self.velocity
+
+    def forget(self) -> None:
+        """Sets residual and velocity to zero. Nothing is left to recall."""
+        self.residual.zero_()
+        if self.velocity is not None:
+            self.velocity.zero_()
+        self._can_recall = False
 
     def view(self, flat: Tensor, position: int) -> Tensor:
         """Returns the view of ``flat`` (n,) that belongs to the parameter at ``position``."""
@@ -248,8 +267,12 @@ class ParameterMemory:
             *(float(torch.linalg.vector_norm(torch.stack(norms))) for norms in squares.values())
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, before: int | None = None) -> dict[str, Any]:
         """Returns copies of all tensors by parameter name.
+
+        Args:
+            before: the number of the last step, or of the one under way. The tensors are from before it.
+                None: as they are now.
 
         Returns:
             ``{"version": 2, "residual": {name: (n,)}, "velocity": {name: (n,)}, "last_lr": {name: float}}``;
@@ -272,21 +295,21 @@ class ParameterMemory:
                     f"state_dict needs the parameters' names ({self.name_of(key)}): attach the state with "
                     "commhooks.register(ddp_model, state), or call state.set_names(model.named_parameters())"
                 )
+            residual, velocity = held.at_start_of(before)
             if self.with_residual:
-                state["residual"][name] = held.by_index(held.residual, position)
-            if held.velocity is not None:
-                state["velocity"][name] = held.by_index(held.velocity, position)
-            if key in self.last_lr:
-                state["last_lr"][name] = self.last_lr[key]
-        owned = self.owned.state_dict(self.names)
+                state["residual"][name] = held.by_index(residual, position)
+            if velocity is not None:
+                state["velocity"][name] = held.by_index(velocity, position)
+            rates = self._lr_before if held.changed_in(before) else self.last_lr
+            if (rate := rates.get(key)) is not None:
+                state["last_lr"][name] = rate
+        owned = self.owned.state_dict(self.names, before)
         return {**state, "owned": owned} if owned else state
 
     def forget(self) -> None:
         """Sets residuals and velocities to zero and drops loaded tensors. The layout stays."""
         for held in self._of_bucket.values():
-            held.residual.zero_()
-            if held.velocity is not None:
-                held.velocity.zero_()
+            held.forget()
         self.owned = OwnerMemory()
         self.last_lr.clear()
         self._loaded = {"residual": {}, "velocity": {}}

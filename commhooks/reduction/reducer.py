@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import says_what_to_write
+from ..errors import NonFiniteGradientError, says_what_to_write
 from ..exchange import Aggregator, Dense, LowBit
 from ..exchange.agreement import agree
 from ..gradient.bucket import Bucket
@@ -62,6 +62,7 @@ class Reducer:
 
     Attributes:
         step: number of finished steps.
+        is_inside: whether a step is under way, or was ended by an error of the exchange.
         last_delta: the last measured delta, or None.
         connection: opens the transport and holds it.
 
@@ -100,7 +101,7 @@ class Reducer:
         self.step = 0
         self.last_delta: float | None = None
         self._step = Step(nonfinite)
-        self._sends_everything = self._can_discard = False
+        self._sends_everything = self._can_discard = self.is_inside = False
         self._sizes = Sizes()
         self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, by index
         claim(self.memory, self, "memory", "state, compression or Reducer")
@@ -141,6 +142,7 @@ class Reducer:
         """
         transport = self.open(device_type=bucket.buffer.device.type)
         route, step = self._route(bucket, scale, transport), self._step
+        self.is_inside = True
         with step.figures.phase("select"):
             route.correct()
         step.figures.misses += route.misses
@@ -150,7 +152,11 @@ class Reducer:
             route.take_back()
             found = f"{route.bad} non-finite gradient elements {route.where}"
             text = f"step {self.step}, bucket {bucket.index}: {found}"
-            step.throw_away(bucket.buffer, bucket.index, text, transport.rank)
+            try:
+                step.throw_away(bucket.buffer, bucket.index, text, transport.rank)
+            except NonFiniteGradientError:  # the step is rolled back
+                self.is_inside = False
+                raise
         else:
             factor = scale / transport.world_size if self.average else scale
             with step.figures.phase("write_back"):
@@ -170,6 +176,7 @@ class Reducer:
         self._step.finish()
         self._sends_everything, self._can_discard = False, True
         self.step += 1
+        self.is_inside = False
 
     def discard(self) -> None:
         """Undoes the last step: memory, step number and schedules are as before it, bit for bit.
@@ -244,19 +251,34 @@ class Reducer:
             "delta": self.last_delta,
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, last_counts: bool = True) -> dict[str, Any]:
         """Returns this rank's memory by parameter name, the step, and what made them. Call it between steps.
 
-        ``"scheme"`` has the names of selector, aggregator and memory, and the momentum.
+        ``"scheme"`` has the names of selector, aggregator and memory, and the momentum. Inside a step an
+        ``undoable`` Reducer returns the state from before the step.
+
+        Args:
+            last_counts: False: the averages of the last step have not reached the model, so the state from
+                before that step is returned.
 
         Raises:
             ValueError: a parameter has no name.
+            RuntimeError: the state from before a step is needed, and the Reducer is not ``undoable``.
         """
+        before = None
+        if self.is_inside:
+            before = self.step
+        elif not last_counts and self._can_discard:
+            before = self.step - 1
+        keeps = self.memory.table.with_residual or self.memory.table.with_velocity
+        if before is not None and keeps and not self.undoable:
+            raise RuntimeError(_MID_STEP.format(where="inside a step" if self.is_inside else _UNUSED))
         transport = self.transport if self.connection.is_open else None
         place = (transport.rank, transport.world_size) if transport else (0, 1)
         made_by = description(self.selector, type(self.aggregator).__name__, self.memory)
-        return {"rank": place[0], "world_size": place[1], "step": self.step, "scheme": made_by} | (
-            self.memory.table.state_dict()
+        step = self.step if before is None else before
+        return {"rank": place[0], "world_size": place[1], "step": step, "scheme": made_by} | (
+            self.memory.table.state_dict(before)
         )
 
     def restart(self, saved: dict[str, Any]) -> None:
@@ -316,7 +338,7 @@ class Reducer:
         """Forgets the step under way: the next bucket is a step's first."""
         self._step.forget()
         self._sizes.clear()
-        self._sends_everything = False
+        self._sends_everything = self.is_inside = False
 
     def _route(self, bucket: Bucket, scale: float, transport: Transport) -> Route:
         """Chooses the bucket's route. At a new layout the ranks compare their settings first."""
@@ -331,16 +353,16 @@ class Reducer:
         held, is_new = memory.for_bucket(bucket)
         chunk = self._owned(bucket, held, transport)  # may add to the residual
         operands = memory.operands(held, bucket, scale=_inverse(scale, buffer))
-        if chunk is not None:
-            chunk.begin(operands.rescale, self.undoable)
-        if self.undoable:
-            operands = held.apart(operands)
         k = numel
         if selector is not None:
             k, next_k = self._sizes.at(selector, bucket.index, numel, self.step, is_new)
             context = Context(bucket.index, self.step, next_k)
         if is_new:
             self._agree(bucket, k, scale, transport)
+        if chunk is not None:
+            chunk.begin(self.step, operands.rescale, self.undoable)
+        if self.undoable:
+            operands = held.apart(operands, self.step)
         key, aggregator = bucket.index, self.aggregator
         dense = isinstance(aggregator, Dense) or self._goes_dense(numel, k, transport.world_size)
         if dense:
@@ -384,6 +406,15 @@ class Reducer:
             **self.settings(),
         }
         agree(transport, settings, tag=context.tag + _AGREEMENT_TAG, what=f"bucket {bucket.index}")
+
+
+_UNUSED = "after backward() and before the optimizer's step"
+_MID_STEP = (
+    "state_dict() {where}: the memory has gone on and the model has not, so the two do not fit. Call it "
+    "after the optimizer's step (a signal handler may set a flag for the loop to read), or pass "
+    "undoable=True when making the state: the memory from before the step is returned then. A backward "
+    "pass that does not count belongs inside state.passthrough()"
+)
 
 
 def _inverse(scale: float, like: Tensor) -> Tensor | None:

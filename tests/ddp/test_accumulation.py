@@ -31,7 +31,7 @@ def _accumulates(rank, size, to_none, view, raw):
         warnings.simplefilter("always")
         for _ in range(3):  # each onto the average of the last one
             ddp(g).backward()
-    saved = state.state_dict()
+    saved = state.reducer.state_dict()
     return ddp.module.w.grad, saved["residual"]["w"], saved["velocity"]["w"], len(caught)
 
 
@@ -100,7 +100,10 @@ def _accumulates_like_the_oracle(rank, size, scheme, settings, undoable, view):
                 passes.append({"w": g, "z": h})
             oracle.step(ddp.module, passes)
             optimizer.step()
-    saved, factor = state.state_dict(), 1.0 + settings.get("momentum", 0.0) * settings.get("nesterov", False)
+    saved, factor = (
+        state.reducer.state_dict(),
+        1.0 + settings.get("momentum", 0.0) * settings.get("nesterov", False),
+    )
     for name, v in saved["velocity"].items():
         torch.testing.assert_close(v, factor * oracle.velocity[name].flatten(), msg=f"rank {rank}: {name}")
     found = {}
@@ -150,7 +153,7 @@ def _micro_batches(rank, size, what):
         optimizer.step()
         state.reducer.memory.table.residual_norm()
         optimizer.zero_grad()
-        before = state.state_dict()["residual"]["w"]
+        before = state.reducer.state_dict()["residual"]["w"]
     for i in (0, 1, 2) if what == "skip first" else (1, 2):
         spoiled = g * float("nan") if i == bad and rank == 1 else g
         loss = ddp(spoiled)
@@ -189,7 +192,7 @@ def _voted_out_first(rank, size, momentum, weight_decay):
     laws = []
     for bad in (False, True):
         optimizer.zero_grad()
-        before = state.state_dict()["residual"].get("w", torch.zeros(4))
+        before = state.reducer.state_dict()["residual"].get("w", torch.zeros(4))
         ddp(g * float("nan") if bad else g).backward()
         ddp(g).backward()
         laws.append((torch.tensor(law(ddp, state)) - before).tolist())
@@ -216,11 +219,11 @@ def _discards_the_second(rank, size, scheme):
     optimizer.step()
     optimizer.zero_grad()
     ddp(g.flip(0)).backward()
-    before = state.state_dict()
+    before = state.reducer.state_dict()
     ddp(g).backward()
-    after = state.state_dict()
+    after = state.reducer.state_dict()
     state.discard()
-    again = state.state_dict()
+    again = state.reducer.state_dict()
     same = [
         torch.equal(before[kind]["w"], again[kind]["w"])
         and not torch.equal(before[kind]["w"], after[kind]["w"])
@@ -249,7 +252,9 @@ def _channels_last(rank, size, view):
     g = torch.arange(24.0).view(2, 3, 2, 2)
     for _ in range(3):
         ddp(g).backward()
-    return torch.equal(ddp.module.w.grad.reshape(-1) + state.state_dict()["residual"]["w"], 3 * g.reshape(-1))
+    return torch.equal(
+        ddp.module.w.grad.reshape(-1) + state.reducer.state_dict()["residual"]["w"], 3 * g.reshape(-1)
+    )
 
 
 def test_the_held_average_of_a_channels_last_parameter_is_taken_out_where_it_lies(found):
@@ -269,7 +274,7 @@ def _steps_without_zeroing(rank, size, kind):
         with torch.no_grad():
             ddp.module.w -= ddp.module.w.grad
     ddp(g).backward()
-    saved = state.state_dict()
+    saved = state.reducer.state_dict()
     return (ddp.module.w.grad + saved["residual"]["w"]).tolist(), saved["velocity"]["w"].tolist()
 
 
@@ -289,7 +294,7 @@ def _changed_in_between(rank, size, what):
             ddp.module.w.grad = torch.tensor([0.0, 1.0 + 2.0 * rank, 0.0, 0.0])
         ddp(torch.tensor([0.0, 0.0, 1.0, 0.0])).backward()
     texts = [str(w.message) for w in caught]
-    return ddp.module.w.grad, state.state_dict()["residual"]["w"], texts
+    return ddp.module.w.grad, state.reducer.state_dict()["residual"]["w"], texts
 
 
 def test_a_gradient_that_was_changed_in_between_is_averaged_and_warned_of(found):
@@ -354,7 +359,7 @@ def _zeroed_uncounted(rank, size):
         ddp(g).backward()
         ddp.module.w.data.add_(ddp.module.w.grad.data, alpha=-1.0)
         ddp.module.w.grad.data.zero_()
-    return state.state_dict()["velocity"]["w"].tolist()
+    return state.reducer.state_dict()["velocity"]["w"].tolist()
 
 
 def test_averages_that_were_zeroed_by_way_of_data_are_of_an_earlier_step(found):

@@ -141,7 +141,7 @@ def _stale(rank, size, view, raw):
         of_a.zero_grad()
         ddp(g, "a").backward()
         of_a.step()
-    return -ddp.module.b.detach(), state.state_dict()["residual"]["b"]
+    return -ddp.module.b.detach(), state.reducer.state_dict()["residual"]["b"]
 
 
 def test_the_old_gradient_of_an_unused_parameter_does_not_enter_the_memory():
@@ -154,7 +154,7 @@ def _held_by_the_unused(rank, size, view):
     g = torch.tensor([4.0, 3.0, 2.0, 1.0] if rank == 0 else [3.0, 4.0, 1.0, 2.0])
     ddp(g, "b").backward()
     ddp(g, "a").backward()
-    return ddp.module.b.grad, state.state_dict()["residual"]["b"]
+    return ddp.module.b.grad, state.reducer.state_dict()["residual"]["b"]
 
 
 def test_an_unused_parameter_keeps_the_gradient_it_holds():
@@ -199,7 +199,7 @@ def _one_module_gan(rank, size):
             for name, p in twin.named_parameters():
                 if name.startswith(part):
                     sums[name] += rate * p.grad
-    residual = state.state_dict()["residual"]
+    residual = state.reducer.state_dict()["residual"]
     return {
         n: (applied[n] - p.detach(), residual[n] * (0.05 if n[0] == "D" else 0.01), sums[n].reshape(-1))
         for n, p in m.named_parameters()
@@ -246,7 +246,7 @@ def _discarded(rank, size, momentum, scheme):
                 optimizer.zero_grad()
                 ddp(torch.full((4,), 8.0)).backward()
                 state.discard()
-        saved = state.state_dict()
+        saved = state.reducer.state_dict()
         velocity = saved["velocity"].get("w", torch.zeros(4))
         runs.append((ddp.module.w.detach().clone(), saved["residual"]["w"], velocity, saved["step"]))
     (w, r, v, n), (w2, r2, v2, n2) = runs
@@ -332,11 +332,11 @@ def _voted_out(rank, size):
     torch.manual_seed(rank)
     ddp(torch.randn(4) * 1e-3).backward()
     ddp.zero_grad()
-    before = state.state_dict()
+    before = state.reducer.state_dict()
     bad = torch.randn(4) * 1e6
     bad[rank] = float("inf")
     ddp(bad).backward()
-    after = state.state_dict()
+    after = state.reducer.state_dict()
     return all(torch.equal(before[kind]["w"], after[kind]["w"]) for kind in ("residual", "velocity"))
 
 
@@ -354,11 +354,11 @@ def _follows_the_rate(rank, size):
     )
     ddp(torch.tensor([4.0, 3.0, 2.0, 1.0])).backward()
     optimizer.zero_grad()
-    before = state.state_dict()
+    before = state.reducer.state_dict()
     optimizer.param_groups[0]["lr"] = 0.5
     ddp(torch.ones(4)).backward()
     state.discard()
-    after = state.state_dict()
+    after = state.reducer.state_dict()
     return (
         torch.equal(before["residual"]["w"], after["residual"]["w"]) and before["last_lr"] == after["last_lr"]
     )
