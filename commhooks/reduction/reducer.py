@@ -353,11 +353,13 @@ class Reducer:
         held, is_new = memory.for_bucket(bucket)
         chunk = self._owned(bucket, held, transport)  # may add to the residual
         operands = memory.operands(held, bucket, scale=_inverse(scale, buffer))
-        k = numel
+        k, must_agree = numel, is_new
         if selector is not None:
+            # A rank that discarded the last step alone would send a message of another size than the others.
+            must_agree |= self.undoable and self._sizes.changes(bucket.index)
             k, next_k = self._sizes.at(selector, bucket.index, numel, self.step, is_new)
             context = Context(bucket.index, self.step, next_k)
-        if is_new:
+        if must_agree:
             self._agree(bucket, k, scale, transport)
         if chunk is not None:
             chunk.begin(self.step, operands.rescale, self.undoable)

@@ -33,6 +33,10 @@ class Sizes:
         self._announced[bucket] = {step: k, step + 1: following}
         return k, following
 
+    def changes(self, bucket: int) -> bool:
+        """Whether the bucket's last exchange announced another number of pairs than it had itself."""
+        return len(set(self._announced.get(bucket, {}).values())) > 1
+
     def clear(self) -> None:
         """Forgets everything."""
         self._announced.clear()

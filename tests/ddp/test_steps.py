@@ -7,12 +7,12 @@ gradients that count. Passes onto averages that ``.grad`` still holds: test_accu
 import pytest
 import torch
 from launch import spawn_gloo
-from step_models import PAIRS, Branches, W, each, law, made, told
+from step_models import PAIRS, Branches, W, each, in_turn, law, made, told
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import ErrorFeedback, SparseState, register
+from commhooks import ErrorFeedback, ExponentialWarmup, SparseState, register
 
 
 def _accumulates_by_no_sync(rank, size, to_none, view):
@@ -294,6 +294,36 @@ def test_a_rank_that_discards_alone_is_a_typed_error():
         "PeerLostError",
         "PeerTimeoutError",
     }
+
+
+def _alone_in_a_warm_up(rank, size, scheme, steps, dense_crossover):
+    """Rank 0 discards alone after ``steps`` steps, between which the number of pairs changes."""
+    density = ExponentialWarmup(0.125, warmup_steps=3, start=1.0)  # 16, 8, 4 and 2 of 16 elements
+    make = {"topk": SparseState.topk, "gtopk": SparseState.gtopk, "randomk": SparseState.randomk}[scheme]
+    ddp = DistributedDataParallel(W(16))
+    state = register(ddp, make(density, dense_crossover=dense_crossover, timeout_s=20.0, undoable=True))
+    for _ in range(steps):
+        ddp.zero_grad()
+        ddp(torch.ones(16)).backward()
+    if rank == 0:
+        state.discard()
+    ddp.zero_grad()
+    try:
+        ddp(torch.ones(16)).backward()
+    except RuntimeError:
+        text = str(state.error)
+        state.close()
+        return type(state.error).__name__, text
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_rank_that_discards_alone_while_the_density_falls_is_a_typed_error_on_all(size):
+    """Their messages have unequal sizes, at which gloo ended the process."""
+    cases = [("topk", 2, False), ("gtopk", 3, True), ("randomk", 2, False)]
+    for outcomes in spawn_gloo(in_turn, size, (_alone_in_a_warm_up, cases)):
+        for case, (name, text) in zip(cases, outcomes, strict=True):
+            assert name == "SettingsMismatchError" and "step: " in text, (case, name, text)
 
 
 def _refusals(rank, size):
