@@ -95,6 +95,7 @@ def _open_mpi(process_set: Any, timeout_s: float) -> Transport | None:
 def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
     """Opens a gloo group of the set's ranks beside Horovod."""
     from ..transports.distributed import DistributedTransport
+    from ..transports.own_group import new_group
 
     if _opened is not None and _opened[1] is not session():
         close_default_group()  # Horovod was reset since
@@ -113,12 +114,7 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
     if members is None:
         open_default_group(process_set, timeout_s)
     elif len(members) > process_set.size():
-        group = dist.new_group(
-            [members.index(rank) for rank in process_set.ranks],
-            timeout=timedelta(seconds=timeout_s),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
+        group = new_group([members.index(rank) for rank in process_set.ranks], "gloo", timeout_s)
     return DistributedTransport(group, timeout_s=timeout_s), group
 
 

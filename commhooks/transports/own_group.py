@@ -35,12 +35,7 @@ class OwnGroup:
 
     def __init__(self, ranks: Sequence[int], backend: str, timeout_s: float) -> None:
         close_garbage()
-        self.group: Any = dist.new_group(
-            list(ranks),
-            timeout=timedelta(seconds=timeout_s),
-            backend=backend,
-            use_local_synchronization=len(ranks) < dist.get_world_size(),
-        )
+        self.group: Any = new_group(ranks, backend, timeout_s)
         device = torch.device("cuda" if backend == "nccl" else "cpu")
         self._backend: Any = self.group._get_backend(device)
         self._process = os.getpid()
@@ -79,6 +74,43 @@ class OwnGroup:
         Safe in a finalizer, on any thread.
         """
         _garbage.append(self)
+
+
+def new_group(ranks: Sequence[int], backend: str, timeout_s: float) -> Any:
+    """Makes a process group of global ``ranks``, which only these ranks need to enter.
+
+    torch names a group of some ranks by its ranks and the number of groups that the process has. A group made
+    after another was closed may then get that one's name, under which the store still has the addresses of
+    closed connections. Ranks that have different numbers of groups would never meet. The name here counts
+    the groups that were made of these ranks. The count is in the store.
+
+    Args:
+        ranks: global ranks, this one among them.
+        backend: ``"gloo"`` or ``"nccl"``.
+        timeout_s: timeout of the group's operations in seconds.
+    """
+    limit, ranks, here = timedelta(seconds=timeout_s), sorted(ranks), dist.get_rank()
+    if len(ranks) == dist.get_world_size():  # torch numbers these groups
+        return dist.new_group(ranks, timeout=limit, backend=backend)
+    c10d: Any = dist.distributed_c10d  # torch has no public way to a group's name
+    store, name = c10d._get_default_store(), f"commhooks/{'_'.join(map(str, ranks))}"
+    counter = f"{name}/made by {here}"
+    number = store.add(counter, 1)
+    try:
+        group, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(here),
+            ranks,
+            dist.Backend(backend),
+            store,
+            f"{name}/{number}",
+            timeout=limit,
+        )
+    except Exception:
+        store.add(counter, -1)  # the ranks that did not come have not counted
+        raise
+    c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
+    return group
 
 
 def smaller_groups() -> list[list[int]]:

@@ -9,9 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import SparseState, register, sparse_hook
 
-OPEN = []
-"""States, which are closed at the end: torch gives a new group of the same ranks the name of a closed one."""
-
 
 def state_of(dense=False, **options):
     if dense:
@@ -22,8 +19,9 @@ def state_of(dense=False, **options):
 def average(rank, group, attach):
     """What a step on rank's own gradient, its number, gives."""
     model = DistributedDataParallel(W(1), process_group=group)
-    OPEN.append(attach(model))
+    state = attach(model)
     model(torch.tensor([float(rank)])).backward()
+    state.close()
     return model.module.w.grad.item()
 
 
@@ -48,8 +46,6 @@ def ranks(rank, size):
             with pytest.raises((RuntimeError, ValueError), match="register.*process_group=") as caught:
                 average(rank, group, raw(state_of(dense)))
             assert str([0, 1] if rank < 2 else [2, 3]) in str(caught.value)
-    for state in OPEN:
-        state.close()
     return results
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 
 import pytest
 import torch
@@ -71,6 +72,32 @@ def closing_needs_no_other_rank(rank, size):
 
 def test_closing_ends_the_threads_and_needs_no_other_rank():
     assert spawn_gloo(closing_needs_no_other_rank, 2) == [True, True]
+
+
+REMADE = 50
+
+
+def of_two_ranks_again_and_again(rank, size):
+    pair, other = dist.new_group([0, 1]), dist.new_group([0, 2])
+    if rank != 1:
+        kept = DistributedTransport(other, timeout_s=30.0)  # rank 0 has a group more than rank 1
+    sums = []
+    for n in range(REMADE if rank < 2 else 0):
+        if n % 3 == rank:
+            time.sleep(0.02)  # the other rank finds in the store what this one left there
+        transport, value = DistributedTransport(pair, timeout_s=30.0), torch.tensor([rank + 1.0])
+        transport.all_reduce(value, tag=0, what=f"group {n}")
+        transport.close()
+        sums.append(value.item())
+    dist.barrier()
+    if rank != 1:
+        kept.close()
+    return sums
+
+
+def test_a_group_of_some_ranks_is_closed_and_made_again_and_again():
+    """torch gave it the name of the one before, and the store the addresses of closed connections."""
+    assert spawn_gloo(of_two_ranks_again_and_again, 3) == [[3.0] * REMADE, [3.0] * REMADE, []]
 
 
 @pytest.fixture
