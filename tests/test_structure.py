@@ -331,6 +331,8 @@ FOREIGN = {
     "_get_backend": "torch has no public way to a group's backend",
     "_foreach_div_": "torch's operator on lists of tensors",
     "_handle_map": "Horovod: what lives from one init() to the next",
+    "_get_default_store": "torch has no public way to the default group's store",
+    "_new_process_group_helper": "torch has no public way to make a group under a name",
     "_is_view": "torch has no public way to tell a view",
     "_version": "torch has no public count of the changes of a tensor in place",
 }
