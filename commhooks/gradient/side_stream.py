@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PRIORITY = -1
+"""Of a thread's stream. The kernels of a selection are short and depend on one another.
+
+At equal priority, 0, each of them could wait behind kernels of backward.
+"""
+
 _of_thread = threading.local()
 
 
@@ -20,9 +26,7 @@ def stream_after(ready: Any, buffer: Tensor) -> Iterator[None]:
 
     The stream is on the buffer's device. Without an event (CPU) nothing changes. A thread has one stream per
     device for all buckets, because the end of a step processes the memory of all of them. A future that
-    is completed inside the block is ordered by this stream. The stream has high priority: the kernels of a
-    selection are short and depend on one another, and at equal priority each of them could wait behind
-    kernels of backward.
+    is completed inside the block is ordered by this stream. Its priority is :data:`PRIORITY`.
 
     Args:
         ready: what :func:`ready_event` returned; None on the CPU.
@@ -34,7 +38,7 @@ def stream_after(ready: Any, buffer: Tensor) -> Iterator[None]:
     device = buffer.device
     streams: dict[torch.device, Any] = _of_thread.__dict__.setdefault("streams", {})
     if device not in streams:
-        streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        streams[device] = torch.cuda.Stream(device, priority=PRIORITY)  # type: ignore[no-untyped-call]
     stream = streams[device]
     with torch.cuda.device(device), torch.cuda.stream(stream):
         stream.wait_event(ready)
@@ -52,7 +56,9 @@ def ready_event(buffer: Tensor) -> Any:
     """
     if buffer.device.type != "cuda":
         return None
-    if torch.cuda.is_current_stream_capturing():
+    with torch.cuda.device(buffer.device):
+        captured = torch.cuda.is_current_stream_capturing()
+    if captured:
         raise RuntimeError(
             "a backward pass with commhooks' hook cannot be captured into a CUDA graph: the exchange reads "
             "results on the host. Capture the forward and backward of single modules, inside DDP, instead of "

@@ -99,7 +99,8 @@ class DistributedTransport(Transport):
                 self._wait(work, deadline)
             except RuntimeError as error:
                 raise self._typed(error, what, name) from error
-        self._wait_for_device(what)
+        for device in {b.device for _, b in (*sends, *receives)}:
+            self._wait_for_device(device, what)
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
         if self.backend == "gloo" and self.world_size <= _ROTATION_RANKS:
@@ -111,6 +112,7 @@ class DistributedTransport(Transport):
         flat, mine = receive.view(-1), send.view(-1)
         self._collective(
             lambda: dist.all_gather_into_tensor(flat, mine, group=self._own.group, async_op=True),
+            send.device,
             what,
             "all-gather",
         )
@@ -120,7 +122,10 @@ class DistributedTransport(Transport):
             recursive_doubling.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
             return
         self._collective(
-            lambda: dist.all_reduce(buffer, group=self._own.group, async_op=True), what, "all-reduce"
+            lambda: dist.all_reduce(buffer, group=self._own.group, async_op=True),
+            buffer.device,
+            what,
+            "all-reduce",
         )
 
     def _all_reduce_traffic(self, buffer: Tensor) -> tuple[int, int]:
@@ -137,7 +142,7 @@ class DistributedTransport(Transport):
             and 0 < nbytes(buffer) <= recursive_doubling.DOUBLING_BYTES
         )
 
-    def _collective(self, start: Callable[[], Any], what: str, operation: str) -> None:
+    def _collective(self, start: Callable[[], Any], device: torch.device, what: str, operation: str) -> None:
         """Starts a collective and waits for its end. With gloo, an error names the ranks that did not join.
 
         The late ranks are looked up after a broken connection too: the first rank that gives up breaks the
@@ -155,7 +160,7 @@ class DistributedTransport(Transport):
             late = self._stragglers.missing(self._collectives) if told else []
             names = " and ".join(f"rank {r}" for r in late) or "any rank"
             raise self._typed(error, f"{what}, {operation}", names) from error
-        self._wait_for_device(what)
+        self._wait_for_device(device, what)
 
     def _ends_soon(self, work: Any) -> bool:
         """Whether a collective completes without a long wait; False also when it fails."""
@@ -171,15 +176,16 @@ class DistributedTransport(Transport):
         else:
             work.wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
 
-    def _wait_for_device(self, what: str) -> None:
-        """Polls the current stream until it is done, within the timeout; does nothing with gloo.
+    def _wait_for_device(self, device: torch.device, what: str) -> None:
+        """Polls the current stream of ``device`` until it is done, within the timeout; nothing with gloo.
 
-        ``work.wait()`` of NCCL only orders streams. It returns at once and notices no stalled peer.
+        ``work.wait()`` of NCCL only orders streams. It returns at once and notices no stalled peer. The
+        device is that of the tensors, which need not be the thread's current one.
         """
         if self.backend != "nccl":
             return
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        done.record(torch.cuda.current_stream(device))
         deadline = Deadline(self.timeout_s)
         hot_until = time.monotonic() + _HOT_POLL_S
         while not done.query():

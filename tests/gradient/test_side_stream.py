@@ -10,7 +10,7 @@ from commhooks.gradient import side_stream
 
 class FakeStream:
     def __init__(self, device, priority=0):
-        self.device, self.priority, self.log = device, priority, []
+        self.device, self.priority, self.log, self.capturing = device, priority, [], False
 
     def wait_event(self, event):
         self.log.append(("waits", event))
@@ -43,20 +43,28 @@ def cuda(monkeypatch):
     current = {torch.device("cuda", i): FakeStream(torch.device("cuda", i)) for i in range(2)}
 
     class Within:
+        inner: list = []
+
         def __init__(self, what):
             self.what = what
 
         def __enter__(self):
+            Within.inner.append(self.what)
             return self.what
 
         def __exit__(self, *error):
+            Within.inner.pop()
             return False
+
+    def capturing():
+        devices = [what for what in Within.inner if isinstance(what, torch.device)]
+        return current[devices[-1] if devices else torch.device("cuda", 0)].capturing
 
     fakes = {
         "Event": FakeEvent,
         "Stream": FakeStream,
         "current_stream": lambda device=None: current[device or torch.device("cuda", 0)],
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": capturing,
         "device": Within,
         "stream": Within,
     }
@@ -91,10 +99,14 @@ def test_on_the_cpu_nothing_is_recorded(cuda):
         pass
 
 
-def test_a_captured_step_is_an_error_that_says_what_to_do(cuda, monkeypatch):
-    monkeypatch.setattr(side_stream.torch.cuda, "is_current_stream_capturing", lambda: True)
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_a_captured_step_is_an_error_that_says_what_to_do(cuda, device):
+    """The stream of the buffer's device is asked, which need not be the thread's current one."""
+    cuda[torch.device(device)].capturing = True
     with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph.*Capture the forward"):
-        side_stream.ready_event(FakeBuffer("cuda:0"))
+        side_stream.ready_event(FakeBuffer(device))
+    other = FakeBuffer("cuda:1" if device == "cuda:0" else "cuda:0")
+    assert side_stream.ready_event(other).on is cuda[other.device]
 
 
 def test_draining_waits_for_the_stream_but_not_for_ever(cuda, monkeypatch):

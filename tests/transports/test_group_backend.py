@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from launch import spawn_gloo
 
-from commhooks import PeerLostError
-from commhooks.transports import distributed
+from commhooks import PeerLostError, SparseState
+from commhooks.transports import connection, distributed
 from commhooks.transports.distributed import DistributedTransport, backend_for
 
 
@@ -54,6 +54,89 @@ def test_variables_that_serialise_launches_are_warned_of(monkeypatch, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         distributed._warn_of_launch_order()
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_nccls_own_group_gets_the_longer_timeout_and_the_warning(one_rank, monkeypatch):
+    """At the transport itself: what the two functions above say is used there."""
+    made = []
+
+    class Group:
+        def __init__(self, ranks, backend, timeout_s):
+            made.append((ranks, backend, timeout_s))
+
+        def leave_as_garbage(self):
+            """Nothing is open."""
+
+    monkeypatch.setattr(distributed, "OwnGroup", Group)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.warns(UserWarning, match="CUDA_DEVICE_MAX_CONNECTIONS=1"):
+        transport = DistributedTransport(backend="nccl", timeout_s=300.0)
+    assert transport.device_type == "cuda" and transport.timeout_s == 300.0
+    assert made == [([0], "nccl", 660.0)]
+
+
+@pytest.mark.parametrize(("config", "expected"), [("cpu:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cuda")])
+def test_a_state_that_is_loaded_first_sends_from_where_its_group_does(
+    one_rank, monkeypatch, config, expected
+):
+    """``load_state_dict`` before ``register`` opens the transport, and no gradient has said its device yet."""
+    opened = []
+    real = connection.make
+
+    def make(transport, **options):
+        opened.append(options.pop("device_type"))
+        return real(transport, **options)
+
+    state, saved = SparseState.topk(0.1), SparseState.topk(0.1).state_dict()
+    monkeypatch.setattr(connection, "make", make)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: config)
+    state.load_state_dict(saved)
+    assert opened == [expected]
+    state.close()
+
+
+def test_nccl_is_waited_for_on_the_device_of_the_tensors(monkeypatch):
+    """Which need not be the thread's current one: on another stream the deadline would see nothing."""
+    recorded = []
+
+    class Event:
+        def record(self, stream="of the current device"):
+            recorded.append(stream)
+
+        def query(self):
+            return True
+
+    transport = object.__new__(DistributedTransport)
+    transport.backend, transport.rank, transport.world_size, transport._ranks = "nccl", 0, 2, [0, 1]
+    transport.timeout_s, transport._collectives = 5.0, 0
+    transport._own = types.SimpleNamespace(is_alive=True, group=None)
+    transport._stragglers = types.SimpleNamespace(wait_in=lambda number: False)
+    work = types.SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [work])
+    monkeypatch.setattr(dist, "all_reduce", lambda buffer, **options: work)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *tensors, **options: work)
+    there = torch.device("cuda", 1)
+
+    def tensor():
+        made = types.SimpleNamespace(device=there)
+        made.view = lambda shape: made
+        return made
+
+    transport.move([(1, tensor())], [(1, tensor())], 0, "bucket 0")
+    transport._all_reduce(tensor(), 0, "bucket 0")
+    transport._all_gather(tensor(), tensor(), 0, "bucket 0")
+    assert recorded == [there] * 3
 
 
 def test_a_failure_of_nccl_to_start_is_a_lost_peer(monkeypatch):
