@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from ..transports.launcher import launched
 from .child import START_S, Task, meeting_place
 from .child import measure as measure_in_child
+from .figure import COLORS, WIDTH, color, figure
 from .measure import FOREIGN, OURS, Row, attach, bytes_sent, check, timed
 from .models import MODELS, Source, make_job
 
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace) -> Report | None:
         The report on rank 0; None on the others.
 
     Raises:
-        ValueError: an argument out of range, or a single rank.
+        ValueError: an argument out of range, a single rank, or a file that rank 0 could not write.
     """
     if not 0 < arguments.density <= 1:
         raise ValueError(f"--density must be in (0, 1], got {arguments.density:g}")
@@ -96,6 +98,7 @@ def run(arguments: argparse.Namespace) -> Report | None:
         rank, size = dist.get_rank(), dist.get_world_size()
         if size == 1:
             raise ValueError(_one_rank())
+        _check_files(arguments.json, arguments.plot)
         numel = None if arguments.numel is None else round(arguments.numel)
         model = None if arguments.module or numel else arguments.model
         source = Source(model, numel, arguments.module)
@@ -159,7 +162,25 @@ def save(report: Report, json_file: str | None, plot_file: str | None) -> None:
     if json_file:
         Path(json_file).write_text(json.dumps(as_dict(report), indent=1) + "\n")
     if plot_file:
-        _plot(report, plot_file)
+        _plot(report, Path(plot_file))
+
+
+def _check_files(json_file: str | None, plot_file: str | None) -> None:
+    """Asks rank 0, before a minute is spent, whether it could write the files. A collective call.
+
+    Raises:
+        ValueError: on all ranks, if it could not.
+    """
+    wrong = []
+    for option, file in (("--json", json_file), ("--plot", plot_file)):
+        if file and not os.access(Path(file).absolute().parent, os.W_OK):
+            wrong.append(f"{option} {file}: its folder does not exist or cannot be written to")
+    if plot_file and importlib.util.find_spec("matplotlib") is None:
+        wrong.append(f"--plot {plot_file} needs matplotlib: pip install matplotlib")
+    found = [wrong]
+    dist.broadcast_object_list(found, 0)
+    if found[0]:
+        raise ValueError("; ".join(found[0]))
 
 
 def _row(scheme: str, source: Source, density: float, budget: float, alone_s: float) -> Row:
@@ -239,24 +260,28 @@ def _beside_mpi() -> None:
     dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
 
 
-def _plot(report: Report, file: str) -> None:
-    """Draws one bar a scheme: forward and backward, and what communication adds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [r for r in report.rows if r.exposed_s is not None]
-    names = [r.scheme for r in rows]
-    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(rows) + 1.5))
-    alone = [1000 * report.alone_s] * len(rows)
-    axes.barh(names, alone, color="0.75", label="forward and backward")
-    added = [1000 * max(0.0, r.exposed_s or 0.0) for r in rows]
-    axes.barh(names, added, left=alone, color="tab:blue", label="communication")
-    axes.invert_yaxis()
-    axes.set_xlabel("ms a step")
-    axes.set_title(f"{report.model}, {report.world_size} ranks on {len(report.hosts)} host(s), measured")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+def _plot(report: Report, file: Path) -> None:
+    """Draws one bar a scheme: forward and backward, and what communication adds in the scheme's colour."""
+    rows = [row for row in report.rows if row.exposed_s is not None]
+    with figure(file, figsize=(WIDTH, 0.35 * len(rows) + 1.0)) as (_, axes):
+        axis = axes[0][0]
+        for row in rows:
+            added = max(0.0, row.exposed_s or 0.0)
+            axis.barh(row.scheme, 1000 * report.alone_s, color=COLORS["none"], lw=0)
+            axis.barh(row.scheme, 1000 * added, left=1000 * report.alone_s, color=color(row.scheme), lw=0)
+            axis.text(
+                1000 * (report.alone_s + added),
+                row.scheme,
+                f" {1000 * (row.step_s or 0.0):,.1f} ms",
+                va="center",
+            )
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel(
+            "ms a step: forward and backward in light grey, communication in the colour of the scheme"
+        )
+        hosts = f"{len(report.hosts)} host{'' if len(report.hosts) == 1 else 's'}"
+        axis.set_title(
+            f"Measured: {report.model}, {report.world_size} ranks on {hosts}, density {report.density:g}"
+        )

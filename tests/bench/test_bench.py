@@ -12,7 +12,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from commhooks.bench import child, command, measure
-from commhooks.bench.measure import OURS, attach, check
+from commhooks.bench import figure as style
+from commhooks.bench.measure import FOREIGN, OURS, Row, attach, check
 from commhooks.bench.models import GPT, ResNet50, Source, make_job
 
 TINY = Source(numel=2500)
@@ -42,7 +43,7 @@ def wrong_hook(factor):
 
 
 def measured(rank, size):
-    """The report on rank 0, and what the check says of a sum for an average and of no average at all."""
+    """The report on rank 0, what the check says of two wrong averages, and what is said of files."""
     asked = ["--numel", "2500", "--seconds", "60", "--density", "0.1", "--schemes", "dense", "fp16", *OURS]
     report = command.run(arguments(*asked))
     late = command.run(arguments("--numel", "2500", "--seconds", "1e-9", "--schemes", "dense"))
@@ -56,6 +57,9 @@ def measured(rank, size):
     ddp, state = attach("topk", own, 0.5)
     found.append(check("topk", ddp, state, own))
     state.close()
+    nowhere = ["--json", "/nowhere/a.json", "--plot", "/nowhere/b.png"] if rank == 0 else []
+    with pytest.raises(ValueError, match="--json /nowhere/a.json: .*; --plot /nowhere/b.png: its folder"):
+        command.run(arguments("--numel", "2500", *nowhere))  # all ranks learn what rank 0 could not write
     return report, late, found
 
 
@@ -81,6 +85,21 @@ def test_every_scheme_is_checked_and_measured(tmp_path, monkeypatch):
     command.save(report, *files)
     assert json.loads((tmp_path / "report.json").read_text())["rows"][2]["bytes_sent"] == sent["topk"]
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_the_picture_has_the_colours_of_all_others(tmp_path):
+    """Grey is the step alone, and what communication adds has the scheme's colour."""
+    colors = pytest.importorskip("matplotlib.colors")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    schemes = [*FOREIGN, *OURS]
+    rows = [Row(scheme, 0.5, 0.3, None, 3) for scheme in schemes] + [Row("lowbit", note="failed")]
+    report = command.Report("toy", 10, 2, ["a"], 0.01, 0.2, rows)
+    command.save(report, None, str(tmp_path / "report.png"))
+    drawn = pyplot.imread(tmp_path / "report.png")
+    solid = drawn[drawn[..., 3] == 1][:, :3]  # the background is transparent
+    for name in ("none", *schemes):
+        distance = abs(solid - colors.to_rgb(style.color(name))).max(axis=1)
+        assert (distance < 0.01).sum() > 1000, name
 
 
 def test_a_child_that_hangs_is_ended():
