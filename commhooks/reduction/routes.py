@@ -7,8 +7,9 @@ A route is one exchange.
 ``exchange``
     sums over ranks and returns whether any rank found NaN or Inf.
 ``write``
-    overwrites a target, such as the gradient, with ``factor`` times the sum. Rounding errors are divided by
-    ``share`` before they return to the memory (``write_back.py``).
+    overwrites a target, such as the gradient, with ``factor`` times the sum, and tells the memory which
+    parameters took part. Rounding errors are divided by ``share`` before they return to the memory
+    (``write_back.py``).
 ``take_back``
     is called instead of ``write`` when the bucket is thrown away. It restores the memory from before
     ``correct``.
@@ -41,7 +42,7 @@ from ..gradient.sparse_grad import SparseGrad, empty_message, places
 from ..memory import Memory
 from ..memory.owner_memory import OwnedChunk
 from ..memory.parameter_memory import BucketMemory
-from ..native.fused import Fused
+from ..native.fused import Fused, Selected
 from ..selection.selectors import Selector
 from ..transports import Transport
 from ..wire.low_bit import chunks
@@ -50,15 +51,14 @@ from .stats import DeltaMeter
 from .write_back import write_dense, write_sparse
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class PlainRoute:
     """All-reduces the float32 buffer itself, without memory or vote, as DDP does without a hook."""
 
     buffer: Tensor
     context: Context
-    bad: int = field(default=0, init=False)
-    misses: int = field(default=0, init=False)
-    where: str = field(default="in the sum over ranks", init=False)
+    bad = misses = 0
+    where = "in the sum over ranks"
 
     def correct(self) -> None:
         """Does nothing: the gradient is sent as it is."""
@@ -84,28 +84,37 @@ class PlainRoute:
         """Nothing."""
 
 
-@dataclass(eq=False, slots=True)
-class DenseRoute:
-    """All-reduces the whole corrected gradient, residual included."""
+@dataclass(eq=False)
+class _MemoryRoute:
+    """What the routes with a memory share: its operands, and what the pass over the gradient reported."""
 
     memory: Memory
     held: BucketMemory
     operands: Fused
     context: Context
-    bad: int = field(default=0, init=False)
-    misses: int = field(default=0, init=False)
-    where: str = field(default="on this rank", init=False)
+    bad = misses = 0
+    where = "on this rank"
+    _flags: Tensor | None = field(default=None, init=False)
     _active: Tensor | None = field(default=None, init=False)
+
+    def _corrected(self, out: Selected) -> None:
+        """Reads the report of the pass that added the gradient. It waits for the device."""
+        _, self.bad, self.misses, left_out = out.report.tolist()
+        self._flags = out.active
+        self._active = out.active if left_out else None
+
+
+@dataclass(eq=False)
+class DenseRoute(_MemoryRoute):
+    """All-reduces the whole corrected gradient, residual included."""
+
     _mask: Tensor | None = field(default=None, init=False)
     _values: Tensor | None = field(default=None, init=False)
     _rounding: Tensor | None = field(default=None, init=False)
 
     def correct(self) -> None:
         """Adds the gradient to the residual. A parameter whose gradient is all zero sends nothing."""
-        summed_up = self.memory.accumulate(self.operands)
-        self.held.end(summed_up.active)
-        _, self.bad, _, left_out = summed_up.report.tolist()
-        self._active = summed_up.active if left_out else None
+        self._corrected(self.memory.accumulate(self.operands))
         self._mask = self.held.mask(self._active)
 
     def exchange(self, transport: Transport) -> bool:
@@ -122,6 +131,7 @@ class DenseRoute:
     def write(self, target: Tensor, factor: float, share: float) -> None:
         """Overwrites ``target`` (n,) with ``factor`` times the sum."""
         assert self._values is not None
+        self.held.end(self._flags)
         self._rounding = write_dense(target, self._values, factor, share)
         self._values = None
 
@@ -138,8 +148,8 @@ class DenseRoute:
         """Does nothing: the residual still holds what was sent."""
 
 
-@dataclass(eq=False, slots=True)
-class LowBitRoute:
+@dataclass(eq=False)
+class LowBitRoute(_MemoryRoute):
     """Sends every element of the corrected gradient in few bits. What both roundings keep is remembered.
 
     Attributes:
@@ -147,27 +157,14 @@ class LowBitRoute:
         chunk: what this rank keeps as an owner. None: nothing is kept (``NoMemory``).
     """
 
-    memory: Memory
-    held: BucketMemory
-    operands: Fused
-    context: Context
     aggregator: LowBit
     chunk: OwnedChunk | None
-    bad: int = field(default=0, init=False)
-    misses: int = field(default=0, init=False)
-    where: str = field(default="on this rank", init=False)
-    _active: Tensor | None = field(default=None, init=False)
-    _flags: Tensor | None = field(default=None, init=False)
     _out: LowBitMean | None = field(default=None, init=False)
     _rounding: Tensor | None = field(default=None, init=False)
 
     def correct(self) -> None:
         """Adds the gradient to the residual. A parameter whose gradient is all zero sends zeros."""
-        summed_up = self.memory.accumulate(self.operands)
-        self.held.end(summed_up.active)
-        _, self.bad, _, left_out = summed_up.report.tolist()
-        self._flags = summed_up.active
-        self._active = summed_up.active if left_out else None
+        self._corrected(self.memory.accumulate(self.operands))
 
     def exchange(self, transport: Transport) -> bool:
         """Averages the corrected gradient. The residual becomes what the first rounding kept."""
@@ -193,6 +190,7 @@ class LowBitRoute:
     def write(self, target: Tensor, factor: float, share: float) -> None:
         """Overwrites ``target`` (n,) with ``share`` times the mean, which is ``factor`` times the sum."""
         assert self._out is not None
+        self.held.end(self._flags)
         self._rounding = write_dense(target, self._out.mean, share, share)
 
     def commit(self) -> None:
@@ -209,8 +207,8 @@ class LowBitRoute:
         self._out.give_back(self.held.residual)
 
 
-@dataclass(eq=False, slots=True)
-class SparseRoute:
+@dataclass(eq=False)
+class SparseRoute(_MemoryRoute):
     """Sends ``k`` pairs of the corrected gradient. The rest stays in the residual.
 
     Attributes:
@@ -224,22 +222,13 @@ class SparseRoute:
         out: the sum, from ``exchange`` until ``write``.
     """
 
-    memory: Memory
-    held: BucketMemory
-    operands: Fused
-    context: Context
     selector: Selector
     k: int
     mask_key: int
     aggregator: Aggregator | None = None
     meter: DeltaMeter | None = None
-    bad: int = field(default=0, init=False)
-    where: str = field(default="on this rank", init=False)
-    misses: int = field(default=0, init=False)
     pairs: SparseGrad = field(init=False)
     out: Aggregated | None = field(default=None, init=False)
-    _active: Tensor | None = field(default=None, init=False)
-    _flags: Tensor | None = field(default=None, init=False)
     _contributed: SparseGrad = field(init=False)
     _rounding: SparseGrad | None = field(default=None, init=False)
 
@@ -249,9 +238,7 @@ class SparseRoute:
         selected = self.selector.select(
             self.operands, self.k, step=self.context.step, mask_key=self.mask_key, out=places(message)
         )
-        self._flags = selected.active
-        _, self.bad, self.misses, left_out = selected.report.tolist()
-        self._active = selected.active if left_out else None
+        self._corrected(selected)
         self.pairs = self._contributed = SparseGrad(
             selected.values, selected.indices, self.operands.grad.numel(), message
         )
