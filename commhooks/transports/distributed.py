@@ -21,6 +21,8 @@ from .deadline import Deadline
 from .own_group import OwnGroup
 from .stragglers import Stragglers
 
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""One name since torch 2.13, where the other is deprecated and warns, and the other name before."""
 _POLL_S = 1e-4
 _HOT_POLL_S = 5e-5
 """Seconds of polling without sleep, since a sleep takes longer than most exchanges of NCCL."""
@@ -111,7 +113,7 @@ class DistributedTransport(Transport):
             return
         flat, mine = receive.view(-1), send.view(-1)
         self._collective(
-            lambda: dist.all_gather_into_tensor(flat, mine, group=self._own.group, async_op=True),
+            lambda: _gather(flat, mine, group=self._own.group, async_op=True),
             send.device,
             what,
             "all-gather",

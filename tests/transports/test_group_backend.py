@@ -125,7 +125,7 @@ def test_nccl_is_waited_for_on_the_device_of_the_tensors(monkeypatch):
     monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [work])
     monkeypatch.setattr(dist, "all_reduce", lambda buffer, **options: work)
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *tensors, **options: work)
+    monkeypatch.setattr(distributed, "_gather", lambda *tensors, **options: work)
     there = torch.device("cuda", 1)
 
     def tensor():
@@ -166,3 +166,18 @@ def _gathers(rank, size):
 def test_the_ring_gathers_into_one_tensor():
     """Five ranks: neither the pairwise all-gather nor recursive doubling serves them."""
     assert spawn_gloo(_gathers, 5) == [True] * 5
+
+
+def _collectives(rank, size):
+    transport, rows = DistributedTransport(timeout_s=20.0), torch.empty(size, 1000)
+    total = torch.full((1000,), 1.0 + rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transport.all_gather(total, rows, tag=0, what="test")
+        transport.all_reduce(total, tag=1, what="test")
+    transport.close()
+    return rows[:, 0].tolist(), total[0].item()
+
+
+def test_collectives_of_torch_are_called_by_names_that_do_not_warn():
+    assert spawn_gloo(_collectives, 5) == [([1.0, 2.0, 3.0, 4.0, 5.0], 15.0)] * 5
