@@ -14,9 +14,9 @@ from commhooks import ErrorFeedback, ExponentialWarmup, SparseState, TopK
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 1)))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.005)  # momentum is in the memory
+optimizer = torch.optim.SGD(model.parameters(), lr=0.005)  # no momentum: the memory has it
 density = ExponentialWarmup(0.01, warmup_epochs=2, steps_per_epoch=20)
-memory = ErrorFeedback(momentum=0.9, factor_masking=True)
+memory = ErrorFeedback(momentum=0.9, factor_masking=True)  # keeps what is not sent
 state = commhooks.register(model, SparseState(TopK(density), commhooks.AllGather(), memory), optimizer)
 torch.manual_seed(dist.get_rank())  # each rank draws its own data
 for step in range(400):
