@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.machine import ROOT
-from gpu.targets import AGAIN, PLAIN, overhead
+from gpu.targets import AGAIN, PLAIN, SCALED, overhead
 
 Run = dict[str, Any]
 FOLDER = "docs/performance"
@@ -123,7 +123,9 @@ def _steps(run: Run) -> list[str]:
         ]
         lines.append("| --- | ---: | ---: | ---: | --- |")
         for name, step in steps.items():
-            percent = None if name in (PLAIN, AGAIN) else overhead(run["results"], model, name)
+            percent = (
+                None if name in (PLAIN, AGAIN, f"{PLAIN}{SCALED}") else overhead(run["results"], model, name)
+            )
             worker = ", ".join(f"{ms:g}" for ms in step.get("worker_ms", {}).values())
             told = "" if percent is None else f"{percent:+.1f}"
             lines.append(_row(name, f"{step['ms']:g}", told, f"{step['tail_ms']:g}", worker))

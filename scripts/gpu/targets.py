@@ -11,6 +11,7 @@ Record = dict[str, Any]
 Results = dict[str, Any]
 COPY_BYTES, PASS_BYTES = 8, 12  # an element of a copy: read and written; of the pass: two read, one written
 PLAIN, AGAIN = "plain DDP", "plain DDP, again"
+SCALED = ", GradScaler"  # at the end of a hook's name: compared with plain DDP under a GradScaler
 SPARSE = ("top-k", "gTop-k", "random-k")
 
 
@@ -82,9 +83,13 @@ def hit_rate(results: Results) -> float | None:
 
 
 def overhead(results: Results, model: str, hook: str) -> float | None:
-    """Percent that a step with the hook takes longer than one of plain DDP, the mean of its two measurements."""
+    """Percent that a step with the hook takes longer than one of plain DDP, the mean of its two measurements.
+
+    With a GradScaler, than one of plain DDP with a GradScaler.
+    """
     steps = results.get(model, {})
-    plain = [steps[name]["ms"] for name in (PLAIN, AGAIN) if name in steps]
+    beside = (f"{PLAIN}{SCALED}",) if hook.endswith(SCALED) else (PLAIN, AGAIN)
+    plain = [steps[name]["ms"] for name in beside if name in steps]
     if hook not in steps or not plain:
         return None
     return 100.0 * (steps[hook]["ms"] / (sum(plain) / len(plain)) - 1.0)

@@ -10,8 +10,9 @@ import kernel_cases
 import torch
 from torch import Tensor
 
+from commhooks.gradient.sparse_grad import HEADER_WORDS, places
 from commhooks.native import checks, cuda, reference
-from commhooks.native.fused import PAD, Fused, Selected
+from commhooks.native.fused import PAD, Fused, Merged, Selected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DATA = (
@@ -296,6 +297,40 @@ def check_write_back(
     cuda.write_back(ours, values.to(device), indices.to(device), scale)
     reference.write_back(expected, values, indices, scale)
     same_bits(ours, expected, f"write_back {dtype} {numel} {rows} {k} {pads}")
+
+
+def check_messages(device: str, numel: int, k: int, ranks: int) -> None:
+    """As an exchange uses them: pairs selected and merged straight into messages, sums over rows of messages.
+
+    With an odd k the values in a message begin at no 8-byte address.
+    """
+    what = f"messages of {k} pairs from {ranks} ranks, numel {numel}"
+    messages = torch.full((ranks + 1, HEADER_WORDS + 2 * k), -7, dtype=torch.int32, device=device)
+    expected: list[tuple[Tensor, Tensor]] = []
+    for rank in range(ranks):
+        fused = make_fused("ties", numel, torch.float32, rank, options=2)
+        mine, theirs = on_device(fused, device), on_device(fused, "cpu")
+        out = Selected.empty(mine, k, *places(messages[rank]))
+        ours, wanted = cuda.select_topk(mine, k, rank, out=out), reference.select_topk(theirs, k)
+        assert ours.values.data_ptr() == messages[rank, HEADER_WORDS + k :].data_ptr(), what
+        same_selection(ours, wanted, mine, theirs, f"{what}: selection of rank {rank}")
+        expected.append((wanted.values, wanted.indices))
+    indices = messages[:ranks, HEADER_WORDS : HEADER_WORDS + k]
+    values = messages[:ranks, HEADER_WORDS + k :].view(torch.float32)
+    rows = torch.stack([v for v, _ in expected]), torch.stack([i for _, i in expected])
+    for call, oracle in ((cuda.write_back, reference.write_back), (cuda.scatter_add, reference.scatter_add)):
+        got, want = torch.ones(numel, device=device), torch.ones(numel)
+        call(got, values, indices, 0.3)
+        oracle(want, *rows, 0.3)
+        same_bits(got, want, f"{what}: {oracle.__name__}")
+    if ranks > 1:
+        into = places(messages[ranks])
+        merged = Merged.empty(k, k, k, messages.device, *into)
+        cuda.merge_topk(values[0], indices[0], values[1], indices[1], k, result=merged)
+        wanted_sum = reference.merge_topk(*expected[0], *expected[1], k)
+        for name in wanted_sum._fields:
+            same_bits(getattr(merged, name), getattr(wanted_sum, name), f"{what}: merge, {name}")
+    assert bool((messages[:, :HEADER_WORDS] == -7).all()), f"{what}: a header was written"
 
 
 def check_low_bit(device: str, x: Tensor, bits: int, rows: int, what: str) -> None:

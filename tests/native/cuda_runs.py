@@ -137,6 +137,11 @@ def write(device: str) -> None:
                 cases.check_write_back(device, dtype, numel, rows, k, pads, 0.25)
 
 
+def messages(device: str) -> None:
+    for numel, k, ranks in ((7, 0, 2), (1003, 33, 1), (1003, 33, 3), (40_001, 401, 40)):
+        cases.check_messages(device, numel, k, ranks)
+
+
 def low_bit(device: str, sizes: tuple[int, ...], few: bool = False) -> None:
     """Low-bit messages of all kinds of data, random bit patterns among them."""
     generator = torch.Generator().manual_seed(0)
@@ -196,6 +201,7 @@ def small(device: str) -> int:
         cases.check_random_indices(device, numel, k)
     cases.check_merge_topk(device, 30_000, (3000, 4000), (10, 0), 2000, True)
     write(device)
+    messages(device)
     low_bit(device, (1, 5003))
     hostile_indices(device, 20)
     return misses
@@ -213,6 +219,7 @@ def few(device: str) -> int:
     cases.check_select_indices(device, fused, torch.arange(0, 20_011, 7, dtype=torch.int32), "few")
     cases.check_random_indices(device, 70_001, 700)
     cases.check_merge_topk(device, 30_000, (3000, 4000), (10, 0), 2000, True)
+    cases.check_messages(device, 1003, 33, 2)
     low_bit(device, (1027,), few=True)
     return misses
 
@@ -228,6 +235,7 @@ def everything(device: str) -> int:
     random_and_merge(device, large=True)
     nan_memory(device, (1, 63, 1009, 20_011, 1_000_003))
     write(device)
+    messages(device)
     low_bit(device, (0, 1, 255, 256, 257, 4097, 1_000_003))
     return misses
 

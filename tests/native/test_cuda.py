@@ -48,6 +48,7 @@ def test_select_others() -> None:
 def test_lists() -> None:
     runs.random_and_merge("cuda", large=True)
     runs.write("cuda")
+    runs.messages("cuda")
 
 
 def test_low_bit() -> None:

@@ -80,6 +80,7 @@ def test_lists(misses_wanted: bool) -> None:
         pytest.skip("these kernels do not guess")
     runs.random_and_merge("cpu")
     runs.write("cpu")
+    runs.messages("cpu")
 
 
 def test_low_bit(misses_wanted: bool) -> None:

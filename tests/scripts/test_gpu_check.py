@@ -569,6 +569,8 @@ RESULTS: dict[str, Any] = {
         "plain DDP, again": {"ms": 64.0, "tail_ms": 0.2},
         "top-k": {"ms": 63.0, "tail_ms": 0.8, "worker_ms": {"select": 3.0, "exchange": 1.0, "write_back": 0.5}},
         "gTop-k": {"ms": 68.2, "tail_ms": 2.8, "worker_ms": {"select": 3.5, "exchange": 2.0, "write_back": 0.5}},
+        "plain DDP, GradScaler": {"ms": 64.0, "tail_ms": 0.3},
+        "top-k, GradScaler": {"ms": 66.56, "tail_ms": 1.1, "worker_ms": {"select": 3.0, "exchange": 1.0, "write_back": 0.5}},
     },
     "host": {"select_topk": 61.2},
 }  # fmt: skip
@@ -656,6 +658,8 @@ def test_the_report_is_one_page() -> None:
     assert (
         "| gTop-k | 68.2 | +10.0 | 2.8 | 3.5, 2, 0.5 |" in text and "| plain DDP | 60 |  | 0.2 |  |" in text
     )
+    assert "| top-k, GradScaler | 66.56 | +4.0 | 1.1 |" in text  # of plain DDP with a GradScaler
+    assert "| plain DDP, GradScaler | 64 |  | 0.3 |  |" in text
     assert "| build | pass | 20 | 1755 to 1980 |  |  | sm_90 |" in text and "select_topk 61.2" in text
     assert "| stress | timed out | 60 |  |  |  | not done after 60 s in 'turns' |" in text
     assert len(text.splitlines()) < 70

@@ -20,10 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhooks
 from commhooks import SparseState
+from commhooks.gradient import side_stream
 from gpu.programs import models, place
+from gpu.targets import AGAIN, PLAIN, SCALED
 
 DENSITY, WARM_UP, STEPS = 0.001, 8, 30
-PLAIN = "plain DDP"
+EQUAL = "top-k, no priority"  # the hook's stream at the priority of backward's
+_PRIORITY = side_stream.PRIORITY
 Variant = Callable[[Any], SparseState | None]
 VARIANTS: dict[str, tuple[bool, Variant]] = {  # with a GradScaler?, the state
     PLAIN: (False, lambda scaler: None),
@@ -32,9 +35,10 @@ VARIANTS: dict[str, tuple[bool, Variant]] = {  # with a GradScaler?, the state
     "random-k": (False, lambda scaler: SparseState.randomk(DENSITY)),
     "dense": (False, lambda scaler: SparseState.dense()),
     "4 bits": (False, lambda scaler: SparseState.lowbit(4)),
-    f"{PLAIN}, GradScaler": (True, lambda scaler: None),
-    "top-k, GradScaler": (True, lambda scaler: SparseState.topk(DENSITY, grad_scaler=scaler)),
-    f"{PLAIN}, again": (False, lambda scaler: None),
+    EQUAL: (False, lambda scaler: SparseState.topk(DENSITY)),
+    f"{PLAIN}{SCALED}": (True, lambda scaler: None),
+    f"top-k{SCALED}": (True, lambda scaler: SparseState.topk(DENSITY, grad_scaler=scaler)),
+    AGAIN: (False, lambda scaler: None),
 }
 
 
@@ -119,6 +123,7 @@ def main() -> None:
     here.keep("parameters", sum(p.numel() for p in job.model.parameters()))
     for name, (scaled, make) in VARIANTS.items():
         place.step(name)
+        side_stream.PRIORITY = 0 if name == EQUAL else _PRIORITY  # each state makes a stream of its own
         result = measure(here, job, scaled, make)
         here.keep(name, result)
         print(f"{options.model}, {name}: {result}")
