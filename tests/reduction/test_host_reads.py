@@ -92,3 +92,17 @@ def test_ranks_cost_no_reads(reads, scheme):
 )
 def test_reads_of_four_ranks(reads, scheme, expected):
     assert reads_of_a_bucket(reads, scheme, 4, 4) == expected
+
+
+def test_the_norm_of_all_residuals_is_one_read(reads):
+    """Also after a bucket was laid out anew with fewer parameters, so that only some of the memory counts."""
+    red = reducer("union", in_process.group(1)[0], 0.1, ErrorFeedback())
+    layouts = [(0, range(40)), (1, range(40, 60)), (1, range(30, 60))]
+    for index, parameters in layouts:
+        numels = (6,) * len(parameters)
+        red.reduce(Bucket(index, torch.ones(sum(numels)), tuple(f"p{i}" for i in parameters), numels))
+    before = sum(reads.values())
+    norm = red.stats()["residual_norm"]
+    assert sum(reads.values()) - before == 1
+    saved = red.state_dict()["residual"]
+    assert norm == pytest.approx(float(torch.cat(list(saved.values())).norm())) and norm > 0

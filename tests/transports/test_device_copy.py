@@ -164,3 +164,21 @@ def test_the_stream_of_the_device_is_waited_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     device_copy._wait_for_stream(torch.device("cuda", 1))
     assert waited == [torch.device("cuda", 1)]
+
+
+def test_a_barrier_sends_from_where_the_transport_does(monkeypatch):
+    """A byte on the host would be copied to the GPU and back in every round, or refused."""
+    made, plain = [], torch.zeros
+
+    def zeros(*shape, device=None, **options):
+        made.append(device)
+        return plain(*shape, **options)
+
+    def work(transport):
+        transport.device_type = "cuda"
+        monkeypatch.setattr(device_copy, "is_foreign", lambda buffer, device_type: False)
+        transport.barrier(tag=0, what="leaving")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    in_process.run(3, work)
+    assert made == ["cuda"] * 3
