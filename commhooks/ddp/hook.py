@@ -46,7 +46,8 @@ def sparse_hook(state: SparseState, bucket: GradBucket, *unsupported: Any) -> Fu
     if state.left_to_ddp:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        check_group(state.process_group, state.reducer.connection)
+        if bucket.index() == 0:  # a step's first
+            check_group(state.process_group, state.reducer.connection)
         averaged: Future[torch.Tensor] = allreduce_hook(state.process_group, bucket)
         return averaged
     return state.submit(bucket.buffer(), bucket.index(), tuple(bucket.parameters()), bucket.is_last())

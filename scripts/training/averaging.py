@@ -25,7 +25,7 @@ from .strategies import Compute, Sparse, StepInfo, Strategy, clip, prime, scheme
 
 KINDS = ("local", "block", "slowmo", "diloco", "restarted", "decentralized", "stagewise")
 WIRED = ("local", "block", "slowmo", "diloco")
-WIRE_BITS = (1, 2, 4, 8, 32)
+WIRE_BITS = (1, 2, 4, 8, 16, 32)
 TOPOLOGIES = ("ring", "torus", "hypercube", "exponential", "complete", "one_peer_exponential")
 AVERAGING_HELP = (
     "Local SGD, block momentum (M-AVG), SlowMo, DiLoCo, PR-SGD-Momentum, decentralized, "
@@ -115,17 +115,17 @@ class Averaged(Strategy):
         """The ranks' average, parameters and floating buffers; each rank's own come back after it.
 
         Behind a wire the parameters are the model that all ranks have in common: what a rank withheld is noise.
+        Without buffers nothing is sent then.
         """
         from commhooks.averaging import LocalSGD
 
-        tensors = [*self.bare.parameters(), *self.bare.buffers()]
+        buffers, wired = list(self.bare.buffers()), self.averager.wire is not None
+        tensors = [*self.bare.parameters(), *buffers]
         kept = [t.detach().clone() for t in tensors]
-        LocalSGD(1, transport=self.transport, module=self.bare).synchronise(self.bare.parameters())
-        if self.averager.wire is None:
+        if buffers or not wired:
+            LocalSGD(1, transport=self.transport, module=self.bare).synchronise(self.bare.parameters())
+        with self.averager.common_model() if wired else nullcontext():
             yield
-        else:
-            with self.averager.common_model():
-                yield
         with torch.no_grad():
             for tensor, old in zip(tensors, kept):
                 tensor.copy_(old)

@@ -169,7 +169,7 @@ def _add_averaging(group: Any) -> None:
         "--wire-bits",
         type=int,
         choices=WIRE_BITS,
-        help="Bits an element of the model's change; 32: sent as it is, by the same route (plain averages).",
+        help="Bits an element of the model's change; 16: bfloat16; 32: as it is, by the same route (plain averages).",
     )
     add("--topology", choices=TOPOLOGIES, default="ring", help="Network of decentralized (ring).")
     buffers = ("average", "broadcast", "leave")

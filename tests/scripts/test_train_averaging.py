@@ -1,6 +1,7 @@
 """scripts/train.py --averaging: every kind trains, resumes bit for bit, and goes on with another number of ranks."""
 
 import re
+from contextlib import contextmanager
 
 import pytest
 import sklearn.datasets  # noqa: F401  imported once, before the ranks are forked
@@ -8,6 +9,8 @@ import torch
 from launch import spawn_gloo
 from training import averaging, loop, options
 from training import launch as job_launch
+
+from commhooks.wire.low_bit import BITS
 
 BASE = [
     "--model",
@@ -97,6 +100,38 @@ def test_goes_on_with_another_number_of_ranks(tmp_path):
     train(2, [*given, "--stop-after", 13])
     ((summary, _),) = train(3, [*given, "--resume"])
     assert summary["ranks"] == 3 and summary["step"] == 14
+
+
+def test_behind_a_wire_an_evaluation_sends_nothing():
+    """Also: the wire has every width that the package has."""
+
+    def evaluated(rank, size):
+        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
+        seen = []
+        for wire in ([], ["--wire-bits", 16]):
+            job = loop.Run(parse(*BASE, "--averaging", "local", "--period", 7, *wire), world)
+            strategy, tensors = job.strategy, list(job.task.model.parameters())
+
+            @contextmanager
+            def evaluating(strategy=strategy, tensors=tensors, as_it_is=strategy.evaluating):
+                before = strategy.transport.counters.bytes_sent
+                own = [t.detach().clone() for t in tensors]
+                with as_it_is():
+                    sent = strategy.transport.counters.bytes_sent - before
+                    common = [t.tolist() for t in tensors]
+                    yield
+                assert all(map(torch.equal, own, tensors))
+                seen.append((sent, common, [t.tolist() for t in own]))
+
+            strategy.evaluating = evaluating
+            job.train()
+        return seen
+
+    here, there = spawn_gloo(evaluated, 2, timeout=60)
+    assert len(here) == 2 and here[0][0] > 0 and here[1][0] == 0
+    for (_, common, own), (_, of_the_other, _) in zip(here, there, strict=True):
+        assert common == of_the_other and common != own
+    assert averaging.WIRE_BITS == BITS
 
 
 @pytest.mark.parametrize(
