@@ -5,6 +5,9 @@ import torch
 from benchmarks.network import auto, exchange
 from benchmarks.network.models import MODELS, StandIn, equal_layers, numel
 from benchmarks.network.step import Timed, bound_s, over_bound, plot, starts, table, times_faster
+from training.models import ResNet20
+
+from commhooks.bench.models import ResNet50
 
 
 def record(scheme, seconds, counted=None, interface=1000.0):
@@ -68,6 +71,11 @@ def test_table_and_plot(tmp_path):
 )
 def test_parameter_counts(name, millions):
     assert numel(MODELS[name]()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("name, model", (("resnet20", ResNet20), ("resnet50", ResNet50)))
+def test_a_stand_in_has_the_parameters_of_its_model(name, model):
+    assert MODELS[name]() == [tuple(p.shape) for p in model().parameters()]
 
 
 def test_stand_in_fills_gradients():
