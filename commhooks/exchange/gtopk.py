@@ -54,7 +54,21 @@ class GTopK(Aggregator):
         self, transport: Transport, pairs: SparseGrad, nonfinite: bool, context: Context
     ) -> Aggregated:
         merged, messages = _Merged(pairs, nonfinite), _Messages(transport, pairs, context)
-        rank, size = transport.rank, transport.world_size
+        with transport.one_deadline():
+            self._exchange(merged, messages, transport.rank, transport.world_size)
+        if messages.differs is not None:
+            raise messages.differs
+        kept = merged.own.alive
+        return Aggregated(
+            merged.pairs.values[None],
+            merged.pairs.indices[None],
+            contributed=pairs.masked(kept),
+            refused=pairs.masked(~kept),
+            nonfinite=merged.nonfinite,
+        )
+
+    def _exchange(self, merged: _Merged, messages: _Messages, rank: int, size: int) -> None:
+        """Folds the ranks beyond a power of two in, combines, and returns the result to them."""
         core = 1 << (size.bit_length() - 1)
         if rank >= core:
             messages.send(rank - core, merged, _FOLD_ROUND)
@@ -69,16 +83,6 @@ class GTopK(Aggregator):
                 _tree(merged, messages, rank, core)
             if folds:
                 messages.send_result(rank + core, merged)
-        if messages.differs is not None:
-            raise messages.differs
-        kept = merged.own.alive
-        return Aggregated(
-            merged.pairs.values[None],
-            merged.pairs.indices[None],
-            contributed=pairs.masked(kept),
-            refused=pairs.masked(~kept),
-            nonfinite=merged.nonfinite,
-        )
 
     def wire_bytes(self, k: int, world_size: int) -> int:
         message, bits = 8 * k + HEADER_BYTES, (k + 7) // 8

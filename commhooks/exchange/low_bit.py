@@ -138,17 +138,18 @@ class LowBit(Aggregator):
             write_head(message, context, nonfinite, numel, flags)
             encode(values[start:stop], bits, message[head:])
             outgoing.append(message)
-        incoming = _to_owners(transport, outgoing, context)
-        sent = [message[head:] for message in outgoing]
-        thrown_away, anywhere = read_heads(incoming, context, numel, parameters)
-        if thrown_away:
-            return LowBitMean(values[:0], owned, True, bits, sent)
-        start, stop = bounds[rank]
-        total = values.new_empty(stop - start)
-        decode(incoming[0, head:], bits, total)
-        decode_add(incoming[1:, head:], bits, total)
-        total.mul_(1.0 / transport.world_size).add_(owned)
-        mean = self._rounded_again(transport, total, bounds, context)
+        with transport.one_deadline():
+            incoming = _to_owners(transport, outgoing, context)
+            sent = [message[head:] for message in outgoing]
+            thrown_away, anywhere = read_heads(incoming, context, numel, parameters)
+            if thrown_away:
+                return LowBitMean(values[:0], owned, True, bits, sent)
+            start, stop = bounds[rank]
+            total = values.new_empty(stop - start)
+            decode(incoming[0, head:], bits, total)
+            decode_add(incoming[1:, head:], bits, total)
+            total.mul_(1.0 / transport.world_size).add_(owned)
+            mean = self._rounded_again(transport, total, bounds, context)
         if mean is None:
             return LowBitMean(values[:0], owned, True, bits, sent)
         if activity is not None and not all(anywhere):

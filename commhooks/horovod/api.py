@@ -90,7 +90,9 @@ def wait_for(handle: int, timeout_s: float, what: str) -> Any:
     deadline = Deadline(timeout_s)
     while not hvd.poll(handle):
         if deadline.has_passed():
-            raise PeerTimeoutError(f"rank {hvd.rank()}, {what}: no answer from any rank for {timeout_s:g} s")
+            raise PeerTimeoutError(
+                f"rank {hvd.rank()}, {what}: no answer from any rank within {timeout_s:g} s"
+            )
         time.sleep(_POLL_S)
     try:
         return hvd.synchronize(handle)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import device_copy
+from .deadline import Deadline
 
 DEFAULT_TIMEOUT_S = 300.0
 """Seconds: enough for a rank that evaluates or saves while the others wait for its gradient."""
@@ -50,8 +51,7 @@ class Transport(ABC):
 
     Tensors may be on the CPU or on a GPU. The network sends from devices of ``device_type``; other tensors
     are copied there and back (``device_copy.py``). Every call blocks its thread until it is complete, or
-    raises. It waits at most ``timeout_s``; in a collective that consists of point-to-point messages, at most
-    ``timeout_s`` in each round. What is received on a GPU is complete for later work on the current stream.
+    raises. It waits at most ``timeout_s``, all rounds of a collective together. What is received on a GPU is complete for later work on the current stream.
     ``tag`` (0 to 32767) distinguishes messages that are under way at the same time. ``what`` names the
     messages in errors ("bucket 3, round 1").
 
@@ -85,6 +85,27 @@ class Transport(ABC):
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.rank, self.world_size, self.timeout_s = rank, world_size, float(timeout_s)
         self.counters = Counters()
+        self._deadline: Deadline | None = None
+
+    @contextmanager
+    def one_deadline(self) -> Iterator[None]:
+        """Lets all waits within the block together take at most ``timeout_s``, and not each by itself.
+
+        A block within another one has the outer one's deadline.
+        """
+        outer = self._deadline
+        self._deadline = outer or self._new_deadline()
+        try:
+            yield
+        finally:
+            self._deadline = outer
+
+    def deadline(self) -> Deadline:
+        """The time limit of a wait that begins now: that of :meth:`one_deadline`, or a new one."""
+        return self._deadline or self._new_deadline()
+
+    def _new_deadline(self) -> Deadline:
+        return Deadline(self.timeout_s)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message], *, tag: int, what: str) -> None:
         """Sends and receives at the same time, at most one message per direction and peer.
@@ -125,10 +146,12 @@ class Transport(ABC):
             copies = device_copy.Copies(self.device_type)
             outgoing, incoming = copies.outgoing(send), copies.incoming(receive)
             copies.wait()
-            self._all_gather(outgoing, incoming, tag, what)
+            with self.one_deadline():
+                self._all_gather(outgoing, incoming, tag, what)
             copies.give_back()
         else:
-            self._all_gather(send, receive, tag, what)
+            with self.one_deadline():
+                self._all_gather(send, receive, tag, what)
         ring = (self.world_size - 1) * nbytes(send)
         self.counters.add(ring, ring, self.world_size - 1)
 
@@ -141,10 +164,12 @@ class Transport(ABC):
             copies = device_copy.Copies(self.device_type)
             both = copies.both(buffer)
             copies.wait()
-            self._all_reduce(both, tag, what)
+            with self.one_deadline():
+                self._all_reduce(both, tag, what)
             copies.give_back()
         else:
-            self._all_reduce(buffer, tag, what)
+            with self.one_deadline():
+                self._all_reduce(buffer, tag, what)
         each_way, messages = self._all_reduce_traffic(buffer)
         self.counters.add(each_way, each_way, messages)
 
@@ -159,6 +184,11 @@ class Transport(ABC):
         copies = device_copy.Copies(self.device_type)
         here = copies.both(buffer)
         copies.wait()
+        with self.one_deadline():
+            self._broadcast(here, root, tag, what)
+        copies.give_back()
+
+    def _broadcast(self, here: Tensor, root: int, tag: int, what: str) -> None:
         relative = (self.rank - root) % self.world_size
         step = 1
         while step < self.world_size:
@@ -169,7 +199,6 @@ class Transport(ABC):
                 parent = (self.rank - step) % self.world_size
                 self.exchange([], [(parent, here)], tag=tag, what=what)
             step *= 2
-        copies.give_back()
 
     def barrier(self, *, tag: int, what: str) -> None:
         """Waits until all ranks have called it, by point-to-point messages of one byte in ``log2 P`` rounds.
@@ -178,10 +207,14 @@ class Transport(ABC):
         """
         here = torch.zeros(1, dtype=torch.uint8, device=self.device_type)
         distance = 1
-        while distance < self.world_size:
-            to, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
-            self.exchange([(to, here)], [(source, torch.empty_like(here))], tag=tag, what=what)
-            distance *= 2
+        with self.one_deadline():
+            while distance < self.world_size:
+                to, source = (
+                    (self.rank + distance) % self.world_size,
+                    (self.rank - distance) % self.world_size,
+                )
+                self.exchange([(to, here)], [(source, torch.empty_like(here))], tag=tag, what=what)
+                distance *= 2
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
-"""``Deadline``: the time limit of a wait by polling, without the time in which the process was suspended."""
+"""``Deadline``: the time limit of waits, of those by polling without the time of a suspended process."""
 
 from __future__ import annotations
 
+import math
 import time
 
 _LONGEST_PAUSE_S = 1.0
@@ -9,7 +10,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class Deadline:
-    """The time limit of a wait by polling. Time in which this process was suspended does not count.
+    """The time limit of one or more waits. Time in which this process was suspended does not count.
 
     A scheduler may suspend all ranks of a job (SIGSTOP) and resume them hours later. By the clock every wait
     would then exceed its limit.
@@ -17,15 +18,21 @@ class Deadline:
     Args:
         timeout_s: seconds until the limit. The time between two polls counts as at most one second, or as a
             quarter of ``timeout_s`` if that is less.
+        by_clock: count all time. For waits that do not poll.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._left_s, self._longest_s = timeout_s, min(_LONGEST_PAUSE_S, timeout_s / 4)
+    def __init__(self, timeout_s: float, by_clock: bool = False) -> None:
+        self._left_s = timeout_s
+        self._longest_s = math.inf if by_clock else min(_LONGEST_PAUSE_S, timeout_s / 4)
         self._last = time.monotonic()
 
     def has_passed(self) -> bool:
         """Whether the limit is exceeded. Call this at every poll."""
+        return self.left_s() < 0.0
+
+    def left_s(self) -> float:
+        """Seconds until the limit, negative beyond it. Call this at every poll."""
         now = time.monotonic()
         self._left_s -= min(now - self._last, self._longest_s)
         self._last = now
-        return self._left_s < 0.0
+        return self._left_s

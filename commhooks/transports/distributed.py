@@ -95,7 +95,7 @@ class DistributedTransport(Transport):
                         pending.append((start(b, self._ranks[peer], self._own.group, tag), name))
         except RuntimeError as error:
             raise self._typed(error, what, name) from error
-        deadline = time.monotonic() + self.timeout_s
+        deadline = self.deadline()
         for work, name in pending:
             try:
                 self._wait(work, deadline)
@@ -151,7 +151,7 @@ class DistributedTransport(Transport):
         connections of the others.
         """
         self._check_alive(what)
-        deadline, told = time.monotonic() + self.timeout_s, False
+        deadline, told = self.deadline(), False
         self._collectives += 1
         try:
             work = start()
@@ -172,11 +172,14 @@ class DistributedTransport(Transport):
             return False
         return True
 
-    def _wait(self, work: Any, deadline: float) -> None:
+    def _new_deadline(self) -> Deadline:
+        return Deadline(self.timeout_s, by_clock=self.backend == "gloo")  # gloo's waits do not poll
+
+    def _wait(self, work: Any, deadline: Deadline) -> None:
         if self.backend == "nccl":
             work.wait()
         else:
-            work.wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
+            work.wait(timedelta(seconds=max(1e-3, deadline.left_s())))
 
     def _wait_for_device(self, device: torch.device, what: str) -> None:
         """Polls the current stream of ``device`` until it is done, within the timeout; nothing with gloo.
@@ -188,19 +191,21 @@ class DistributedTransport(Transport):
             return
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(device))
-        deadline = Deadline(self.timeout_s)
+        deadline = self.deadline()
         hot_until = time.monotonic() + _HOT_POLL_S
         while not done.query():
             if time.monotonic() > hot_until:
                 time.sleep(_POLL_S)
             if deadline.has_passed():
-                raise PeerTimeoutError(f"rank {self.rank}, {what}: no answer for {self.timeout_s:g} s (NCCL)")
+                raise PeerTimeoutError(
+                    f"rank {self.rank}, {what}: no answer within {self.timeout_s:g} s (NCCL)"
+                )
 
     def _typed(self, error: RuntimeError, what: str, peer: str) -> CommHooksError:
         text = str(error)
         if "imed out" in text or "imeout" in text:
             return PeerTimeoutError(
-                f"rank {self.rank}, {what}: no answer from {peer} for {self.timeout_s:g} s"
+                f"rank {self.rank}, {what}: no answer from {peer} within {self.timeout_s:g} s"
             )
         return PeerLostError(
             f"rank {self.rank}, {what}: lost a connection while waiting for {peer}: {text.split('. ')[0]}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import PeerLostError, PeerTimeoutError
 from .base import Message, Transport
+from .deadline import Deadline
 
 T = TypeVar("T")
 _POLL_S = 0.05
@@ -54,8 +55,9 @@ class InProcessTransport(Transport):
             self._mailboxes.failed.pop(self.rank, None)
         for peer, buffer in sends:
             self._mailboxes.box(self.rank, peer, tag).put(buffer.detach().clone())
+        deadline = self.deadline()
         for peer, buffer in receives:
-            message = self._receive(peer, tag, what)
+            message = self._receive(peer, tag, what, deadline)
             if message.shape != buffer.shape or message.dtype != buffer.dtype:
                 raise ValueError(
                     f"rank {self.rank}, {what}: rank {peer} sent {message.dtype} {tuple(message.shape)}, "
@@ -63,23 +65,23 @@ class InProcessTransport(Transport):
                 )
             buffer.copy_(message)
 
-    def _receive(self, peer: int, tag: int, what: str) -> Tensor:
+    def _receive(self, peer: int, tag: int, what: str, deadline: Deadline) -> Tensor:
         box, failed = self._mailboxes.box(peer, self.rank, tag), self._mailboxes.failed
-        step_s, waited_s, grace_s = min(_POLL_S, self.timeout_s), 0.0, _GRACE_S
+        step_s, grace_s = min(_POLL_S, self.timeout_s / 4), _GRACE_S
         while True:
             # Read before the box is looked into: what a rank sent before it failed is in there by then.
             errors = {} if self._goes_on else dict(failed)
             try:
                 return box.get(timeout=step_s)
             except queue.Empty:
-                waited_s += step_s
+                pass
             grace_s -= step_s if errors else 0.0
             if errors and (peer in errors or grace_s <= 0.0):
                 cause = errors.get(peer, next(iter(errors.values())))
                 raise PeerLostError(f"rank {self.rank}, {what}: another rank failed") from cause
-            if waited_s >= self.timeout_s:
+            if deadline.has_passed():
                 raise PeerTimeoutError(
-                    f"rank {self.rank}, {what}: nothing from rank {peer} for {self.timeout_s:g} s"
+                    f"rank {self.rank}, {what}: nothing from rank {peer} within {self.timeout_s:g} s"
                 )
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:

@@ -145,7 +145,7 @@ class MpiTransport(Transport):
 
         ``peers`` is a list with one name per request, or one text for all.
         """
-        deadline, polls = Deadline(self.timeout_s), 0
+        deadline, polls = self.deadline(), 0
         while not self._tested(lambda: self._mpi.Request.Testall(requests), what):
             polls += 1
             finalization.check_wait(self.rank, what)
@@ -155,7 +155,7 @@ class MpiTransport(Transport):
                     late = {p for p, r in zip(peers, requests, strict=True) if not self._tested(r.Test, what)}
                     peers = ", ".join(sorted(late))
                 raise PeerTimeoutError(
-                    f"rank {self.rank}, {what}: no answer from {peers} for {self.timeout_s:g} s"
+                    f"rank {self.rank}, {what}: no answer from {peers} within {self.timeout_s:g} s"
                 )
 
     def _finish_kernels(self, buffers: Sequence[Tensor]) -> None:

@@ -215,12 +215,12 @@ def test_a_reader_that_goes_early_is_no_error():
 
 def test_a_rank_that_is_missing_is_one_line_and_status_one(monkeypatch, capsys):
     def missing(arguments):
-        raise commhooks.PeerTimeoutError("rank 0, probing for the plan: no answer from rank 1 for 300 s")
+        raise commhooks.PeerTimeoutError("rank 0, probing for the plan: no answer from rank 1 within 300 s")
 
     monkeypatch.setattr(command, "run", missing)
     assert main(["plan", "--numel", "1e5"]) == 1
     assert capsys.readouterr().err == (
-        "commhooks plan: rank 0, probing for the plan: no answer from rank 1 for 300 s\n"
+        "commhooks plan: rank 0, probing for the plan: no answer from rank 1 within 300 s\n"
     )
 
 

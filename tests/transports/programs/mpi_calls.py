@@ -1,11 +1,12 @@
 """The transport's calls on many dtypes, and its refusals."""
 
 import sys
+import time
 
 import torch
 from mpi4py import MPI
 
-from commhooks import PeerLostError
+from commhooks import PeerLostError, PeerTimeoutError
 from commhooks.transports.mpi import MpiTransport
 
 first, second = MpiTransport(timeout_s=60.0), MpiTransport(timeout_s=60.0)
@@ -63,5 +64,19 @@ try:  # MPI itself refuses to post it
     raise SystemExit("a message to nobody was sent")
 except PeerLostError as error:
     assert f"rank {rank}, bucket 4: " in str(error)
+# Two messages, each of which comes in time, are late together.
+impatient, told = MpiTransport(timeout_s=1.0), None
+for _ in range(2 * (rank == 1)):
+    time.sleep(0.7)
+    impatient.exchange([(0, torch.zeros(1))], [], tag=3, what="late")
+if rank == 0 and size > 1:
+    try:
+        with impatient.one_deadline():
+            for _ in range(2):
+                impatient.exchange([], [(1, torch.zeros(1))], tag=3, what="waiting")
+    except PeerTimeoutError as error:
+        told = error  # its frames hold the buffer of the message that is still to come
+    assert "no answer from rank 1 within 1 s" in str(told), told
+first.barrier(tag=8, what="the late message has come")
 first.close(), first.close(), second.close()
 sys.stdout.write("calls well\n")
