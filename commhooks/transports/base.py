@@ -79,13 +79,13 @@ class Transport(ABC):
     rank: int
     world_size: int
     timeout_s: float
+    _deadline: Deadline | None = None
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
         self.rank, self.world_size, self.timeout_s = rank, world_size, float(timeout_s)
         self.counters = Counters()
-        self._deadline: Deadline | None = None
 
     @contextmanager
     def one_deadline(self) -> Iterator[None]:
