@@ -51,7 +51,8 @@ class Transport(ABC):
 
     Tensors may be on the CPU or on a GPU. The network sends from devices of ``device_type``; other tensors
     are copied there and back (``device_copy.py``). Every call blocks its thread until it is complete, or
-    raises. It waits at most ``timeout_s``, all rounds of a collective together. What is received on a GPU is complete for later work on the current stream.
+    raises. It waits at most ``timeout_s``, all rounds of a collective together. What is received on a GPU is
+    complete for later work on the current stream.
     ``tag`` (0 to 32767) distinguishes messages that are under way at the same time. ``what`` names the
     messages in errors ("bucket 3, round 1").
 
