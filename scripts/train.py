@@ -1,7 +1,7 @@
 """Data-parallel training of a chosen model with a chosen gradient exchange, started by torchrun or mpiexec.
 
 torchrun --standalone --nproc-per-node 4 scripts/train.py --scheme topk --density 0.01
-mpiexec -n 4 python -m mpi4py scripts/train.py --scheme gtopk --transport mpi --log run.jsonl
+mpiexec -n 4 python -m mpi4py scripts/train.py --scheme gtopk --transport mpi --log-file run.jsonl
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="MS",
-        help="Time of one backward, which hides communication. Default: 0, unknown: nothing is hidden.",
+        help="Time of one backward, which hides communication: time loss.backward() inside no_sync(). "
+        "Default: 0, unknown: nothing is hidden.",
     )
     parser.add_argument("--device", default="cpu", help="Where gradients live: cpu or cuda. Default: cpu.")
     optimizer = parser.add_mutually_exclusive_group()

@@ -190,7 +190,13 @@ def sync_set(options: Any, total: int, world_size: int) -> Any:
     if kind == "one-shot":
         return a.OneShot(total)
     if kind == "at":
-        return a.AtSteps(int(step) for step in steps.split(","))
+        numbers = steps.split(",")
+        wrong = [step for step in numbers if not step.strip().isdecimal()]
+        if wrong:
+            raise ValueError(
+                f"steps are whole numbers from 1 with commas between, as at:10,20, got {wrong[0]!r}"
+            )
+        return a.AtSteps(map(int, numbers))
     period = options.period
     if kind == "suggested" and options.averaging == "restarted":
         period = a.suggest_restart_period(total, world_size)

@@ -182,9 +182,15 @@ def _add_averaging(group: Any) -> None:
     add("--gamma", type=float, default=1.0, help="Proximal term of stagewise (1).")
 
 
+def _by_task(name: str) -> str:
+    """The defaults of an option that depend on the task, and a gpt's, for the help."""
+    given = [f"{task}: {defaults[name]:g}" for task, defaults in {**BY_TASK, "gpt": OF_GPT}.items()]
+    return ", ".join(given)
+
+
 def _add_training(group: Any) -> None:
     add = group.add_argument
-    add("--lr", type=float, help="Learning rate (by the task).")
+    add("--lr", type=float, help=f"Learning rate ({_by_task('lr')}).")
     add(
         "--lr-schedule",
         choices=SCHEDULES,
@@ -204,22 +210,20 @@ def _add_training(group: Any) -> None:
     add("--nesterov", action="store_true", help="Nesterov's form of the momentum.")
     add("--weight-decay", type=float, help="Weight decay; of SGD it is an L2 term (0; gpt: 0.1).")
     add("--steps", type=int, help="Steps of the whole run, in place of --epochs.")
-    add("--epochs", type=int, help="Passes over the data (by the task).")
-    add("--batch-size", type=int, help="Examples, or columns of text, a rank and step (by the task).")
+    add("--epochs", type=int, help=f"Passes over the data ({_by_task('epochs')}).")
+    add(
+        "--batch-size",
+        type=int,
+        help=f"Examples, or columns of text, a rank and step ({_by_task('batch_size')}).",
+    )
     add("--seed", type=int, default=0, help="Seed of weights and data (0).")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="Device (cpu).")
 
 
 def _add_output(group: Any) -> None:
     add = group.add_argument
-    # torchrun takes a bare --log after the script for an abbreviation of its own options
-    add(
-        "--log-file",
-        "--log",
-        dest="log",
-        metavar="FILE",
-        help="JSON lines; under torchrun write --log-file (none).",
-    )
+    # not --log: torchrun takes it for an abbreviation of its own options
+    add("--log-file", dest="log", metavar="FILE", help="JSON lines (none).")
     add(
         "--log-every", type=int, default=10, metavar="STEPS", help="Steps between two writes to the log (10)."
     )

@@ -162,7 +162,7 @@ def test_sync_says_after_which_steps(given, steps):
         (["--averaging", "decentralized", "--sync", "one-shot"], "--sync one-shot.*decentralized"),
         (["--averaging", "local", "--sync", "at"], "--sync at is none of"),
         (["--averaging", "local", "--sync", "at:4,0"], "--sync at:4,0: .*got 0"),
-        (["--averaging", "local", "--sync", "at:4,x"], "--sync at:4,x: .*'x'"),
+        (["--averaging", "local", "--sync", "at:4,x"], "--sync at:4,x: steps are whole numbers .*, got 'x'"),
         (["--averaging", "local", "--sync", "often"], "--sync often is none of"),
         (["--averaging", "local", "--sync", "growing", "--averaging-start", 3], "--averaging-start goes"),
         (["--averaging", "decentralized", "--scheme", "topk"], "--scheme topk"),
