@@ -15,8 +15,8 @@ from gpu.targets import AGAIN, PLAIN, SCALED, overhead
 Run = dict[str, Any]
 FOLDER = "docs/performance"
 NEVER = [
-    "**Never run on a GPU.** The CUDA kernels compile, and their logic has run on the CPU. The hooks never met",
-    "NCCL, and nothing ever ran between two GPUs. `scripts/gpu_check` is what a machine with a GPU runs first.",
+    "**Never run on a GPU.** The CUDA kernels compile, and their logic has run on the CPU. No hook has run over",
+    "NCCL, and nothing has run between two GPUs. `scripts/gpu_check` is what a machine with a GPU runs first.",
 ]
 
 
