@@ -175,10 +175,10 @@ def merged(
 
 def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]) -> None:
     """Raises when an output shares memory with an input or with another output."""
-    for number, (name, out) in enumerate(written):
-        start, end = _span(out)
-        for other_name, other in (*read, *written[number + 1 :]):
-            other_start, other_end = _span(other)
+    outputs_at = [(name, *_span(tensor)) for name, tensor in written]
+    inputs_at = [(name, *_span(tensor)) for name, tensor in read]
+    for number, (name, start, end) in enumerate(outputs_at):
+        for other_name, other_start, other_end in (*inputs_at, *outputs_at[number + 1 :]):
             if max(start, other_start) < min(end, other_end):
                 raise ValueError(f"{other_name} and {name} must not share memory")
 
@@ -186,8 +186,8 @@ def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The address range of a tensor: its first byte, and the first byte after it."""
     start = tensor.data_ptr()
-    if not tensor.numel():
-        return start, start
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
