@@ -89,6 +89,36 @@ def load(state, model, optimizer, averager):
     averager.load_state_dict(state["averager"])
 
 
+@pytest.mark.parametrize("kind", ("local", "block", "restarted"))
+def test_residuals_are_not_dropped_in_silence_by_an_averager_without_a_reducer(kind, caplog):
+    gradient = oracles.make_gradient(2, 7, NUMEL)
+
+    def first(transport):
+        parts = make(f"{kind}+topk", transport)
+        run_steps(*parts, gradient, transport.rank, 7)
+        return checkpoint(*parts)["averager"]
+
+    states = in_ranks(2, first)
+    assert states[0]["reducers"][0]["residual"]["parameter 0"].any()
+    for saved in (states, [average_checkpoints([{"averager": s} for s in states])["averager"]] * 2):
+
+        def second(transport, saved=saved):
+            averager = make(kind, transport)[2]
+            with pytest.raises(ValueError, match="residuals would be lost.*no reducer.*strict=False"):
+                averager.load_state_dict(saved[transport.rank])
+            assert averager.step == 0
+            if kind == "block":
+                averager.load_state_dict(saved[transport.rank], strict=False)
+                return averager.step
+            with pytest.raises(ValueError, match="saved with a reducer"):  # these have no anchor without one
+                averager.load_state_dict(saved[transport.rank], strict=False)
+            return 7
+
+        caplog.clear()
+        assert in_ranks(2, second) == [7, 7]
+        assert caplog.text.count("residuals would be lost") == 2
+
+
 ORDERS = ("bmoa", "mboa", "moba", "baom")  # b: build the averager; m, o, a: load model, optimizer, averager
 
 
