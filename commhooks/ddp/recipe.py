@@ -29,7 +29,7 @@ class Recipe:
     """Density, memory and scheme for an optimizer. Nothing is changed before :meth:`apply`.
 
     - ``torch.optim.SGD``: momentum, Nesterov's form and weight decay go into the memory, whose velocity is
-      masked where a value was sent (Deep Gradient Compression).
+      masked where a value was sent (Deep Gradient Compression), unless ``factor_masking`` is False.
     - Adam and others that divide by past magnitudes stay as they are. Every element of their gradients is
       sent in 4 bits, unless a sparse scheme is asked for.
     - Other optimizers stay as they are, too.
@@ -41,6 +41,7 @@ class Recipe:
         scheme: a name of ``SCHEMES`` except ``"dense"``. None: ``"lowbit"`` for optimizers with a second
             moment, which need every element at every step, else ``"topk"``.
         clip: ``clip_norm`` and ``norm_over`` of ``ErrorFeedback``; or None.
+        factor_masking: as ``ErrorFeedback``'s, where the optimizer has momentum.
 
     Attributes:
         density: a constant or the warm-up.
@@ -62,6 +63,7 @@ class Recipe:
         warmup_steps: int,
         scheme: str | None,
         clip: tuple[float, str] | None,
+        factor_masking: bool = True,
     ) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
@@ -85,7 +87,7 @@ class Recipe:
                     f"scheme='randomk' diverges with momentum, here {settings['momentum']:g}: use 'topk' or "
                     "'gtopk', or set the optimizer's momentum to 0"
                 )
-            settings["factor_masking"] = settings["momentum"] > 0.0
+            settings["factor_masking"] = factor_masking and settings["momentum"] > 0.0
         if clip is not None:
             settings["clip_norm"], settings["norm_over"] = clip
         self.memory = ErrorFeedback(**settings)

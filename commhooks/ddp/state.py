@@ -150,6 +150,7 @@ class SparseState:
         scheme: str | None = None,
         clip_norm: float | None = None,
         norm_over: str = "bucket",
+        factor_masking: bool = True,
         **options: Any,
     ) -> SparseState:
         """Makes the state that goes with an optimizer, and tells on rank 0 in one line what it did.
@@ -172,6 +173,7 @@ class SparseState:
                 no density, for optimizers with a second moment, else ``"topk"``.
             clip_norm: largest norm of this rank's gradient, before the memory.
             norm_over: the norm of each ``"bucket"``, or of the whole ``"model"``: see ``ErrorFeedback``.
+            factor_masking: False leaves the velocity as it is. docs/recipes.md has both, measured.
             options: further arguments of this class except ``memory``.
 
         Raises:
@@ -185,7 +187,14 @@ class SparseState:
                 "for_optimizer() makes the memory: write SparseState.topk(..., memory=...) instead"
             )
         clip = None if clip_norm is None else (clip_norm, norm_over)
-        recipe = Recipe(optimizer, density, warmup_steps=warmup_steps, scheme=scheme, clip=clip)
+        recipe = Recipe(
+            optimizer,
+            density,
+            warmup_steps=warmup_steps,
+            scheme=scheme,
+            clip=clip,
+            factor_masking=factor_masking,
+        )
         state = cls._of(recipe.scheme, recipe.density, transport, memory=recipe.memory, **options)
         state.moved = recipe.apply()
         return state

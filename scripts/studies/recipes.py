@@ -8,6 +8,7 @@ soon as it ends. A study that is started again goes on behind the last record.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.harness import records
+from benchmarks.harness import records, table
 from training import launch, tasks
-from training.log import count, table
+from training.log import count
 
 from . import trained
 
@@ -26,6 +27,7 @@ BAR = 0.02
 """An arm is as good as dense training when its loss is at most this share above."""
 RATES = (0.25, 0.5, 1.0, 2.0)
 """Multiples of the network's rate for an optimizer, from which an arm takes its best."""
+MOST_RATES = 6
 CHOICE_SEED, SEEDS = 100, (0, 1, 2)
 DENSITIES = (0.1, 0.01, 0.001)
 
@@ -67,7 +69,7 @@ NETWORKS = {
         2,
     ),
     "lstm": Network(
-        ("--model", "lstm", "--batch-size", 20, "--epochs", 3),
+        ("--model", "lstm", "--hidden", 64, "--text-size", 150_000, "--batch-size", 10, "--epochs", 3),
         {"sgd": 2.0, "nesterov": 2.0, "adamw": 0.005},
         1,
     ),
@@ -83,38 +85,42 @@ OPTIMIZERS = {
     "nesterov": ("--optimizer", "sgd", "--momentum", 0.9, "--nesterov", "--weight-decay", 5e-4),
     "adamw": ("--optimizer", "adamw", "--weight-decay", 0.1),
 }
-DENSE, RECIPE = "dense", "recipe"
-# Variant: options behind the optimizer's, and whether the density is warmed up.
-SGD: dict[str, tuple[Sequence[Any], float]] = {
+DENSE, CLIPPED, SPARSE, LOWBIT = "dense", "dense, clipped", "top-k, warm-up", "4 bits"
+UNMASKED, MASKED, MASKED_AT_ONCE = "warm-up", "masked, warm-up", "masked"
+# Variant: options behind the optimizer's, and how many warm-ups of the density.
+SGD: dict[str, tuple[Sequence[Any], int]] = {
     DENSE: (("--scheme", "dense"), 0),
-    RECIPE: (("--factor-masking",), 1),
-    "momentum in the memory": ((), 0),
+    CLIPPED: (("--scheme", "dense", "--clip-norm", 1), 0),
+    MASKED: (("--factor-masking",), 1),
+    MASKED_AT_ONCE: (("--factor-masking",), 0),
+    UNMASKED: ((), 1),
+    "no warm-up": ((), 0),
     "momentum in the optimizer": (("--momentum-in", "optimizer"), 0),
-    "masked, no warm-up": (("--factor-masking",), 0),
-    "recipe, twice the warm-up": (("--factor-masking",), 2),
-    "recipe, clipped": (("--factor-masking", "--clip-norm", 1), 1),
-    "recipe, rate in the residual": (("--factor-masking", "--rescale-with-lr"), 1),
+    "twice the warm-up": ((), 2),
+    "warm-up, clipped": (("--clip-norm", 1), 1),
+    "warm-up, rate in the residual": (("--rescale-with-lr",), 1),
     "no error feedback": (("--no-error-feedback",), 0),
 }
-NESTEROV = {name: SGD[name] for name in (DENSE, RECIPE)}
-ADAMW: dict[str, tuple[Sequence[Any], float]] = {
+NESTEROV = {name: SGD[name] for name in (DENSE, UNMASKED, MASKED_AT_ONCE)}
+ADAMW: dict[str, tuple[Sequence[Any], int]] = {
     DENSE: (("--scheme", "dense"), 0),
-    RECIPE: ((), 1),
-    "no warm-up": ((), 0),
+    LOWBIT: (("--scheme", "lowbit"), 0),
+    SPARSE: ((), 1),
+    "top-k": ((), 0),
     "no error feedback": (("--no-error-feedback",), 0),
 }
 VARIANTS = {"sgd": SGD, "nesterov": NESTEROV, "adamw": ADAMW}
 
 
 def arms(networks: Sequence[str]) -> Iterator[Arm]:
-    """All rows: the recipe at every density, without feedback also at the smallest, the others at 0.01."""
+    """All rows: the warm-ups and the masked ones at every density, the others at 0.01, without feedback at 0.001 too."""
     for network in networks:
         for optimizer in network_of(network).rates:
             for variant in VARIANTS[optimizer]:
                 densities: Sequence[float] = (0.01,)
-                if variant == DENSE:
+                if variant in (DENSE, CLIPPED, LOWBIT):
                     densities = (1.0,)
-                elif variant == RECIPE:
+                elif variant in (UNMASKED, SPARSE, MASKED, MASKED_AT_ONCE):
                     densities = DENSITIES
                 elif variant == "no error feedback":
                     densities = (0.01, 0.001)
@@ -131,27 +137,39 @@ def command(arm: Arm, lr: float, seed: int) -> list[str]:
     """The options of train.py for one run."""
     network, (more, warmups) = network_of(arm.network), VARIANTS[arm.optimizer][arm.variant]
     given = [*network.given, *OPTIMIZERS[arm.optimizer], *more, "--lr", lr, "--seed", seed, "--quiet"]
-    if arm.variant != DENSE:
+    if arm.density < 1.0:
         given += ["--density", arm.density]
         if warmups and arm.density < 0.25:
-            given += ["--warmup", int(warmups * network.warmup)]
+            given += ["--warmup", warmups * network.warmup]
     return [str(part) for part in given]
 
 
 def runs(
     chosen: Sequence[Arm], rates: Sequence[float], seeds: Sequence[int], done: list[records.Record]
 ) -> Iterator[dict[str, Any]]:
-    """What is left to run, as labels of records. `done` may grow meanwhile: an arm's best rate is read from it."""
+    """What is left to run, as labels of records. `done` may grow meanwhile: an arm's best rate is read from it.
+
+    An arm whose best rate is the lowest or the highest also gets the next one beyond, at most MOST_RATES in all.
+    """
     for arm in chosen:
         base = network_of(arm.network).rates[arm.optimizer]
-        for part, seed in [
-            *((base * rate, CHOICE_SEED) for rate in rates),
-            *((None, seed) for seed in seeds),
-        ]:
-            lr = best_rate(arm, done) if part is None else part
-            labels = {**arm._asdict(), "lr": records.rounded(lr), "seed": seed}
-            if not records.select(done, **labels):
-                yield labels
+        tried = sorted(records.rounded(base * rate) for rate in rates)
+        for lr in tried:
+            yield from _if_left(arm, lr, CHOICE_SEED, done)
+        while 1 < len(tried) < MOST_RATES and best_rate(arm, done) in (tried[0], tried[-1]):
+            lowest = best_rate(arm, done) == tried[0]
+            tried.insert(
+                0 if lowest else len(tried), records.rounded(tried[0] / 2 if lowest else tried[-1] * 2)
+            )
+            yield from _if_left(arm, tried[0 if lowest else -1], CHOICE_SEED, done)
+        for seed in seeds:
+            yield from _if_left(arm, best_rate(arm, done), seed, done)
+
+
+def _if_left(arm: Arm, lr: float, seed: int, done: Sequence[records.Record]) -> Iterator[dict[str, Any]]:
+    labels = {**arm._asdict(), "lr": records.rounded(lr), "seed": seed}
+    if not records.select(done, **labels):
+        yield labels
 
 
 def best_rate(arm: Arm, done: Sequence[records.Record]) -> float:
@@ -212,7 +230,7 @@ class Row(NamedTuple):
 
 
 def rows(found: Sequence[records.Record]) -> list[Row]:
-    """The verdicts of all arms that ran on every seed, in the order of the records."""
+    """The verdicts of all arms that ran on every seed, in the order of the study."""
     about, *ran = found
     by_arm: dict[Arm, list[records.Record]] = {}
     for record in ran:
@@ -220,12 +238,14 @@ def rows(found: Sequence[records.Record]) -> list[Row]:
             by_arm.setdefault(Arm(*(record[name] for name in Arm._fields)), []).append(record)
     means: dict[Arm, float | None] = {}
     result = []
-    for arm, of_arm in by_arm.items():
+    for arm in arms(list(dict.fromkeys(arm.network for arm in by_arm))):
+        best = best_rate(arm, ran) if arm in by_arm else None
+        of_arm = [record for record in by_arm.get(arm, []) if record["lr"] == best]
         if len(of_arm) < len(about["seeds"]):
             continue
         losses = [record["loss"] for record in of_arm]
         known = [loss for loss in losses if loss is not None]
-        means[arm] = statistics.mean(known) if len(known) == len(losses) else None
+        means[arm] = _mean(losses) if len(known) == len(losses) else None
         dense, mine = means.get(Arm(arm.network, arm.optimizer, DENSE, 1.0)), means[arm]
         above = None if dense is None or mine is None else mine / dense - 1.0
         sent = statistics.mean(record["bytes_sent_per_step"] for record in of_arm)
@@ -236,55 +256,78 @@ def rows(found: Sequence[records.Record]) -> list[Row]:
 def page(found: Sequence[records.Record]) -> str:
     """The page, from the records alone."""
     about, verdicts = found[0], rows(found)
-    parts = [
+    lines = [
         "# Recipes, measured",
         "",
-        f"`scripts/accuracy --recipes`: {about['ranks']} ranks over gloo on one machine. Each row at the best of "
-        f"{len(about['rates'])} learning rates, chosen on one half of the held-out data; loss on the other half, mean "
-        f"over {len(about['seeds'])} seeds, and its share above dense training with the same optimizer. *Recipe* is "
-        "what `for_optimizer` makes: momentum in the memory, masked, with a warm-up; under AdamW the warm-up alone.",
+        f"`scripts/accuracy --recipes`: {about['ranks']} ranks over gloo on one machine. Each row is at the best of "
+        f"{len(about['rates'])} learning rates, and of the next ones beyond where the lowest or the highest is best, "
+        "chosen on one half of the held-out data. The loss is on the other half: "
+        f"mean and standard deviation over {len(about['seeds'])} seeds, and the share of the mean above dense training "
+        "with the same optimizer. Under SGD the momentum is in the memory unless a row says otherwise. "
+        "`for_optimizer` makes *masked, warm-up* for SGD and *4 bits* for AdamW.",
     ]
-    for network, optimizer in dict.fromkeys((row.arm.network, row.arm.optimizer) for row in verdicts):
-        lines = [
+    for network, optimizer in pairs(verdicts):
+        mine = [row for row in verdicts if (row.arm.network, row.arm.optimizer) == (network, optimizer)]
+        cells = [
             (
                 row.arm.variant,
                 f"{row.arm.density:g}",
                 f"{row.lr:g}",
-                _spread(row.losses),
-                "-" if row.above is None else f"{row.above:+.1%}",
+                spread(row.losses),
+                share(row.above),
                 count(row.bytes_sent_per_step),
             )
-            for row in verdicts
-            if (row.arm.network, row.arm.optimizer) == (network, optimizer)
+            for row in mine
         ]
-        heads = ("variant", "density", "rate", "loss", "above dense", "bytes a step")
-        parts += [
-            "",
-            f"## {network}, {optimizer}",
-            "",
-            table(heads, lines),
-            "",
-            verdict(verdicts, network, optimizer),
-        ]
-    return "\n".join(parts) + "\n"
+        lines += ["", f"## {network}, {optimizer}", ""]
+        lines += table.markdown(("variant", "density", "rate", "loss", "above dense", "bytes a step"), cells)
+        lines += ["", verdict(mine)]
+    return table.page(lines)
 
 
-def verdict(verdicts: Sequence[Row], network: str, optimizer: str) -> str:
-    """Which rows are within the bar."""
-    mine = [
-        r
-        for r in verdicts
-        if (r.arm.network, r.arm.optimizer) == (network, optimizer) and r.arm.variant != DENSE
-    ]
-    within = [f"{r.arm.variant} at {r.arm.density:g}" for r in mine if r.above is not None and r.above <= BAR]
-    return f"Within {BAR:.0%} of dense's loss: {'; '.join(within) or 'none'}."
+def pairs(verdicts: Sequence[Row]) -> list[tuple[str, str]]:
+    """The networks and their optimizers, in the order of the rows."""
+    return list(dict.fromkeys((row.arm.network, row.arm.optimizer) for row in verdicts))
 
 
-def _spread(losses: Sequence[float | None]) -> str:
+def verdict(mine: Sequence[Row]) -> str:
+    """Which of a network's and optimizer's rows are within the bar, and which not by more than the seeds differ."""
+    dense = next((row for row in mine if row.arm.variant == DENSE), None)
+    within, near = [], []
+    for row in mine:
+        if dense is None or row is dense or row.above is None:
+            continue
+        name = f"{row.arm.variant} at {row.arm.density:g}"
+        noise = math.hypot(_deviation(row.losses), _deviation(dense.losses))
+        if row.above <= BAR:
+            within.append(name)
+        elif _mean(row.losses) - _mean(dense.losses) <= noise:
+            near.append(name)
+    text = f"Within {BAR:.0%} of dense's loss: {'; '.join(within) or 'none'}."
+    if near:
+        text += f" Above by less than the seeds differ (one standard deviation): {'; '.join(near)}."
+    return text
+
+
+def share(above: float | None) -> str:
+    """A row's share above dense, as text."""
+    return "-" if above is None else f"{above:+.1%}"
+
+
+def _mean(losses: Sequence[float | None]) -> float:
+    return statistics.mean(loss for loss in losses if loss is not None)
+
+
+def _deviation(losses: Sequence[float | None]) -> float:
     known = [loss for loss in losses if loss is not None]
-    if len(known) < len(losses):
+    return statistics.stdev(known) if len(known) > 1 else 0.0
+
+
+def spread(losses: Sequence[float | None]) -> str:
+    """Mean and standard deviation as text; a seed without a loss diverged."""
+    if any(loss is None for loss in losses):
         return "diverges"
-    return f"{statistics.mean(known):.3f} ± {statistics.stdev(known) if len(known) > 1 else 0.0:.3f}"
+    return f"{_mean(losses):.3f} ± {_deviation(losses):.3f}"
 
 
 def main() -> None:

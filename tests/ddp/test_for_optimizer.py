@@ -70,14 +70,17 @@ def test_at_density_one_the_training_is_the_one_of_the_optimizer_alone(nesterov)
     assert pickle.loads(pickle.dumps(state)).moved == state.moved
 
 
-def test_it_warms_up_masks_and_clips():
+@pytest.mark.parametrize("masking", (False, True))
+def test_it_warms_up_clips_and_masks_unless_told_otherwise(masking, capsys):
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    state = SparseState.for_optimizer(optimizer, 0.001, warmup_steps=40, scheme="gtopk", clip_norm=2.0)
-    memory = state.reducer.memory
-    assert (
-        memory.settings()
-        == ErrorFeedback(0.9, weight_decay=1e-4, factor_masking=True, clip_norm=2.0).settings()
+    more = {} if masking else {"factor_masking": False}
+    state = SparseState.for_optimizer(
+        optimizer, 0.001, warmup_steps=40, scheme="gtopk", clip_norm=2.0, **more
     )
+    assert ("velocity masked where sent" in capsys.readouterr().err) == masking
+    memory = state.reducer.memory
+    expected = ErrorFeedback(0.9, weight_decay=1e-4, factor_masking=masking, clip_norm=2.0)
+    assert memory.settings() == expected.settings()
     schedule = state.reducer.selector.schedule if hasattr(state.reducer.selector, "schedule") else None
     shown = repr(state.reducer.selector)
     assert schedule is None or schedule.density(40) == 0.001

@@ -14,8 +14,8 @@ def test_every_command_of_the_study_is_one_of_train_py():
     for arm in made:
         parsed = options.parse(recipes.command(arm, 0.1, 3))
         assert parsed.seed == 3 and parsed.lr == 0.1
-        assert (parsed.scheme == "dense") == (arm.variant == recipes.DENSE)
-        if arm.variant == recipes.RECIPE and arm.optimizer != "adamw":
+        assert (parsed.scheme == "dense") == (arm.variant in (recipes.DENSE, recipes.CLIPPED))
+        if arm.variant == recipes.MASKED:
             assert parsed.factor_masking and parsed.momentum_in == "memory" and parsed.warmup > 0
     # on every network each optimizer has its dense baseline first
     first = {}
@@ -44,21 +44,41 @@ def test_the_rate_is_the_best_one_on_the_data_of_the_choice():
 
 def test_the_page_compares_with_dense_and_says_what_diverges():
     dense, sparse = (
-        recipes.Arm("quick", "sgd", v, d) for v, d in ((recipes.DENSE, 1.0), (recipes.RECIPE, 0.01))
+        recipes.Arm("quick", "sgd", v, d) for v, d in ((recipes.DENSE, 1.0), (recipes.MASKED, 0.01))
     )
     wild = recipes.Arm("quick", "sgd", "no error feedback", 0.01)
     late = recipes.Arm("quick", "sgd", "no error feedback", 0.001)
+    near = recipes.Arm("quick", "sgd", "warm-up, clipped", 0.01)
     found = [
         {"bench": "study", "ranks": 2, "rates": [1.0], "seeds": [0, 1]},
         *(record(dense, 0.1, seed, loss) for seed, loss in ((recipes.CHOICE_SEED, 9.0), (0, 1.0), (1, 2.0))),
+        *(
+            record(arm, lr, recipes.CHOICE_SEED, loss)
+            for arm in (sparse, near, wild, late)
+            for lr, loss in ((0.2, 9.0), (0.1, 9.5))
+        ),
         *(record(sparse, 0.2, seed, loss) for seed, loss in ((0, 1.01), (1, 2.02))),
+        *(record(sparse, 0.1, seed, 0.0) for seed in (0, 1)),  # of a rate that was the best one for a while
+        *(record(near, 0.2, seed, loss) for seed, loss in ((0, 1.2), (1, 2.2))),
         *(record(wild, 0.2, seed, loss) for seed, loss in ((0, 1.0), (1, None))),
         record(late, 0.2, 0, 1.0),
     ]
     text = recipes.page(found)
-    assert "| recipe            |    0.01 |  0.2 | 1.515 ± 0.714 |       +1.0% |" in text
+    assert "| masked, warm-up | 0.01 | 0.2 | 1.515 ± 0.714 | +1.0% |" in text
     assert "diverges" in text and "0.001" not in text
-    assert "Within 2% of dense's loss: recipe at 0.01." in text
+    text = " ".join(text.split())
+    assert "Within 2% of dense's loss: masked, warm-up at 0.01. Above by less than the seeds" in text
+    assert "(one standard deviation): warm-up, clipped at 0.01." in text
+
+
+def test_an_arm_whose_best_rate_is_the_first_or_the_last_also_gets_the_next():
+    arm, done, tried = recipes.Arm("quick", "sgd", recipes.DENSE, 1.0), [], []
+    best = 0.4
+    for labels in recipes.runs([arm], (0.5, 1.0, 2.0), (0,), done):
+        done.append({**labels, "loss": abs(labels["lr"] - best)})
+        tried.append((labels["lr"], labels["seed"]))
+    choice = recipes.CHOICE_SEED
+    assert tried == [(0.05, choice), (0.1, choice), (0.2, choice), (0.4, choice), (0.8, choice), (0.4, 0)]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +113,7 @@ def test_the_quick_study_goes_on_where_it_was_stopped(quick):
     assert len(trained) == len(found) - 1 == 2 * len(list(recipes.arms(["quick"])))  # none twice
     assert all(r["loss"] is None or r["loss"] > 0 for r in found[1:])
     text = recipes.page(found)
-    assert "## quick, sgd" in text and "| dense " in text and "recipe, clipped" in text
+    assert "## quick, sgd" in text and "| dense " in text and "warm-up, clipped" in text
 
 
 def test_choice_and_verdict_see_other_data():

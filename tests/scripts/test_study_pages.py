@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from benchmarks.harness import records
 from launch import ROOT
 from ranks import run_steps
-from studies import accuracy, accuracy_horovod
+from studies import accuracy, accuracy_horovod, recipes
 from studies.papers import page
 from studies.papers.judged import JUDGED
 from studies.papers.problems import Quadratic
@@ -21,6 +22,10 @@ RESULTS = ROOT / "docs" / "results"
 def test_a_study_page_is_what_its_records_render(study):
     name = "horovod" if study is accuracy_horovod else "accuracy"
     assert study.rendered(RESULTS / f"{name}.jsonl") == (RESULTS / f"{name}.md").read_text()
+
+
+def test_the_page_of_recipes_is_what_its_records_render():
+    assert recipes.page(records.load(RESULTS / "recipes.jsonl")) == (RESULTS / "recipes.md").read_text()
 
 
 def test_runs_are_saved_one_a_line(tmp_path):

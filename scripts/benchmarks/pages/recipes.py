@@ -1,10 +1,10 @@
-"""The measured table of docs/recipes.md, from the records of the accuracy study."""
+"""The measured tables of docs/recipes.md, from the records of the accuracy study and of the study of recipes."""
 
 from __future__ import annotations
 
-from studies import accuracy
+from studies import accuracy, recipes
 
-from ..harness.records import ROOT
+from ..harness.records import ROOT, load
 from ..harness.table import markdown
 
 HEAD = ("network", "scheme", "error feedback", "momentum", "points behind dense", "fewer bytes")
@@ -30,4 +30,35 @@ def digits() -> list[str]:
     return markdown(HEAD, lines)
 
 
-TABLES = {"digits": digits}
+def momentum() -> list[str]:
+    """SGD's rows: the share above dense by network."""
+    return _grid("sgd", "nesterov")
+
+
+def adamw() -> list[str]:
+    """AdamW's rows: the share above dense by network."""
+    return _grid("adamw")
+
+
+def _grid(*optimizers: str) -> list[str]:
+    """A line a variant and density, a column a network and optimizer; dense's line has the losses themselves."""
+    found = recipes.rows(load(ROOT / "docs" / "results" / "recipes.jsonl"))
+    found = [row for row in found if row.arm.optimizer in optimizers]
+    columns = recipes.pairs(found)
+    by_line: dict[tuple[str, float], dict[tuple[str, str], str]] = {}
+    for row in found:
+        dense = row.arm.variant == recipes.DENSE
+        cell = recipes.spread(row.losses) if dense else recipes.share(row.above)
+        line = by_line.setdefault((row.arm.variant, row.arm.density), {})
+        line[row.arm.network, row.arm.optimizer] = "diverges" if cell == "-" else cell
+    head = ("variant", "density", *(", ".join(column[: len(optimizers)]) for column in columns))
+    return markdown(
+        head,
+        [
+            (variant, f"{density:g}", *(line.get(column, "") for column in columns))
+            for (variant, density), line in by_line.items()
+        ],
+    )
+
+
+TABLES = {"digits": digits, "momentum": momentum, "adamw": adamw}
