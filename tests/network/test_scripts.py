@@ -85,10 +85,17 @@ def test_overlap_is_drawn(tmp_path):
         ("write_back", 70.0, 71.0),
     ]
     records = [{"way": "trace", "trace": trace}]
-    records += [
-        {"way": way, "seconds": s} for way, s in (("none", [1.0]), ("overlapped", [1.1]), ("after", [1.4]))
-    ]
+    seconds = {
+        "none": 1.0,
+        "overlapped": 1.1,
+        "after": 1.4,
+        "clipped by bucket": 1.12,
+        "clipped by model": 1.3,
+    }
+    assert list(seconds) == list(overlap.WAYS)
+    records += [{"way": way, "seconds": [s]} for way, s in seconds.items()]
     overlap.plot(records, tmp_path / "overlap.png")
     assert (tmp_path / "overlap.png").stat().st_size > 1000
     assert overlap.exposed_s(records, "after") == pytest.approx(0.4)
-    assert "ratio 0.25" in overlap.table(records)
+    assert "overlapped 100.0 ms (ratio 0.25)" in overlap.table(records)
+    assert "clipped by model 300.0 ms (ratio 0.75)" in overlap.table(records)

@@ -2,7 +2,8 @@
 
 Needs root. Backward pauses for `--backward-ms` in all, in which the CPU is free, as when a device computes.
 Exposed communication is the step's time less that of a hook that sends nothing. "After" is the same hook with
-its buckets held back until the last one is there. Torch's profiler records rank 0.
+its buckets held back until the last one is there. "Clipped by bucket" and "by model" are the overlapped hook with
+`clip_norm` and the norm over each bucket or the whole model. Torch's profiler records rank 0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from commhooks import SparseState
+from commhooks import ErrorFeedback, SparseState
 
 from ..harness import study
 from ..harness.figure import COLORS, WIDTH, figure
@@ -28,7 +29,9 @@ from ..harness.records import Record, one
 from .models import StandIn, equal_layers
 from .schemes import attach, parts
 
-WAYS = ("none", "overlapped", "after")
+NORMS = {"clipped by bucket": "bucket", "clipped by model": "model"}
+WAYS = ("none", "overlapped", "after", *NORMS)
+_CLIP_NORM = 1e6  # it leaves the gradient as it is, and costs what any bound costs
 _TRACE = "trace"
 _LAYERS, _SIDE = 10, 800
 _BUCKET_MB = 2.4  # one layer (2.44 MB) fills a bucket
@@ -53,7 +56,9 @@ def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
 def _model(way: str, case: dict[str, Any], rank: int) -> tuple[Any, Any]:
     module = StandIn(equal_layers(_LAYERS, _SIDE), rank, case["backward_s"])
     if way != "after":
-        attached = attach("none" if way == "none" else case["scheme"], module, case["density"], _BUCKET_MB)
+        memory = ErrorFeedback(clip_norm=_CLIP_NORM, norm_over=NORMS[way]) if way in NORMS else None
+        scheme = "none" if way == "none" else case["scheme"]
+        attached = attach(scheme, module, case["density"], _BUCKET_MB, memory)
         return attached.model, attached.state
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB)
     state = SparseState(*parts(case["scheme"], case["density"]))
@@ -118,11 +123,11 @@ def exposed_s(records: Sequence[Record], way: str) -> float:
 
 
 def table(records: Sequence[Record]) -> str:
-    """What each way exposes, in a line."""
-    overlapped, after = (exposed_s(records, way) for way in ("overlapped", "after"))
-    return (
-        f"exposed: overlapped {overlapped * 1e3:.1f} ms, after backward {after * 1e3:.1f} ms, "
-        f"ratio {overlapped / after:.2f}"
+    """What each way exposes, in a line, and the share of what is exposed after backward."""
+    found = {way: exposed_s(records, way) for way in WAYS if way != "none"}
+    return "exposed: " + ", ".join(
+        f"{way} {seconds * 1e3:.1f} ms (ratio {seconds / found['after']:.2f})"
+        for way, seconds in found.items()
     )
 
 

@@ -196,6 +196,21 @@ def _overlap() -> Aim:
     return "overlap, 10 buckets: at most a third exposed", measured, _met(overlapped <= after / 3)
 
 
+def clips() -> list[str]:
+    """What clipping before the memory adds to the overlapped hook, by what the norm is over."""
+    found = _records("overlap")
+    after = overlap.exposed_s(found, "after")
+    rows = [
+        (name, ms(exposed), f"{exposed / after:.2f}")
+        for name, way in (
+            ("no clipping", "overlapped"),
+            *((f"`{over}`", way) for way, over in overlap.NORMS.items()),
+        )
+        for exposed in (overlap.exposed_s(found, way),)
+    ]
+    return markdown(("norm over", "exposed, ms", "of the same after backward"), rows)
+
+
 def _auto() -> Aim:
     over = [auto.over_dense(r, _records("auto")) for r in select(_records("auto"), scheme="auto")]
     measured = f"{number(min(over))} to {number(max(over))}"
@@ -270,6 +285,7 @@ TABLES = {
     "10gbit": fast,
     "exchange": exchanges,
     "aims": aims,
+    "clips": clips,
     "phases": phases,
     "auto": autos,
     "accuracy-resnet20": partial(accuracies, "resnet20"),
