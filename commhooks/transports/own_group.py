@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -128,6 +129,25 @@ def smaller_groups() -> list[list[int]]:
             if not any(group is own for own in ours):
                 found.append(sorted(ranks))
     return found
+
+
+def leave() -> NoReturn:
+    """Ends the process with status 0 and not by Python's own shutdown. MPI is finalized.
+
+    Torch keeps the gloo threads of a process group that a DDP model has used, also after
+    ``destroy_process_group``. Such a thread may still release a collective's tensors, for which it needs the
+    interpreter. Python's shutdown kills it there, and the process aborts ("terminate called without an active
+    exception"). Exit handlers do not run.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        if MPI.Is_initialized() and not MPI.Is_finalized():
+            MPI.Finalize()
+    os._exit(0)
 
 
 def close_garbage() -> None:

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commhooks.transports.own_group import leave as leave  # the last thing a job does
+
 # What launchers of MPI jobs tell a rank about the number of ranks: MPICH (and Intel), Open MPI.
 MPI_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
@@ -80,22 +82,6 @@ def session(device: str = "cpu", timeout_s: float = 120.0) -> Iterator[World]:
         _leave_in_error(kind, error)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def leave() -> None:
-    """Ends the process in good order, the last thing a job does.
-
-    Not by the interpreter's own end: a thread of gloo that then asks for the interpreter's lock is killed inside a
-    destructor, and the process aborts after all work was done ("terminate called without an active exception").
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "mpi4py.MPI" in sys.modules:
-        from mpi4py import MPI
-
-        if MPI.Is_initialized() and not MPI.Is_finalized():
-            MPI.Finalize()
-    os._exit(0)
 
 
 def _join(kind: str, device: str, timeout: timedelta) -> World:
