@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class ErrorFeedback(Memory):
     _clip: Clip | None = None
     nesterov: bool = False
     weight_decay: float | Mapping[Tensor, float] | None = 0.0
+    _places: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    """By id of a parameter: its group in the optimizer of ``rescale_with_lr``, and its position there."""
 
     @says_what_to_write
     def __init__(
@@ -109,7 +112,8 @@ class ErrorFeedback(Memory):
     def __getstate__(self) -> dict[str, Any]:
         # Parameters are never pickled.
         decay = None if isinstance(self.weight_decay, Mapping) else self.weight_decay
-        return {**super().__getstate__(), "optimizer": None, "guard": None, "weight_decay": decay}
+        given = {"optimizer": None, "guard": None, "weight_decay": decay, "_places": {}}
+        return {**super().__getstate__(), **given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -228,18 +232,35 @@ class ErrorFeedback(Memory):
             raise ValueError(
                 "rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading"
             )
-        rates = {p: float(g["lr"]) for g in self.optimizer.param_groups for p in g["params"]}
-        factors = [1.0] * len(held.keys)
+        groups, factors = self.optimizer.param_groups, [1.0] * len(held.keys)
         for position, key in enumerate(held.keys):
-            rate = rates.get(key)
-            if rate is None:
-                raise ValueError(f"rescale_with_lr: {self.table.name_of(key)} is not in the given optimizer")
+            rate = self._rate_of(key, groups)
             if rate != 0.0:
                 factors[position] = self.table.last_lr.get(key, rate) / rate
                 self.table.last_lr[key] = rate
         if all(factor == 1.0 for factor in factors):
             return None
         return torch.tensor(factors, dtype=torch.float32, device=held.residual.device)
+
+    def _rate_of(self, key: Hashable, groups: list[dict[str, Any]]) -> float:
+        """Returns the learning rate of a parameter's group.
+
+        Raises:
+            ValueError: the optimizer does not hold the parameter.
+        """
+        if not _is_at(self._places.get(id(key)), key, groups):  # the groups have changed: go through them all
+            self._places = {id(p): (i, j) for i, g in enumerate(groups) for j, p in enumerate(g["params"])}
+            if id(key) not in self._places:
+                raise ValueError(f"rescale_with_lr: {self.table.name_of(key)} is not in the given optimizer")
+        return float(groups[self._places[id(key)][0]]["lr"])
+
+
+def _is_at(place: tuple[int, int] | None, key: Hashable, groups: list[dict[str, Any]]) -> bool:
+    """Whether a parameter is in the group, and there at the position, that ``place`` says."""
+    if place is None or place[0] >= len(groups):
+        return False
+    parameters = groups[place[0]]["params"]
+    return place[1] < len(parameters) and parameters[place[1]] is key
 
 
 def _scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
