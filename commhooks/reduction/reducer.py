@@ -239,6 +239,7 @@ class Reducer:
             # a function's name, as its address differs from process to process
             "dense_crossover": getattr(self.dense_crossover, "__qualname__", self.dense_crossover),
             "delta_every": self.delta_every,
+            "undoable": self.undoable,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -345,7 +346,8 @@ class Reducer:
         buffer, context = bucket.buffer, Context(bucket.index, self.step)
         self._step.figures.dense_bytes += bucket.numel * buffer.element_size()
         if not self.remembers and buffer.dtype == torch.float32:
-            if self._agreed.get(bucket.index) != bucket.numels:
+            # Nothing in a plain sum tells the step, and a rank may have discarded the last one alone.
+            if self._agreed.get(bucket.index) != bucket.numels or (self.undoable and not self.is_inside):
                 self._agree(bucket, bucket.numel, 1.0, transport)
                 self._agreed[bucket.index] = bucket.numels
             return PlainRoute(buffer, context)

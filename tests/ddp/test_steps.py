@@ -326,6 +326,33 @@ def test_a_rank_that_discards_alone_while_the_density_falls_is_a_typed_error_on_
             assert name == "SettingsMismatchError" and "step: " in text, (case, name, text)
 
 
+def _alone_without_memory(rank, size, what):
+    """Rank 0 discards alone, or is undoable alone; every bucket is summed as it is."""
+    undoable = what == "discards" or rank == 0
+    ddp = DistributedDataParallel(W())
+    state = register(ddp, SparseState.dense(timeout_s=20.0, undoable=undoable))
+    text = "nothing"
+    try:
+        for step in range(3):
+            ddp.zero_grad()
+            ddp(torch.ones(4)).backward()
+            if what == "discards" and (rank == 0 or step == 0):
+                state.discard()  # the first time on both ranks
+    except RuntimeError:
+        text = f"{type(state.error).__name__}: {state.error}"
+    state.close()
+    return text
+
+
+def test_a_rank_that_discards_alone_is_a_typed_error_also_without_a_memory():
+    for (what,), ranks in each(_alone_without_memory, [("discards",), ("is undoable",)]):
+        for rank, text in enumerate(ranks):
+            here, there = {"discards": (0, 1), "is undoable": (True, False)}[what][:: 1 - 2 * rank]
+            name = {"discards": "step", "is undoable": "undoable"}[what]
+            assert text.startswith("SettingsMismatchError: "), (what, rank, text)
+            assert f"{name}: {here} here, {there} on rank {1 - rank}" in text, (what, rank, text)
+
+
 def _refusals(rank, size):
     texts = []
     for undoable in (False, True):
