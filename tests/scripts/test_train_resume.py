@@ -1,8 +1,8 @@
 """Every kind of run that train.py offers goes on from a checkpoint to the same bits.
 
-A run has 10 steps of 2 epochs. A combination is resumed in one phase, the next one in the next: within the
-density's warm-up, before, at and after the step where averaging begins, at the end of an epoch, and between two
-synchronisations.
+A run has 10 steps of 2 epochs. A combination is resumed in one phase, the next one in the next; under `--stress` each
+in all phases: within the density's warm-up, before, at and after the step where averaging begins, at the end of an
+epoch, and between two synchronisations.
 """
 
 import shutil
@@ -140,9 +140,14 @@ def differing(folder, combinations, first=0):
     return spawn_gloo(ranks, 2, timeout=400)[0]
 
 
+def pytest_generate_tests(metafunc):
+    if "first" in metafunc.fixturenames:
+        metafunc.parametrize("first", range(len(PHASES) if metafunc.config.getoption("--stress") else 1))
+
+
 @pytest.mark.slow
-def test_every_combination_goes_on_to_the_same_bits(tmp_path):
-    found = differing(tmp_path, COMBINATIONS)
+def test_every_combination_goes_on_to_the_same_bits(tmp_path, first):
+    found = differing(tmp_path, COMBINATIONS, first)
     assert not found, "\n".join(found)
 
 
