@@ -51,7 +51,8 @@ class ErrorFeedback(Memory):
             communication hides behind backward.
         rescale_with_lr: the optimizer. The residual is then constant in units of the parameters (eq. 3 and
             4): when a parameter group's learning rate changes, ``u <- (eta_{t-1} / eta_t) * u`` before use.
-            A step with rate 0 does not rescale, and the rate before it is remembered.
+            At rate 0 a parameter takes no part in the step: its gradient does not count, nothing is sent,
+            and the rate before is remembered.
 
     Raises:
         ValueError: a number out of range, or ``factor_masking`` or ``nesterov`` without momentum.
@@ -137,7 +138,11 @@ class ErrorFeedback(Memory):
             factor = self._clip.factor(held, bucket, scale)
         if self.decays:
             grad, factor = self._with_decay(held, bucket, factor), None
-        rescale = self._rescale(held) if self.rescales else None
+        rescale, resting = self._rescale(held) if self.rescales else (None, [])
+        if resting:
+            grad = grad.clone() if grad is bucket.buffer else grad
+            for position in resting:
+                held.view(grad, position).zero_()
         ahead = 1.0 + self.momentum if self.nesterov else 1.0
         operands = Fused(
             grad, held.residual, held.velocity, self.momentum, ahead, factor, held.segments, rescale=rescale
@@ -226,21 +231,26 @@ class ErrorFeedback(Memory):
             raise ValueError(f"weight_decay: {self.table.name_of(parameter)} is not among its parameters")
         return self.weight_decay[parameter]
 
-    def _rescale(self, held: BucketMemory) -> Tensor | None:
-        """Returns each parameter's last learning rate over its present one, float32; None when all are 1."""
+    def _rescale(self, held: BucketMemory) -> tuple[Tensor | None, list[int]]:
+        """Returns the factors of the residual, and the positions of parameters with rate 0.
+
+        A factor is a parameter's last learning rate over its present one, float32; None when all are 1.
+        """
         if self.optimizer is None:
             raise ValueError(
                 "rescale_with_lr: an optimizer is not pickled; set memory.optimizer again after loading"
             )
-        groups, factors = self.optimizer.param_groups, [1.0] * len(held.keys)
+        groups, factors, resting = self.optimizer.param_groups, [1.0] * len(held.keys), []
         for position, key in enumerate(held.keys):
             rate = self._rate_of(key, groups)
-            if rate != 0.0:
+            if rate == 0.0:
+                resting.append(position)
+            else:
                 factors[position] = self.table.last_lr.get(key, rate) / rate
                 self.table.last_lr[key] = rate
         if all(factor == 1.0 for factor in factors):
-            return None
-        return torch.tensor(factors, dtype=torch.float32, device=held.residual.device)
+            return None, resting
+        return torch.tensor(factors, dtype=torch.float32, device=held.residual.device), resting
 
     def _rate_of(self, key: Hashable, groups: list[dict[str, Any]]) -> float:
         """Returns the learning rate of a parameter's group.

@@ -1,9 +1,12 @@
 """``rescale_with_lr``: which learning rate a parameter has, and what finding it costs."""
 
+import math
+
 import pytest
 import torch
 
-from commhooks import Bucket, ErrorFeedback
+from commhooks import AllGather, Bucket, ErrorFeedback, Reducer, TopK
+from commhooks.transports import in_process
 
 
 class Counted(list):
@@ -64,3 +67,32 @@ def test_a_parameter_has_the_rate_of_the_group_it_is_in_now():
     del optimizer.param_groups[2]
     with pytest.raises(ValueError, match="rescale_with_lr: an unnamed parameter .2,. is not in the given"):
         factors_of(memory, added)
+
+
+COSINE = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+
+
+@pytest.mark.parametrize("rates", ([1.0, 0.0, 1.0], [0.0, 1.0], [*COSINE, 0.0, *COSINE]))
+def test_nothing_is_lost_at_a_rate_of_0(rates):
+    """applied + rate * residual == sum of rate * gradient; what was sent at rate 0 reached no model."""
+
+    def work(transport):
+        (p,) = parameters(1)
+        optimizer, gradient = torch.optim.SGD([p], lr=1.0), torch.tensor([4.0, 3.0])
+        reducer = Reducer(
+            TopK(0.5), AllGather(transport), ErrorFeedback(rescale_with_lr=optimizer), dense_crossover=False
+        )
+        reducer.memory.table.names[p] = "p"
+        applied = torch.zeros(2)
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
+            buffer = gradient.clone()
+            reducer.reduce(Bucket(0, buffer, (p,), (2,)))
+            applied += rate * buffer
+            assert rate or not buffer.any()
+        last = [rate for rate in rates if rate][-1]
+        torch.testing.assert_close(
+            applied + last * reducer.state_dict()["residual"]["p"], sum(rates) * gradient
+        )
+
+    in_process.run(2, work)

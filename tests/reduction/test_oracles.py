@@ -118,7 +118,7 @@ def test_residual_in_parameter_units_follows_the_learning_rate(scheme):
         return outputs
 
     results = in_process.run(world_size, work)
-    workers = oracle(scheme, world_size)
+    workers = oracle(scheme, world_size, segments=(half, half))
     last = list(rates[0])
     for step, both in enumerate(rates):
         for i, rate in enumerate(both):
@@ -126,6 +126,9 @@ def test_residual_in_parameter_units_follows_the_learning_rate(scheme):
                 for u in workers.u:
                     u[i * half : (i + 1) * half] *= last[i] / rate
                 last[i] = rate
+            else:  # the parameter takes no part
+                for gradient in gradients[step]:
+                    gradient[i * half : (i + 1) * half] = 0.0
         total = workers.step(gradients[step])
         for p in range(world_size):
             assert torch.equal(results[p][step][0], total), step
