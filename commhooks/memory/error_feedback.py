@@ -113,7 +113,7 @@ class ErrorFeedback(Memory):
     def __getstate__(self) -> dict[str, Any]:
         # Parameters are never pickled.
         decay = None if isinstance(self.weight_decay, Mapping) else self.weight_decay
-        given = {"optimizer": None, "guard": None, "weight_decay": decay, "_places": {}}
+        given: dict[str, Any] = {"optimizer": None, "guard": None, "weight_decay": decay, "_places": {}}
         return {**super().__getstate__(), **given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
