@@ -20,6 +20,7 @@ from .flat import Parameters, real_view, tensors_of, unflatten_
 from .sync_sets import positive_int
 
 _TAG = TAG + 20
+_PIECE = 1 << 15  # elements that are converted to float64 at a time
 
 
 class Weights(Protocol):
@@ -141,7 +142,7 @@ class OutputAverage:
         self.total_weight += weight
         for tensor, total in zip(self._all(), self._sums, strict=True):
             if total is not None:
-                total.add_(real_view(tensor), alpha=weight)
+                _add_scaled(total, real_view(tensor), weight)
 
     def result(self, over: Transport | Averager | None = None) -> Tensor:
         """The average, ``(n,)`` float64.
@@ -236,3 +237,19 @@ class OutputAverage:
             None if total is None else total.to(tensor.device, copy=True)
             for tensor, total in zip(tensors, sums, strict=True)
         ]
+
+
+def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
+    """``total += weight * tensor`` for a float64 total on the tensor's device, in pieces.
+
+    On a CPU torch converts a whole operand of another dtype into a new tensor first, which takes several
+    times as long.
+    """
+    if total.is_contiguous() and tensor.is_contiguous():
+        total, tensor = total.view(-1), tensor.view(-1)
+    if total.ndim == 0 or total.numel() <= _PIECE or total.device.type != "cpu":
+        total.add_(tensor, alpha=weight)
+        return
+    rows = max(1, _PIECE * total.shape[0] // total.numel())
+    for own, given in zip(total.split(rows), tensor.split(rows), strict=True):
+        own.add_(given, alpha=weight)

@@ -75,17 +75,28 @@ def test_batches_need_the_model():
         pass
 
 
-def test_an_update_keeps_no_copy_of_the_model():
-    """One pass: the running sum is the only memory of the model's size that an update touches."""
-    model = torch.nn.Linear(1000, 1000)
-    output = OutputAverage(model, Uniform())
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_an_update_makes_no_copy_of_the_model(channels_last):
+    """The running sum is the only memory of the model's size that an update touches."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    weight = torch.randn(500, 200, 3, 3, generator=torch.Generator().manual_seed(1))
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(weight.clone(memory_format=form))
+    model.scale = torch.nn.Parameter(torch.tensor(2.0))
+    output = OutputAverage(model, Quadratic(2.0))
     output.update()
     sums = [total.data_ptr() for total in output._sums]
     with torch.profiler.profile(profile_memory=True) as profile:
         output.update()
-    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages())
-    assert allocated < 1000 * 1000  # a float64 copy would be 8 MB
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 1000 * 1000  # a float64 copy would be 7.2 MB
     assert [total.data_ptr() for total in output._sums] == sums
+    with torch.no_grad():
+        model.weight.mul_(3.0)
+    output.update()
+    expected = weight.double() * (2.0**2 + 3.0**2) + (weight * 3.0).double() * 4.0**2
+    expected = torch.cat((expected.reshape(-1), torch.full((1,), 2.0 * 29))) / 29
+    torch.testing.assert_close(output.result(), expected.double(), rtol=1e-14, atol=1e-14)
 
 
 def test_complex_parameters_keep_both_parts():
