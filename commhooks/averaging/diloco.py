@@ -38,6 +38,8 @@ class DiLoCo(BlockAverager):
     - ``SGD(lr=zeta, momentum=eta, nesterov=True)``: BMUF with Nesterov block momentum and block rate zeta;
     - ``SGD(lr=1)`` with a reducer: SparseLoCo's scheme without its decay.
 
+    A parameter that is frozen loses its outer state, and starts without one when it is unfrozen.
+
     The outer optimizer steps on float32 copies of the parameters, in which small steps of a half-precision
     model add up. If it was made of the model's parameters, its groups are changed to hold these copies. Its
     settings, state, ``state_dict`` and schedulers work as before, and its state is saved with the averager's.
@@ -170,6 +172,9 @@ class DiLoCo(BlockAverager):
             )
 
     def _relay(self, numbers: list[int]) -> None:
+        assert self._change is not None
+        for number in set(self._change.numbers) - set(numbers):  # as BlockMomentum forgets its velocity
+            self.outer_optimizer.state.pop(self._copies[number], None)
         super()._relay(numbers)
         self._point_outer_optimizer()
 

@@ -91,23 +91,32 @@ def test_a_layer_frozen_inside_a_block_is_averaged_once_more_and_then_rests(kind
     assert result[-1].tolist() == [[1.5, 4.0], [1.5, 4.0]]
 
 
-@pytest.mark.parametrize("mu", (0.9,))
-def test_a_frozen_layer_loses_its_block_momentum_and_starts_without_when_unfrozen(mu):
+@pytest.mark.parametrize("kind", ("block", "diloco", "slowmo"))
+def test_a_frozen_layer_loses_its_outer_momentum_and_starts_without_when_unfrozen(kind):
+    mu = 0.9
+
     def work(transport):
         params = body, head = parameters(0, 0)
         optimizer = torch.optim.SGD(params, lr=1.0)
-        averager = BlockMomentum(mu, 1, params=params, transport=transport)
+        if kind == "diloco":
+            outer = torch.optim.SGD(params, lr=1.0, momentum=mu)
+            averager = DiLoCo(params, outer, sync_every=1, transport=transport)
+        elif kind == "slowmo":
+            averager = SlowMo(optimizer, mu, 1, transport=transport)
+        else:
+            averager = BlockMomentum(mu, 1, params=params, transport=transport)
         history = []
-        for step in range(1, 6):
-            body.requires_grad_(step in (1, 4, 5))
+        for step in range(1, 7):
+            body.requires_grad_(step in (1, 4, 5, 6))
             train(params, optimizer, 1, -1)
             averager.average_parameters(params)
             history.append(body[0].item())
-        return history, averager.velocity.numel()
+        return history, averager.anchor.numel()
 
     (history, numel), _ = in_process.run(2, work)
     # d = 1, frozen: v = mu once more; then it rests; unfrozen: a plain mean, then d = 1 without old momentum
-    assert history == pytest.approx([1.0, 1.0 + mu, 1.0 + mu, 2.0 + mu, 3.0 + mu]) and numel == 4
+    expected = [1.0, 1.0 + mu, 1.0 + mu, 2.0 + mu, 3.0 + mu, 4.0 + 2 * mu]
+    assert history == pytest.approx(expected) and numel == 4
 
 
 @pytest.mark.parametrize("kind", KINDS + COMPRESSED)
