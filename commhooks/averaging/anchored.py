@@ -14,9 +14,9 @@ from ..errors import SettingsMismatchError
 from .agreement import Ranks
 from .averager import Averager, AveragerOptions
 from .compressed_change import CompressedChange
-from .flat import flatten, pieces, real_view, unflatten_
+from .flat import checksum, flatten, pieces, real_view, unflatten_
 from .sync_sets import Period
-from .wired_change import WiredChange, checksum
+from .wired_change import WiredChange
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

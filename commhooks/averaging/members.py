@@ -6,10 +6,9 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-_SAMPLE = 16  # elements by which a frozen tensor is watched
+from .flat import checksum
 
 
 class Members:
@@ -20,8 +19,8 @@ class Members:
     - it requires a gradient;
     - it required a gradient at the averaging before, or when it was first seen: a layer that was frozen in
       between is averaged once more;
-    - it has moved since, though it requires no gradient: the teacher of a moving average, for instance. 16 of
-      its elements are compared to find out.
+    - it has moved since, though it requires no gradient: the teacher of a moving average, for instance. A
+      checksum of its bits tells.
 
     Messages hold the tensors in the order of their numbers. A reducer's memory uses the numbers as keys.
     """
@@ -31,7 +30,7 @@ class Members:
         """All tensors seen, by number."""
         self._numbers: dict[int, int] = {}  # of id(tensor); the list keeps every id alive
         self._trained: list[bool] = []  # whether it required a gradient at the last averaging
-        self._samples: list[Tensor | None] = []
+        self._left: list[int | None] = []  # checksums as the last averaging left them
         self._loaded: list[bool] = []  # of a saved state, for tensors not seen yet
 
     def see(self, given: Sequence[Tensor]) -> list[int]:
@@ -58,7 +57,7 @@ class Members:
         self.tensors.append(tensor)
         trained = self._loaded[number] if number < len(self._loaded) else tensor.requires_grad
         self._trained.append(trained)
-        self._samples.append(_sample(tensor))
+        self._left.append(_bits(tensor))
 
     def _replace(self, number: int, tensor: Tensor) -> None:
         del self._numbers[id(self.tensors[number])]
@@ -70,15 +69,15 @@ class Members:
         return [n for n in numbers if self._trained[n] or self.tensors[n].requires_grad or self._moved(n)]
 
     def _moved(self, number: int) -> bool:
-        now, before = _sample(self.tensors[number]), self._samples[number]
-        return now is not None and before is not None and not torch.equal(now, before)
+        now, before = _bits(self.tensors[number]), self._left[number]
+        return now is not None and before is not None and now != before
 
     def averaged(self, numbers: Sequence[int]) -> None:
         """Notes that these tensors were averaged just now."""
         for number in numbers:
             tensor = self.tensors[number]
             self._trained[number] = tensor.requires_grad
-            self._samples[number] = _sample(tensor)
+            self._left[number] = _bits(tensor)
 
     def trained(self, numbers: Sequence[int]) -> list[int]:
         """Those of the numbers that required a gradient when last averaged or first seen."""
@@ -98,14 +97,12 @@ class Members:
         other.tensors = copy.deepcopy(self.tensors, memo)
         other._numbers = {id(tensor): number for number, tensor in enumerate(other.tensors)}
         other._trained, other._loaded = list(self._trained), list(self._loaded)
-        other._samples = copy.deepcopy(self._samples, memo)
+        other._left = list(self._left)
         return other
 
 
-def _sample(tensor: Tensor) -> Tensor | None:
-    """Up to 16 elements of a tensor that requires no gradient; None for one that does, and for integers."""
-    if tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+def _bits(tensor: Tensor) -> int | None:
+    """A checksum of a tensor that requires no gradient; None for one that does, and for integers."""
+    if tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
-    count = min(_SAMPLE, tensor.numel())
-    places = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64, device=tensor.device).long()
-    return torch.take(tensor.detach(), places)
+    return checksum([tensor])

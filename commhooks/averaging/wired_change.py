@@ -109,10 +109,3 @@ class WiredChange:
 def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The states of all ranks' wires as one, which holds every chunk."""
     return {"start": 0, "owned": torch.cat([state["owned"].cpu() for state in states])}
-
-
-def checksum(tensors: Sequence[Tensor]) -> int:
-    """A number that tells whether the bits of tensors have changed: their sum as integers."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    views = [real_view(tensor) for tensor in tensors]
-    return sum(int(v.view(words[v.element_size()]).sum(dtype=torch.int64)) for v in views)

@@ -168,6 +168,21 @@ def test_a_teacher_without_gradients_is_averaged_when_it_moves(kind):
         assert torch.equal(result[:, 0], result[:, 1]) and result[0, 0] > 0
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64, torch.complex64))
+def test_one_element_that_moves_without_a_gradient_is_seen(dtype):
+    """As in a table of which few rows are used."""
+
+    def work(transport):
+        table = torch.nn.Parameter(torch.zeros(100, 10, dtype=dtype).t(), requires_grad=False)
+        averager = make("local", parameters(0), transport, period=1)
+        for _ in range(2):
+            table.data[3, 7] += 2.0 * transport.rank
+            averager.average_parameters([*averager._watched, table])
+        return table.data[3, 7].real.item(), table.abs().sum().item()
+
+    assert in_process.run(2, work) == [(2.0, 2.0)] * 2
+
+
 def test_frozen_parameters_that_rest_are_not_sent():
     def work(transport):
         params = parameters(0, 0)
