@@ -62,6 +62,7 @@ class Anchored(Averager):
         self._withheld: Tensor | None = None  # between the exchange and the restart
         self._left: int | None = None  # checksum of the model as the last synchronisation left it
         self._compares_start = anchored
+        self._told = False  # that the model moves without a torch optimizer
         if anchored:
             numbers = self._members.trained(range(len(known)))
             if not numbers:
@@ -230,6 +231,17 @@ class Anchored(Averager):
             return super()._is_in_place()
         tensors = self._tensors(self._change.numbers)
         return self._change.is_at(tensors) if self._left is None else self._left == checksum(tensors)
+
+    def _no_step_seen(self) -> None:
+        if self._change is None or self._told or self._is_in_place():
+            return
+        self._told = True
+        logger.warning(
+            "%s: the model is not where the averager left it, and no torch optimizer of its parameters has "
+            "stepped. What was changed counts as local steps. After loading weights call "
+            "broadcast_parameters, or load the averager's state too. This is said once",
+            self._what(),
+        )
 
     # -- state -----------------------------------------------------------------------------------------------
 

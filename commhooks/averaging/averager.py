@@ -216,7 +216,9 @@ class Averager(ModelAverager):
 
     def _count(self, params: Parameters) -> None:
         self.step += 1
-        self._fresh = False
+        fresh, self._fresh = self._fresh, False
+        if fresh:
+            self._no_step_seen()
         due, starts = self.is_due(self.step), self.sync.starts_after(self.step)
         if due or starts or not self._called:
             self._called = True
@@ -245,6 +247,7 @@ class Averager(ModelAverager):
         if self._hooked:
             raise RuntimeError(f"{type(self).__name__} is hooked to an optimizer already")
         self._hooked = True
+        know(self, optimizer.param_groups)
         handle = optimizer.register_step_post_hook(lambda opt, args, kwargs: self._count(opt.param_groups))
         return StepHook(handle, self._unhook)
 
@@ -481,9 +484,12 @@ class Averager(ModelAverager):
         This base class does not remember the model and returns True. Before the first averaging it notes the
         fingerprint of the starting point, which the ranks compare.
         """
-        if self.synchronisations == 0 and self.world_size > 1:
+        if self.synchronisations == 0 and not (self._channel.is_open and self.world_size == 1):
             self._start = digest_of(self._watched)
         return True
+
+    def _no_step_seen(self) -> None:
+        """Called after a local step that no torch optimizer took which holds a parameter of the model."""
 
     def _with_state(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, followed by the optimizer state that is averaged with them."""
@@ -614,6 +620,17 @@ class Averager(ModelAverager):
     def _load_shared_state(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"{type(self).__name__} has no shared state, got {sorted(state)}")
+
+
+def know(averager: Averager, params: Parameters) -> None:
+    """Tells an averager that has not begun its parameters, so that the ranks compare where they start.
+
+    It has no effect on an averager that was made with parameters or a module.
+    """
+    if not averager._watched and averager.step == 0:
+        averager._watched = tensors_of(params)
+        watch.watch(averager._watched, averager)
+        averager._expect_steps()
 
 
 class StepHook:

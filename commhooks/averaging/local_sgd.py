@@ -35,7 +35,8 @@ class LocalSGD(Anchored):
             or ``wire``.
         params: the parameters; needed with ``reducer`` or ``wire`` only. Compressed averaging sends the
             change since the last synchronisation, so all ranks must start equal. The first synchronisation
-            checks that.
+            checks that. Without either it warns of different starts where it knows the parameters: by
+            ``params``, ``module``, ``hook`` or ``AveragedOptimizer``.
         **options: of :class:`~commhooks.averaging.Averager`.
 
     Example::

@@ -8,6 +8,7 @@ import torch
 
 from commhooks import AllGather, ErrorFeedback, Reducer, TopK
 from commhooks.averaging import (
+    AveragedOptimizer,
     BlockMomentum,
     DecentralizedMomentum,
     DiLoCo,
@@ -304,6 +305,28 @@ def test_a_model_rolled_back_is_noticed_and_broadcasting_makes_it_the_start(kind
         assert any("residual of norm" in r.message for r in caplog.records)  # what was withheld is told
 
 
+@pytest.mark.parametrize("kind", ANCHORED)
+def test_a_model_that_moves_without_an_optimizer_is_told_once(kind, caplog):
+    """A load cannot be told from a step of one's own then; a model that rests is nothing to tell."""
+
+    def work(transport, loads):
+        params = parameters(0)
+        averager = make(kind, params, transport, period=1)
+        for _ in range(3):
+            if loads:
+                params[0].data.add_(4.0)
+            averager.average_parameters(params)
+
+    with caplog.at_level(logging.WARNING):
+        in_process.run(2, lambda t: work(t, False))
+        assert not any("no torch optimizer" in r.message for r in caplog.records)
+        in_process.run(2, lambda t: work(t, True))
+    told = [
+        r.message for r in caplog.records if "no torch optimizer of its parameters has stepped" in r.message
+    ]
+    assert len(told) == 2 and all("after step 1" in m and "broadcast_parameters" in m for m in told)
+
+
 @pytest.mark.parametrize("kind", KINDS + COMPRESSED)
 def test_replaced_parameters_take_over(kind):
     """load_state_dict(assign=True) makes new Parameters."""
@@ -323,18 +346,25 @@ def test_replaced_parameters_take_over(kind):
         assert in_ranks(2, work).tolist() == [[5.5, 5.5]] or in_ranks(2, work)[0].tolist() == [5.5, 5.5]
 
 
-def test_different_starts_of_local_sgd_are_told(caplog):
+@pytest.mark.parametrize("form", ("module", "params", "hook", "wrapper"))
+def test_different_starts_of_local_sgd_are_told(form, caplog):
     def work(transport, seed):
         model = torch.nn.Linear(2, 1)
         for p in model.parameters():
             torch.nn.init.constant_(p, float(seed))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        averager = LocalSGD(2, module=model, transport=transport)
+        options = {"module": {"module": model}, "params": {"params": model.parameters()}}.get(form, {})
+        averager = LocalSGD(2, transport=transport, **options)
+        if form == "hook":
+            averager.hook(optimizer)
+        elif form == "wrapper":
+            optimizer = AveragedOptimizer(optimizer, averager)
         for step in range(4):
             for p in model.parameters():
                 p.grad = torch.full_like(p, 1.0 + transport.rank)
             optimizer.step()
-            averager.average_parameters(model.parameters())
+            if form in ("module", "params"):
+                averager.average_parameters(model.parameters())
 
     with caplog.at_level(logging.WARNING):
         in_process.run(2, lambda t: work(t, 1))
