@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,9 +185,11 @@ class DiLoCo(BlockAverager):
         self.outer_optimizer.state.clear()
 
     def _shared_state(self) -> dict[str, Any]:
-        return {**super()._shared_state(), "outer": self.outer_optimizer.state_dict()}
+        return {**super()._shared_state(), "outer": deepcopy(self.outer_optimizer.state_dict())}
 
     def _load_shared_state(self, state: dict[str, Any]) -> None:
         super()._load_shared_state(state)
         self._point_outer_optimizer()
-        self.outer_optimizer.load_state_dict(state["outer"])
+        self.outer_optimizer.load_state_dict(
+            deepcopy(state["outer"])
+        )  # torch would go on in the saved tensors

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 def local_hook(state: object, bucket: dist.GradBucket) -> Future[torch.Tensor]:  # type: ignore[name-defined]
     """Leaves gradients local: DDP sends nothing. For a DDP model whose parameters an averager averages.
 
-    Make the model with ``DistributedDataParallel(..., broadcast_buffers=False)``: otherwise DDP sends rank
-    0's buffers at every forward pass all the same.
+    Make the model with ``DistributedDataParallel(..., forward_sync_buffers=False)``, before torch 2.13
+    ``broadcast_buffers=False``: otherwise DDP sends rank 0's buffers at every forward pass all the same.
 
     Args:
         state: not used (None).

@@ -70,7 +70,7 @@ class Averaged(Strategy):
 
     def _reduce_gradients_first(self, options: Any, world: World, steps_per_epoch: int) -> None:
         """Wraps the model: DDP reduces gradients by `--scheme` up to the step at which averaging begins."""
-        self.model = wrap(self.bare, options, world, broadcast_buffers=False)
+        self.model = wrap(self.bare, options, world, sync_buffers=False)
         inner: tuple[Any, ...] = (None, None)
         if options.scheme != "dense":
             self.sparse = sparse_state(_plain(options, options.transport), steps_per_epoch)

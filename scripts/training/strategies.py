@@ -7,6 +7,7 @@ communication hook are here; periodic averaging or another framework's optimizer
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -153,9 +154,12 @@ def clip(model: nn.Module, norm: float | None) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), norm)
 
 
-def wrap(model: nn.Module, options: Any, world: World, **more: Any) -> DistributedDataParallel:
-    """The model under DDP, with the bucket size of the options."""
+def wrap(model: nn.Module, options: Any, world: World, sync_buffers: bool = True) -> DistributedDataParallel:
+    """The model under DDP, with the bucket size of the options; without `sync_buffers` buffers stay local."""
     places = None if world.device.type == "cpu" else [world.device.index]
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
+    more: dict[str, Any] = {} if sync_buffers else {name: False}
     return DistributedDataParallel(model, device_ids=places, bucket_cap_mb=options.bucket_mb, **more)
 
 

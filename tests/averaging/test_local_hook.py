@@ -31,7 +31,7 @@ class Job:
 
     def __init__(self, n=10, linked=False, sparse=True, period=2):
         self.net = Product(n)
-        self.ddp = DistributedDataParallel(self.net, broadcast_buffers=False)
+        self.ddp = DistributedDataParallel(self.net)
         self.averager = LocalSGD(Every(period, start=START), module=self.net, timeout_s=20.0)
         self.hook_state = SparseState.topk(0.1, dense_crossover=False, timeout_s=20.0) if sparse else None
         given = (sparse_hook, self.hook_state) if sparse else ()

@@ -28,8 +28,8 @@ from commhooks.transports import in_process
 from .workers import in_ranks
 
 KINDS = ("local", "block", "diloco", "slowmo", "restarted", "decentralized")
-COMPRESSED = ("local+topk", "block+topk", "diloco+topk", "restarted+topk")
-ANCHORED = ("block", "diloco", "slowmo", "local+topk", "block+topk", "restarted+topk")
+COMPRESSED = ("local+topk", "block+topk", "diloco+topk", "slowmo+topk", "restarted+topk")
+ANCHORED = ("block", "diloco", "slowmo", *COMPRESSED)
 
 
 def make(kind, params, transport, period=2, optimizer=None, density=1.0, **options):

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from commhooks import AllGather, ErrorFeedback, Reducer, TopK
-from commhooks.averaging import AtSteps, AveragedOptimizer, BlockMomentum, DiLoCo, Every, Growing, SlowMo
+from commhooks.averaging import (
+    AtSteps,
+    AveragedOptimizer,
+    BlockMomentum,
+    DiLoCo,
+    Every,
+    Growing,
+    OneShot,
+    PostLocal,
+    SlowMo,
+)
 from commhooks.errors import SettingsMismatchError
 from commhooks.transports import in_process
 
@@ -20,6 +30,8 @@ SETS = {
     AtSteps((1, 2, 7, 12)): {1, 2, 7, 12},
     Growing(first=1, maximum=4, total_steps=12): {1, 3, 7, 11, 12},
     Every(5, total_steps=12): {5, 10, 12},
+    OneShot(12): {12},
+    PostLocal(2, Every(5)): {1, 2, 7, 12},
 }
 
 
@@ -304,6 +316,15 @@ def test_the_outer_optimizers_state_goes_along():
     again = nesterov(model.parameters())
     again.load_state_dict(copy.deepcopy(outer.state_dict()))
     assert all((s["momentum_buffer"] - 0.9).abs().max() < 1e-12 for s in again.state.values())
+    saved = averager.state_dict()
+    for _ in range(2):  # a state that is kept in memory, and loaded twice, stays as it was
+        averager.average_parameters(model.parameters())
+        assert all(
+            (s["momentum_buffer"] - 0.9).abs().max() < 1e-12
+            for s in saved["shared"]["outer"]["state"].values()
+        )
+        averager.load_state_dict(saved)
+    assert all((s["momentum_buffer"] - 0.9).abs().max() < 1e-12 for s in outer.state.values())
     with pytest.raises(ValueError, match=r"outer_optimizer must hold.*lacks 1.*\(4,\)"):
         DiLoCo(model.parameters(), nesterov([model.parts[0]]), sync_every=1, transport=transport)
     with pytest.raises(ValueError, match="sync_every|period.*0"):

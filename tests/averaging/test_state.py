@@ -35,6 +35,7 @@ KINDS = (
     "local+topk",
     "block+topk",
     "diloco+topk",
+    "slowmo+topk",
     "restarted+topk",
 )
 PERIOD = 3
@@ -216,15 +217,24 @@ def test_another_world_size_continues_from_the_averaged_model(kind, new_size):
             assert averager.anchor.shape == (NUMEL,)
 
 
-def test_the_block_goes_on_at_another_world_size():
+@pytest.mark.parametrize("kind", ("block", "diloco", "slowmo"))
+def test_the_block_goes_on_at_another_world_size(kind):
     """w~ and v are kept: the next synchronisation is w~ + mu v + (mean w - w~), against the formulas."""
     gradient = oracles.make_gradient(4, 6, NUMEL)
     rate, mu = 0.1, 0.7
 
+    def of(model, optimizer, transport):
+        if kind == "diloco":
+            outer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=mu)
+            return DiLoCo(model.parameters(), outer, sync_every=PERIOD, transport=transport)
+        if kind == "slowmo":
+            return SlowMo(optimizer, mu, PERIOD, transport=transport)
+        return BlockMomentum(mu, PERIOD, params=model.parameters(), transport=transport)
+
     def first(transport):
         model = Pieces(start())
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        averager = BlockMomentum(mu, PERIOD, params=model.parameters(), transport=transport)
+        averager = of(model, optimizer, transport)
         run_steps(model, optimizer, averager, gradient, transport.rank, 4)
         return checkpoint(model, optimizer, averager)
 
@@ -233,7 +243,7 @@ def test_the_block_goes_on_at_another_world_size():
     def second(transport):
         model = Pieces(torch.zeros(NUMEL))
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        averager = BlockMomentum(mu, PERIOD, params=model.parameters(), transport=transport)
+        averager = of(model, optimizer, transport)
         load(joined, model, optimizer, averager)
         return run_steps(model, optimizer, averager, gradient, transport.rank, 2, first=4)
 
