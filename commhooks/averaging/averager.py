@@ -168,6 +168,7 @@ class Averager(ModelAverager):
         self._figures = Figures()
         self._start = 0  # fingerprint of the starting point, to be compared; 0: unknown or done
         self._called = self._hooked = False
+        self._fresh: bool = True  # whether the model should be where the averager left it
         self._watched = list(known) or ([] if self.module is None else list(self.module.parameters()))
         if self._watched or given["device_type"] is not None:
             self._channel.open_for(self._watched)

@@ -251,5 +251,5 @@ def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
         total.add_(tensor, alpha=weight)
         return
     rows = max(1, _PIECE * total.shape[0] // total.numel())
-    for own, given in zip(total.split(rows), tensor.split(rows), strict=True):
+    for own, given in zip(torch.split(total, rows), torch.split(tensor, rows), strict=True):
         own.add_(given, alpha=weight)
