@@ -8,27 +8,22 @@ soon as it ends. A study that is started again goes on behind the last record.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from benchmarks.harness import records, table
-from training import launch, tasks
+from training import launch
 from training.log import count
 
 from . import trained
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BAR = 0.02
-"""An arm is as good as dense training when its loss is at most this share above."""
 RATES = (0.25, 0.5, 1.0, 2.0)
 """Multiples of the network's rate for an optimizer, from which an arm takes its best."""
 MOST_RATES = 6
-CHOICE_SEED, SEEDS = 100, (0, 1, 2)
 DENSITIES = (0.1, 0.01, 0.001)
 
 
@@ -153,15 +148,12 @@ def runs(
     """
     for arm in chosen:
         base = network_of(arm.network).rates[arm.optimizer]
-        tried = sorted(records.rounded(base * rate) for rate in rates)
+        tried = [records.rounded(base * rate) for rate in sorted(rates)]
         for lr in tried:
-            yield from _if_left(arm, lr, CHOICE_SEED, done)
-        while 1 < len(tried) < MOST_RATES and best_rate(arm, done) in (tried[0], tried[-1]):
-            lowest = best_rate(arm, done) == tried[0]
-            tried.insert(
-                0 if lowest else len(tried), records.rounded(tried[0] / 2 if lowest else tried[-1] * 2)
-            )
-            yield from _if_left(arm, tried[0 if lowest else -1], CHOICE_SEED, done)
+            yield from _if_left(arm, lr, trained.CHOICE_SEED, done)
+        while (lr := trained.beyond(tried, best_rate(arm, done), MOST_RATES)) is not None:
+            tried.append(lr)
+            yield from _if_left(arm, lr, trained.CHOICE_SEED, done)
         for seed in seeds:
             yield from _if_left(arm, best_rate(arm, done), seed, done)
 
@@ -174,31 +166,15 @@ def _if_left(arm: Arm, lr: float, seed: int, done: Sequence[records.Record]) -> 
 
 def best_rate(arm: Arm, done: Sequence[records.Record]) -> float:
     """The rate with the least loss on the data of the choice."""
-    return trained.best_rate(records.select(done, **arm._asdict(), seed=CHOICE_SEED))
+    return trained.best_rate(records.select(done, **arm._asdict(), seed=trained.CHOICE_SEED))
 
 
 def one(world: launch.World, labels: dict[str, Any]) -> dict[str, Any]:
     """The figures of one run, on the half of the held-out data that its seed is for."""
     arm = Arm(*(labels[name] for name in Arm._fields))
-    second = labels["seed"] != CHOICE_SEED
+    second = labels["seed"] != trained.CHOICE_SEED
     given = command(arm, labels["lr"], labels["seed"])
-    return trained.train(world, given, lambda run: keep_half(run.task, second))
-
-
-def keep_half(task: Any, second: bool) -> None:
-    """Leaves one half of the task's held-out data: the first is for the choice, the second for the verdict."""
-    if isinstance(task, tasks.Images):
-        kept = _half(task.arrays.test_x, second), _half(task.arrays.test_y, second)
-        task.arrays = replace(task.arrays, test_x=kept[0], test_y=kept[1])
-    elif isinstance(task, tasks.Text):
-        task.test = _half(task.test, second)
-    else:
-        task.corpus = replace(task.corpus, test=_half(task.corpus.test, second))
-
-
-def _half(data: torch.Tensor, second: bool) -> torch.Tensor:
-    middle = len(data) // 2
-    return data[middle:] if second else data[:middle]
+    return trained.train(world, given, lambda run: trained.keep_half(run.task, second))
 
 
 def study(
@@ -206,7 +182,7 @@ def study(
     file: Path,
     networks: Sequence[str],
     rates: Sequence[float] = RATES,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] = trained.SEEDS,
 ) -> list[records.Record]:
     """Runs what the file lacks and writes each record as it comes. All ranks call it."""
     chosen = list(arms(networks))
@@ -224,7 +200,7 @@ class Row(NamedTuple):
 
     arm: Arm
     lr: float
-    losses: list[float | None]
+    losses: trained.Losses
     above: float | None
     bytes_sent_per_step: float
 
@@ -234,9 +210,9 @@ def rows(found: Sequence[records.Record]) -> list[Row]:
     about, *ran = found
     by_arm: dict[Arm, list[records.Record]] = {}
     for record in ran:
-        if record["seed"] != CHOICE_SEED:
+        if record["seed"] != trained.CHOICE_SEED:
             by_arm.setdefault(Arm(*(record[name] for name in Arm._fields)), []).append(record)
-    means: dict[Arm, float | None] = {}
+    dense: dict[tuple[str, str], trained.Losses] = {}
     result = []
     for arm in arms(list(dict.fromkeys(arm.network for arm in by_arm))):
         best = best_rate(arm, ran) if arm in by_arm else None
@@ -244,10 +220,9 @@ def rows(found: Sequence[records.Record]) -> list[Row]:
         if len(of_arm) < len(about["seeds"]):
             continue
         losses = [record["loss"] for record in of_arm]
-        known = [loss for loss in losses if loss is not None]
-        means[arm] = _mean(losses) if len(known) == len(losses) else None
-        dense, mine = means.get(Arm(arm.network, arm.optimizer, DENSE, 1.0)), means[arm]
-        above = None if dense is None or mine is None else mine / dense - 1.0
+        if arm.variant == DENSE:
+            dense[arm.network, arm.optimizer] = losses
+        above = trained.above(losses, dense.get((arm.network, arm.optimizer)))
         sent = statistics.mean(record["bytes_sent_per_step"] for record in of_arm)
         result.append(Row(arm, of_arm[0]["lr"], losses, above, sent))
     return result
@@ -273,8 +248,8 @@ def page(found: Sequence[records.Record]) -> str:
                 row.arm.variant,
                 f"{row.arm.density:g}",
                 f"{row.lr:g}",
-                spread(row.losses),
-                share(row.above),
+                trained.spread(row.losses),
+                trained.share(row.above),
                 count(row.bytes_sent_per_step),
             )
             for row in mine
@@ -292,42 +267,11 @@ def pairs(verdicts: Sequence[Row]) -> list[tuple[str, str]]:
 
 def verdict(mine: Sequence[Row]) -> str:
     """Which of a network's and optimizer's rows are within the bar, and which not by more than the seeds differ."""
-    dense = next((row for row in mine if row.arm.variant == DENSE), None)
-    within, near = [], []
-    for row in mine:
-        if dense is None or row is dense or row.above is None:
-            continue
-        name = f"{row.arm.variant} at {row.arm.density:g}"
-        noise = math.hypot(_deviation(row.losses), _deviation(dense.losses))
-        if row.above <= BAR:
-            within.append(name)
-        elif _mean(row.losses) - _mean(dense.losses) <= noise:
-            near.append(name)
-    text = f"Within {BAR:.0%} of dense's loss: {'; '.join(within) or 'none'}."
-    if near:
-        text += f" Above by less than the seeds differ (one standard deviation): {'; '.join(near)}."
-    return text
-
-
-def share(above: float | None) -> str:
-    """A row's share above dense, as text."""
-    return "-" if above is None else f"{above:+.1%}"
-
-
-def _mean(losses: Sequence[float | None]) -> float:
-    return statistics.mean(loss for loss in losses if loss is not None)
-
-
-def _deviation(losses: Sequence[float | None]) -> float:
-    known = [loss for loss in losses if loss is not None]
-    return statistics.stdev(known) if len(known) > 1 else 0.0
-
-
-def spread(losses: Sequence[float | None]) -> str:
-    """Mean and standard deviation as text; a seed without a loss diverged."""
-    if any(loss is None for loss in losses):
-        return "diverges"
-    return f"{_mean(losses):.3f} ± {_deviation(losses):.3f}"
+    losses = {
+        f"{row.arm.variant} at {row.arm.density:g}": row.losses for row in mine if row.arm.variant != DENSE
+    }
+    dense = next((row.losses for row in mine if row.arm.variant == DENSE), None)
+    return trained.verdict(dense, losses)
 
 
 def main() -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from benchmarks.harness import records
-from training import launch, loop, options
+from training import launch, loop, options, tasks
 
 Labels = dict[str, Any]
+Losses = Sequence[float | None]
+"""By seed; None: the run diverged."""
+CHOICE_SEED, SEEDS = 100, (0, 1, 2)
+"""The seed that chooses a rate, and those that judge it."""
+BAR = 0.02
+"""As good as dense training is a loss at most this share above."""
 
 
 def train(
@@ -38,9 +47,35 @@ def train(
     }
 
 
+def keep_half(task: Any, second: bool) -> None:
+    """Leaves one half of the task's held-out data: the first is for the choice, the second for the verdict."""
+    if isinstance(task, tasks.Images):
+        kept = _half(task.arrays.test_x, second), _half(task.arrays.test_y, second)
+        task.arrays = replace(task.arrays, test_x=kept[0], test_y=kept[1])
+    elif isinstance(task, tasks.Text):
+        task.test = _half(task.test, second)
+    else:
+        task.corpus = replace(task.corpus, test=_half(task.corpus.test, second))
+
+
+def _half(data: torch.Tensor, second: bool) -> torch.Tensor:
+    middle = len(data) // 2
+    return data[middle:] if second else data[:middle]
+
+
 def best_rate(tried: Sequence[records.Record]) -> float:
     """The rate of the run with the least loss. A run that diverged is the worst."""
     return float(min(tried, key=lambda run: math.inf if run["loss"] is None else run["loss"])["lr"])
+
+
+def beyond(tried: Sequence[float], best: float, most: int) -> float | None:
+    """The next rate to try: half the lowest or twice the highest, where that is the best.
+
+    None: the best is neither, `most` have been tried, or only one.
+    """
+    if not 1 < len(tried) < most or min(tried) < best < max(tried):
+        return None
+    return float(records.rounded(best / 2 if best == min(tried) else best * 2))
 
 
 def study(
@@ -74,3 +109,49 @@ def study(
                 f"{file.stem}: {len(done) - 1} runs, {spent:.0f} s: {done[-1]}", file=sys.stderr, flush=True
             )
     return done
+
+
+def above(losses: Losses, dense: Losses | None) -> float | None:
+    """The share by which the mean loss is above dense's. None: there is no dense run, or one of them diverged."""
+    if dense is None or None in losses or None in dense:
+        return None
+    return _mean(losses) / _mean(dense) - 1.0
+
+
+def verdict(dense: Losses | None, others: Mapping[str, Losses]) -> str:
+    """Which of the others, by name, are within the bar, and which not by more than the seeds differ."""
+    within, near = [], []
+    for name, losses in others.items():
+        share_above = above(losses, dense)
+        if dense is None or share_above is None:
+            continue
+        noise = math.hypot(_deviation(losses), _deviation(dense))
+        if share_above <= BAR:
+            within.append(name)
+        elif _mean(losses) - _mean(dense) <= noise:
+            near.append(name)
+    text = f"Within {BAR:.0%} of dense's loss: {'; '.join(within) or 'none'}."
+    if near:
+        text += f" Above by less than the seeds differ (one standard deviation): {'; '.join(near)}."
+    return text
+
+
+def share(value: float | None) -> str:
+    """A share above dense, as text."""
+    return "-" if value is None else f"{value:+.1%}"
+
+
+def spread(losses: Losses) -> str:
+    """Mean and standard deviation as text; a seed without a loss diverged."""
+    if None in losses:
+        return "diverges"
+    return f"{_mean(losses):.3f} ± {_deviation(losses):.3f}"
+
+
+def _mean(losses: Losses) -> float:
+    return statistics.mean(loss for loss in losses if loss is not None)
+
+
+def _deviation(losses: Losses) -> float:
+    known = [loss for loss in losses if loss is not None]
+    return statistics.stdev(known) if len(known) > 1 else 0.0

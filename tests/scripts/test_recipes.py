@@ -3,9 +3,9 @@
 import pytest
 import torch
 from launch import spawn_gloo
-from studies import recipes
+from studies import recipes, trained
 from training import launch as job_launch
-from training import options
+from training import options, tasks
 
 
 def test_every_command_of_the_study_is_one_of_train_py():
@@ -37,7 +37,7 @@ def record(arm, lr, seed, loss):
 
 def test_the_rate_is_the_best_one_on_the_data_of_the_choice():
     arm = recipes.Arm("quick", "sgd", recipes.DENSE, 1.0)
-    done = [record(arm, lr, recipes.CHOICE_SEED, loss) for lr, loss in ((0.1, 2.0), (0.2, 1.0), (0.4, None))]
+    done = [record(arm, lr, trained.CHOICE_SEED, loss) for lr, loss in ((0.1, 2.0), (0.2, 1.0), (0.4, None))]
     done.append(record(arm, 0.1, 0, 0.5))  # the verdict's data do not count
     assert recipes.best_rate(arm, done) == 0.2
 
@@ -51,9 +51,9 @@ def test_the_page_compares_with_dense_and_says_what_diverges():
     near = recipes.Arm("quick", "sgd", "warm-up, clipped", 0.01)
     found = [
         {"bench": "study", "ranks": 2, "rates": [1.0], "seeds": [0, 1]},
-        *(record(dense, 0.1, seed, loss) for seed, loss in ((recipes.CHOICE_SEED, 9.0), (0, 1.0), (1, 2.0))),
+        *(record(dense, 0.1, seed, loss) for seed, loss in ((trained.CHOICE_SEED, 9.0), (0, 1.0), (1, 2.0))),
         *(
-            record(arm, lr, recipes.CHOICE_SEED, loss)
+            record(arm, lr, trained.CHOICE_SEED, loss)
             for arm in (sparse, near, wild, late)
             for lr, loss in ((0.2, 9.0), (0.1, 9.5))
         ),
@@ -77,7 +77,7 @@ def test_an_arm_whose_best_rate_is_the_first_or_the_last_also_gets_the_next():
     for labels in recipes.runs([arm], (0.5, 1.0, 2.0), (0,), done):
         done.append({**labels, "loss": abs(labels["lr"] - best)})
         tried.append((labels["lr"], labels["seed"]))
-    choice = recipes.CHOICE_SEED
+    choice = trained.CHOICE_SEED
     assert tried == [(0.05, choice), (0.1, choice), (0.2, choice), (0.4, choice), (0.8, choice), (0.4, 0)]
 
 
@@ -88,42 +88,42 @@ def quick(tmp_path_factory):
 
     def ranks(rank, size):
         world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
-        whole, trained = recipes.one, []
+        whole, ran = recipes.one, []
 
         def stops(world, labels):
-            if len(trained) == 3:
+            if len(ran) == 3:
                 raise KeyboardInterrupt
-            trained.append(labels)
+            ran.append(labels)
             return whole(world, labels)
 
         recipes.one = stops
         with pytest.raises(KeyboardInterrupt):
             recipes.study(world, file, ["quick"], (1.0,), (0,))
-        recipes.one = lambda world, labels: trained.append(labels) or whole(world, labels)
+        recipes.one = lambda world, labels: ran.append(labels) or whole(world, labels)
         found = recipes.study(world, file, ["quick"], (1.0,), (0,))
-        return found, trained
+        return found, ran
 
-    (found, trained), (other, _) = spawn_gloo(ranks, 2, timeout=120)
-    return file, found, trained, other
+    (found, ran), (other, _) = spawn_gloo(ranks, 2, timeout=120)
+    return file, found, ran, other
 
 
 def test_the_quick_study_goes_on_where_it_was_stopped(quick):
-    file, found, trained, other = quick
+    file, found, ran, other = quick
     assert found == other == recipes.records.load(file)
-    assert len(trained) == len(found) - 1 == 2 * len(list(recipes.arms(["quick"])))  # none twice
+    assert len(ran) == len(found) - 1 == 2 * len(list(recipes.arms(["quick"])))  # none twice
     assert all(r["loss"] is None or r["loss"] > 0 for r in found[1:])
     text = recipes.page(found)
     assert "## quick, sgd" in text and "| dense " in text and "warm-up, clipped" in text
 
 
 def test_choice_and_verdict_see_other_data():
-    class Task(recipes.tasks.Text):
+    class Task(tasks.Text):
         def __init__(self):
             self.test = torch.arange(10)
 
     halves = []
     for second in (False, True):
         task = Task()
-        recipes.keep_half(task, second)
+        trained.keep_half(task, second)
         halves.append(task.test.tolist())
     assert halves == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from studies import accuracy, recipes
+from studies import accuracy, recipes, trained
 
 from ..harness.records import ROOT, load
 from ..harness.table import markdown
@@ -48,7 +48,7 @@ def _grid(*optimizers: str) -> list[str]:
     by_line: dict[tuple[str, float], dict[tuple[str, str], str]] = {}
     for row in found:
         dense = row.arm.variant == recipes.DENSE
-        cell = recipes.spread(row.losses) if dense else recipes.share(row.above)
+        cell = trained.spread(row.losses) if dense else trained.share(row.above)
         line = by_line.setdefault((row.arm.variant, row.arm.density), {})
         line[row.arm.network, row.arm.optimizer] = "diverges" if cell == "-" else cell
     head = ("variant", "density", *(", ".join(column[: len(optimizers)]) for column in columns))

@@ -1,0 +1,107 @@
+"""scripts/accuracy --averagers: its commands, the order of its runs, its choice of rates, and how it goes on."""
+
+import pytest
+import torch
+from launch import spawn_gloo
+from studies import averagers, trained
+from studies.averagers import Arm
+from training import launch as job_launch
+from training import options
+
+CHOICE = trained.CHOICE_SEED
+
+
+def test_every_command_of_the_study_is_one_of_train_py():
+    made = list(averagers.arms())
+    assert len(made) == len(set(made)) == 9 and made[0] == Arm("dense", 1)
+    assert [arm.period for arm in made[1:]] == [10] * 4 + [30] * 4
+    kinds = {"dense": "none", "Local SGD": "local", "M-AVG": "block"}
+    for arm in made:
+        parsed = options.parse(averagers.command(arm, 0.002, 3))
+        assert (parsed.lr, parsed.seed, parsed.steps) == (0.002, 3, averagers.STEPS)
+        assert (parsed.model, parsed.optimizer, parsed.weight_decay) == ("gpt", "adamw", 0.1)
+        assert (parsed.batch_size, parsed.text_size, parsed.sample) == (4, 400_000, 0)
+        assert parsed.averaging == kinds.get(arm.averager, "diloco")
+        assert arm.averager == "dense" or parsed.period == arm.period
+        assert parsed.steps % arm.period == 0
+        assert (parsed.scheme == "topk") == (arm.averager == "DiLoCo, top-k")
+        if arm.averager == "DiLoCo":
+            assert (parsed.outer_lr, parsed.mu) == (0.7, 0.9)
+
+
+def record(arm, lr, seed, loss, sent=10.0):
+    figures = {"loss": loss, "bytes_sent_per_step": sent}
+    return {"bench": "run", **arm._asdict(), "lr": lr, "seed": seed, **figures}
+
+
+def test_every_arm_is_judged_before_a_rate_beyond_is_tried():
+    done, order = [], []
+    edge, best = Arm("DiLoCo", 10), {Arm("DiLoCo", 10): 0.4}
+    for labels in averagers.left(done, (1.0, 2.0, 4.0), (0, 1)):
+        arm = Arm(labels["averager"], labels["period"])
+        order.append((arm, labels["lr"], labels["seed"]))
+        done.append({**labels, "bench": "run", "loss": abs(labels["lr"] - best.get(arm, 2.0))})
+    rates = [(1.0, CHOICE), (2.0, CHOICE), (4.0, CHOICE)]
+    for number, arm in enumerate(averagers.arms()):
+        judged = [(1.0 if arm == edge else 2.0, seed) for seed in (0, 1)]
+        assert order[5 * number : 5 * number + 5] == [(arm, *run) for run in (*rates, *judged)]
+    beyond = [(0.5, CHOICE), (0.25, CHOICE), (0.5, 0), (0.5, 1)]
+    assert order[45:] == [(edge, *run) for run in beyond]
+    assert list(averagers.left(done, (1.0, 2.0, 4.0), (0, 1))) == []
+
+
+def test_a_row_is_at_the_best_rate_at_which_all_seeds_ran():
+    dense, arm, late = Arm("dense", 1), Arm("M-AVG", 10), Arm("M-AVG", 30)
+    found = [
+        {"bench": "study", "ranks": 2, "steps": 300, "rates": [1.0, 2.0], "seeds": [0, 1]},
+        *(record(dense, lr, CHOICE, loss, 60.0) for lr, loss in ((1.0, 9.0), (2.0, 3.0), (4.0, 3.5))),
+        *(record(dense, 2.0, seed, loss, 60.0) for seed, loss in ((0, 1.0), (1, 3.0))),
+        *(record(arm, lr, CHOICE, loss) for lr, loss in ((1.0, 9.5), (2.0, 9.0), (4.0, 8.0))),
+        *(record(arm, 2.0, seed, loss) for seed, loss in ((1, 2.2), (0, 2.0))),
+        record(arm, 4.0, 0, 0.1),  # seed 1 is missing
+        record(late, 1.0, CHOICE, 1.0),
+    ]
+    first, second = averagers.rows(found)
+    assert first == averagers.Row(dense, 2.0, [1.0, 3.0], 0.0, 60.0, False)
+    assert second[:3] == (arm, 2.0, [2.0, 2.2]) and second.above == pytest.approx(0.05)
+    assert averagers.rows(found[:3]) == []
+    found.append(record(arm, 4.0, 1, None))
+    assert averagers.rows(found)[1][:4] == (arm, 4.0, [0.1, None], None)
+    assert averagers.rows(found)[1].at_edge
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The quick study, interrupted after its third run and started again."""
+    file = tmp_path_factory.mktemp("study") / "averagers.jsonl"
+
+    def ranks(rank, size):
+        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
+        whole, ran = averagers.one, []
+
+        def stops(world, labels, quick):
+            if len(ran) == 3:
+                raise KeyboardInterrupt
+            ran.append(labels)
+            return whole(world, labels, quick)
+
+        averagers.one = stops
+        with pytest.raises(KeyboardInterrupt):
+            averagers.study(world, file, (0.003,), (0,), True)
+        averagers.one = lambda world, labels, quick: ran.append(labels) or whole(world, labels, quick)
+        return averagers.study(world, file, (0.003,), (0,), True), ran
+
+    (found, ran), (other, _) = spawn_gloo(ranks, 2, timeout=240)
+    return file, found, ran, other
+
+
+def test_the_quick_study_goes_on_where_it_was_stopped(quick):
+    file, found, ran, other = quick
+    assert found == other == averagers.records.load(file)
+    assert len(ran) == len(found) - 1 == 2 * 9  # none twice
+    assert all(run["loss"] > 0 and run["step"] == 30 for run in found[1:])
+    sent = {row.arm: row.bytes_sent_per_step for row in averagers.rows(found)}
+    # a synchronisation takes the bytes of an all-reduce, a header and a vote
+    assert sent[Arm("dense", 1)] / 10 < sent[Arm("DiLoCo", 10)] < sent[Arm("dense", 1)] / 6
+    assert sent[Arm("M-AVG", 30)] == pytest.approx(sent[Arm("M-AVG", 10)] / 3)
+    assert sent[Arm("DiLoCo, top-k", 30)] < sent[Arm("DiLoCo", 30)] / 3
