@@ -69,7 +69,7 @@ NETWORKS = {
         1,
     ),
     "gpt": Network(
-        ("--model", "gpt", "--text-size", 400_000, "--batch-size", 4, "--steps", 300, "--sample", 0),
+        ("--model", "gpt", "--text-size", 400_000, "--batch-size", 2, "--steps", 300, "--sample", 0),
         {"adamw": 0.003},
         1,
     ),
