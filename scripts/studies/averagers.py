@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.harness import records
+from benchmarks.harness import records, table
+from benchmarks.harness.figure import WIDTH, color, figure
 from benchmarks.harness.records import Record
 from training import launch
+from training.log import count
 
 from . import recipes, trained
 
@@ -25,7 +27,7 @@ FOLDER = records.ROOT / "docs" / "results"
 STEPS = 300
 PERIODS = (10, 30)
 RATES = (0.003, 0.0015, 0.006)
-"""Inner rates of every arm. The study of recipes found 0.006 best for dense training, of 0.00075 to 0.012."""
+"""Inner rates of every arm: those around the study of recipes' for AdamW."""
 MOST_RATES = 5
 MU = 0.5
 """Of M-AVG. 0.7 lets a change act 3.3 times, 0.5 twice, and 300 steps have 30 or 10 changes."""
@@ -184,20 +186,132 @@ def rows(found: Sequence[Record]) -> list[Row]:
     return result
 
 
+def page(found: Sequence[Record]) -> str:
+    """The page, from the records alone."""
+    about, verdicts = found[0], rows(found)
+    steps, ranks = about["steps"], about["ranks"]
+    syncs = " or ".join(f"{steps // period}" for period in PERIODS)
+    notes = (
+        f"*M-AVG* has mu {MU:g}. *DiLoCo* has the outer rate 0.7 and Nesterov's momentum 0.9.",
+        f"*DiLoCo, top-k* sends {DENSITY:.0%} of a rank's change and keeps the rest in a memory. Its outer step is "
+        "SGD at rate 1 without momentum: SparseLoCo's scheme, without its decay.",
+        f"There are only {syncs} outer steps in a run. An outer momentum of 0.9 takes about 10 to act in full, and the "
+        f"memory about {1 / DENSITY:.0f} to send every place once.",
+        "Bytes are what a rank sends in a step, counted at the transport, mean over the run. Dense's are a ring "
+        "all-reduce's by formula.",
+    )
+    lines = [
+        "# Averagers, measured",
+        "",
+        f"`scripts/accuracy --averagers`: {ranks} ranks over gloo on one machine. Each trains the small GPT of the "
+        f"[study of recipes](recipes.md) by AdamW for {steps} steps, and the ranks average their models every H steps. "
+        f"Each row is at the best of {len(about['rates'])} inner rates, chosen on one half of the held-out text. Where "
+        "the lowest or the highest is best, the next ones beyond are tried when all rows are there. The loss is that of "
+        f"the averaged model on the other half: mean and standard deviation over {len(about['seeds'])} seeds, and the "
+        "share of the mean above dense training.",
+        "",
+    ]
+    for note in notes:
+        lines += table.paragraph(note, "- ")
+    wanted = (len(about["rates"]) + len(about["seeds"])) * len(list(arms()))
+    lacking = [name(arm) for arm in arms() if arm not in [row.arm for row in verdicts]]
+    if lacking:
+        lines += ["", f"Runs recorded: {len(found) - 1} of {wanted}. Not judged yet: {'; '.join(lacking)}."]
+    if not verdicts:
+        return table.page(lines)
+    dense = verdicts[0] if verdicts[0].arm.averager == DENSE else None
+    cells = [
+        (
+            row.arm.averager,
+            f"{row.arm.period}",
+            f"{row.lr:g}",
+            trained.spread(row.losses),
+            trained.share(row.above),
+            count(row.bytes_sent_per_step),
+            table.number(dense.bytes_sent_per_step / row.bytes_sent_per_step) if dense else "-",
+        )
+        for row in verdicts
+    ]
+    head = ("averager", "H", "rate", "loss", "above dense", "bytes a step", "fewer bytes")
+    lines += [
+        "",
+        *table.markdown(head, cells),
+        "",
+        verdict(verdicts),
+        "",
+        "![loss against bytes](averagers.png)",
+    ]
+    return table.page(lines)
+
+
+def name(arm: Arm) -> str:
+    """What a sentence calls an arm."""
+    return arm.averager if arm.averager == DENSE else f"{arm.averager} at H = {arm.period}"
+
+
+def verdict(verdicts: Sequence[Row]) -> str:
+    """Which rows are within the bar, the least loss at each H, and whose rate was not looked for far enough."""
+    dense = next((row.losses for row in verdicts if row.arm.averager == DENSE), None)
+    others = [row for row in verdicts if row.arm.averager != DENSE]
+    text = trained.verdict(dense, {name(row.arm): row.losses for row in others})
+    for period in PERIODS:
+        known = [row for row in others if row.arm.period == period and row.above is not None]
+        if known:
+            best = min(known, key=lambda row: row.above or 0.0)
+            text += f" The least loss at H = {period}: {best.arm.averager}, {trained.share(best.above)}."
+    edge = [name(row.arm) for row in verdicts if row.at_edge]
+    if edge:
+        text += f" Best at the lowest or the highest rate tried, so perhaps better beyond: {'; '.join(edge)}."
+    return text
+
+
+def plot(found: Sequence[Record], file: Path) -> None:
+    """Loss against bytes a step: a point for every seed, and a line through an averager's means."""
+    verdicts = rows(found)
+    markers = dict(zip(AVERAGERS, "Dos^v", strict=True))
+    with figure(file, figsize=(WIDTH, 3.6)) as (_, axes):
+        axis = axes[0, 0]
+        for averager, marker in markers.items():
+            mine = [row for row in verdicts if row.arm.averager == averager and None not in row.losses]
+            if not mine:
+                continue
+            mine.sort(key=lambda row: row.bytes_sent_per_step)
+            drawn = color("dense" if averager == DENSE else "topk" if "top-k" in averager else "averaging")
+            sent = [row.bytes_sent_per_step for row in mine]
+            means = [statistics.mean(loss for loss in row.losses if loss is not None) for row in mine]
+            axis.plot(sent, means, marker=marker, color=drawn, label=averager)
+            for row in mine:
+                axis.plot([row.bytes_sent_per_step] * len(row.losses), row.losses, "_", color=drawn)
+        axis.set(xscale="log", xlabel="bytes a rank sends a step", ylabel="loss on held-out text")
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def write(found: Sequence[Record], folder: Path) -> None:
+    """The page, and the picture where an arm has been judged."""
+    (folder / "averagers.md").write_text(page(found))
+    if rows(found):
+        plot(found, folder / "averagers.png")
+
+
 def main() -> None:
-    """Runs the study, or what is left of it."""
+    """Runs the study, or what is left of it, and writes page and picture."""
     p = argparse.ArgumentParser(prog="scripts/accuracy --averagers", description=__doc__)
     p.add_argument("--output", type=Path, default=FOLDER, help="folder (docs/results)")
     p.add_argument(
         "--quick", action="store_true", help="an MLP, one rate and seed: seconds, to see that it runs"
     )
+    p.add_argument("--redraw", action="store_true", help="page and picture from the records, without a run")
     given = p.parse_args()
     if given.quick and given.output == FOLDER:
         p.error("--quick measures nothing worth keeping: give it another --output")
     torch.set_num_threads(1)
     quick: Any = ((0.003,), (0,), True) if given.quick else ()
     with launch.session(timeout_s=float(TIMEOUT_S)) as world:
-        study(world, given.output / "averagers.jsonl", *quick)
+        file = given.output / "averagers.jsonl"
+        found = records.load(file) if given.redraw else study(world, file, *quick)
+        if world.is_main:
+            write(found, given.output)
+            print(page(found), flush=True)
     launch.leave()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from launch import spawn_gloo
-from studies import averagers, trained
+from studies import averagers, recipes, trained
 from studies.averagers import Arm
 from training import launch as job_launch
 from training import options
@@ -15,12 +15,13 @@ def test_every_command_of_the_study_is_one_of_train_py():
     made = list(averagers.arms())
     assert len(made) == len(set(made)) == 9 and made[0] == Arm("dense", 1)
     assert [arm.period for arm in made[1:]] == [10] * 4 + [30] * 4
+    small = options.parse([str(part) for part in recipes.NETWORKS["gpt"].given])
     kinds = {"dense": "none", "Local SGD": "local", "M-AVG": "block"}
     for arm in made:
         parsed = options.parse(averagers.command(arm, 0.002, 3))
         assert (parsed.lr, parsed.seed, parsed.steps) == (0.002, 3, averagers.STEPS)
         assert (parsed.model, parsed.optimizer, parsed.weight_decay) == ("gpt", "adamw", 0.1)
-        assert (parsed.batch_size, parsed.text_size, parsed.sample) == (4, 400_000, 0)
+        assert parsed.batch_size == small.batch_size and parsed.text_size == small.text_size == 400_000
         assert parsed.averaging == kinds.get(arm.averager, "diloco")
         assert arm.averager == "dense" or parsed.period == arm.period
         assert parsed.steps % arm.period == 0
@@ -105,3 +106,41 @@ def test_the_quick_study_goes_on_where_it_was_stopped(quick):
     assert sent[Arm("dense", 1)] / 10 < sent[Arm("DiLoCo", 10)] < sent[Arm("dense", 1)] / 6
     assert sent[Arm("M-AVG", 30)] == pytest.approx(sent[Arm("M-AVG", 10)] / 3)
     assert sent[Arm("DiLoCo, top-k", 30)] < sent[Arm("DiLoCo", 30)] / 3
+    text = averagers.page(found)
+    assert "| DiLoCo, top-k | 30 | 0.003 |" in text and "Not judged yet" not in text
+
+
+def judged(arm, losses, lr=0.003, sent=10.0):
+    """All runs of an arm that is best at a rate, where the seeds have these losses."""
+    choice = [record(arm, tried, CHOICE, 1.0 if tried == lr else 2.0) for tried in averagers.RATES]
+    return [*choice, *(record(arm, lr, seed, loss, sent) for seed, loss in enumerate(losses))]
+
+
+def test_the_page_compares_with_dense_and_says_what_is_missing(tmp_path):
+    about = {"bench": "study", "ranks": 4, "steps": 300, "rates": list(averagers.RATES), "seeds": [0, 1]}
+    found = [about, *judged(Arm("dense", 1), (1.0, 2.0), sent=6000.0)]
+    found += judged(Arm("Local SGD", 10), (1.01, 2.02), lr=0.006, sent=600.0)
+    found += judged(Arm("M-AVG", 10), (1.0, None), sent=600.0)
+    found += judged(Arm("DiLoCo", 10), (1.4, 2.2), sent=600.0)
+    found += judged(Arm("DiLoCo, top-k", 10), (5.0, 5.1), sent=120.0)
+    text = " ".join(averagers.page([*found, record(Arm("Local SGD", 30), 0.003, CHOICE, 1.0)]).split())
+    assert "| Local SGD | 10 | 0.006 | 1.515 ± 0.714 | +1.0% | 600 | 10.0 |" in text
+    assert "| M-AVG | 10 | 0.003 | diverges | - |" in text
+    assert "Runs recorded: 26 of 45. Not judged yet: Local SGD at H = 30; M-AVG at H = 30; DiLoCo at" in text
+    assert "Within 2% of dense's loss: Local SGD at H = 10. Above by less than the seeds differ" in text
+    assert "(one standard deviation): DiLoCo at H = 10. The least loss at H = 10: Local SGD, +1.0%." in text
+    assert (
+        "rate tried, so perhaps better beyond: Local SGD at H = 10." in text
+        and "least loss at H = 30" not in text
+    )
+    averagers.write(found, tmp_path)
+    assert (tmp_path / "averagers.md").read_text() == averagers.page(found)
+    assert (tmp_path / "averagers.png").stat().st_size > 1000
+
+
+def test_a_study_without_a_judged_arm_has_a_page_without_a_picture(tmp_path):
+    about = {"bench": "study", "ranks": 4, "steps": 300, "rates": [1.0], "seeds": [0, 1]}
+    averagers.write([about, record(Arm("dense", 1), 1.0, CHOICE, 1.0)], tmp_path)
+    text = (tmp_path / "averagers.md").read_text()
+    assert "Runs recorded: 1 of 27. Not judged yet: dense; Local SGD at H = 10;" in text and "![" not in text
+    assert not (tmp_path / "averagers.png").exists()

@@ -7,7 +7,7 @@ import torch
 from benchmarks.harness import records
 from launch import ROOT
 from ranks import run_steps
-from studies import accuracy, accuracy_horovod, recipes
+from studies import accuracy, accuracy_horovod, averagers, recipes
 from studies.papers import page
 from studies.papers.judged import JUDGED
 from studies.papers.problems import Quadratic
@@ -26,6 +26,17 @@ def test_a_study_page_is_what_its_records_render(study):
 
 def test_the_page_of_recipes_is_what_its_records_render():
     assert recipes.page(records.load(RESULTS / "recipes.jsonl")) == (RESULTS / "recipes.md").read_text()
+
+
+def test_the_page_of_averagers_is_what_its_records_render():
+    """Until the study has run there is neither page nor records nor picture."""
+    files = [RESULTS / f"averagers.{ending}" for ending in ("jsonl", "md", "png")]
+    kept = [file.exists() for file in files]
+    assert kept[0] == kept[1] and (kept[0] or not kept[2])
+    if kept[0]:
+        found = records.load(files[0])
+        assert averagers.page(found) == files[1].read_text()
+        assert kept[2] == bool(averagers.rows(found))
 
 
 def test_runs_are_saved_one_a_line(tmp_path):
