@@ -51,6 +51,13 @@ def test_every_arm_is_judged_before_a_rate_beyond_is_tried():
     assert list(averagers.left(done, (1.0, 2.0, 4.0), (0, 1))) == []
 
 
+def test_the_rate_is_the_best_one_on_the_data_of_the_choice():
+    arm = Arm("M-AVG", 30)
+    done = [record(arm, lr, CHOICE, loss) for lr, loss in ((1.0, 2.0), (2.0, 1.0), (4.0, None))]
+    done.append(record(arm, 1.0, 0, 0.5))  # the verdict's data do not count
+    assert averagers.best_rate(arm, done) == 2.0
+
+
 def test_a_row_is_at_the_best_rate_at_which_all_seeds_ran():
     dense, arm, late = Arm("dense", 1), Arm("M-AVG", 10), Arm("M-AVG", 30)
     found = [
