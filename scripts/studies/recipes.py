@@ -49,12 +49,14 @@ class Network(NamedTuple):
     Attributes:
         given: options of train.py.
         rates: by optimizer, the learning rate around which the best is looked for. Others are not trained.
-        warmup: epochs of the density's warm-up.
+        warmup: how long the density's warm-up is, in the unit of the option.
+        unit: option of the warm-up: epochs or steps.
     """
 
     given: Sequence[Any]
     rates: dict[str, float]
     warmup: int
+    unit: str = "--warmup"
 
 
 NETWORKS = {
@@ -71,7 +73,8 @@ NETWORKS = {
     "gpt": Network(
         ("--model", "gpt", "--text-size", 400_000, "--batch-size", 2, "--steps", 300, "--sample", 0),
         {"adamw": 0.003},
-        1,
+        100,
+        "--warmup-steps",
     ),
 }
 QUICK = Network(("--model", "mlp", "--hidden", 8, "--batch-size", 120, "--epochs", 1), {"sgd": 0.1}, 1)
@@ -81,6 +84,7 @@ OPTIMIZERS = {
     "adamw": ("--optimizer", "adamw", "--weight-decay", 0.1),
 }
 DENSE, CLIPPED, SPARSE, LOWBIT = "dense", "dense, clipped", "top-k, warm-up", "4 bits"
+UNMASKED_CLIPPED = "warm-up, clipped"
 UNMASKED, MASKED, MASKED_AT_ONCE = "warm-up", "masked, warm-up", "masked"
 # Variant: options behind the optimizer's, and how many warm-ups of the density.
 SGD: dict[str, tuple[Sequence[Any], int]] = {
@@ -92,7 +96,7 @@ SGD: dict[str, tuple[Sequence[Any], int]] = {
     "no warm-up": ((), 0),
     "momentum in the optimizer": (("--momentum-in", "optimizer"), 0),
     "twice the warm-up": ((), 2),
-    "warm-up, clipped": (("--clip-norm", 1), 1),
+    UNMASKED_CLIPPED: (("--clip-norm", 1), 1),
     "warm-up, rate in the residual": (("--rescale-with-lr",), 1),
     "no error feedback": (("--no-error-feedback",), 0),
 }
@@ -135,7 +139,7 @@ def command(arm: Arm, lr: float, seed: int) -> list[str]:
     if arm.density < 1.0:
         given += ["--density", arm.density]
         if warmups and arm.density < 0.25:
-            given += ["--warmup", warmups * network.warmup]
+            given += [network.unit, warmups * network.warmup]
     return [str(part) for part in given]
 
 
@@ -196,12 +200,24 @@ def study(
 
 
 class Row(NamedTuple):
-    """One arm's verdict. `above`: share by which its mean loss is above dense's; None: it did not converge."""
+    """One arm's verdict.
+
+    Attributes:
+        arm: what was trained.
+        lr: its best rate.
+        losses: of the verdict's seeds.
+        baseline: the losses of dense training with the same optimizer, clipped where the arm is; None: not run.
+        above: share by which its mean loss is above the baseline's; None: it did not converge.
+        accuracy: mean share of the held-out examples, or of the tokens of a text, that it predicts.
+        bytes_sent_per_step: mean over the run, of one rank.
+    """
 
     arm: Arm
     lr: float
     losses: trained.Losses
+    baseline: trained.Losses | None
     above: float | None
+    accuracy: float
     bytes_sent_per_step: float
 
 
@@ -212,7 +228,7 @@ def rows(found: Sequence[records.Record]) -> list[Row]:
     for record in ran:
         if record["seed"] != trained.CHOICE_SEED:
             by_arm.setdefault(Arm(*(record[name] for name in Arm._fields)), []).append(record)
-    dense: dict[tuple[str, str], trained.Losses] = {}
+    dense: dict[tuple[str, str, str], trained.Losses] = {}
     result = []
     for arm in arms(list(dict.fromkeys(arm.network for arm in by_arm))):
         best = best_rate(arm, ran) if arm in by_arm else None
@@ -220,11 +236,16 @@ def rows(found: Sequence[records.Record]) -> list[Row]:
         if len(of_arm) < len(about["seeds"]):
             continue
         losses = [record["loss"] for record in of_arm]
-        if arm.variant == DENSE:
-            dense[arm.network, arm.optimizer] = losses
-        above = trained.above(losses, dense.get((arm.network, arm.optimizer)))
-        sent = statistics.mean(record["bytes_sent_per_step"] for record in of_arm)
-        result.append(Row(arm, of_arm[0]["lr"], losses, above, sent))
+        if arm.variant in (DENSE, CLIPPED):
+            dense[arm.network, arm.optimizer, arm.variant] = losses
+        its_dense = CLIPPED if arm.variant == UNMASKED_CLIPPED else DENSE
+        baseline = dense.get((arm.network, arm.optimizer, its_dense))
+        accuracy, sent = (
+            statistics.mean(record[figure] for record in of_arm)
+            for figure in ("accuracy", "bytes_sent_per_step")
+        )
+        above = trained.above(losses, baseline)
+        result.append(Row(arm, of_arm[0]["lr"], losses, baseline, above, accuracy, sent))
     return result
 
 
@@ -238,7 +259,8 @@ def page(found: Sequence[records.Record]) -> str:
         f"{len(about['rates'])} learning rates, and of the next ones beyond where the lowest or the highest is best, "
         "chosen on one half of the held-out data. The loss is on the other half: "
         f"mean and standard deviation over {len(about['seeds'])} seeds, and the share of the mean above dense training "
-        "with the same optimizer. Under SGD the momentum is in the memory unless a row says otherwise. "
+        "with the same optimizer, clipped where the row is. Accuracy is the share of examples, or of a text's "
+        "characters, that are predicted. Under SGD the momentum is in the memory unless a row says otherwise. "
         "`for_optimizer` makes *masked, warm-up* for SGD and *4 bits* for AdamW.",
     ]
     for network, optimizer in pairs(verdicts):
@@ -250,12 +272,14 @@ def page(found: Sequence[records.Record]) -> str:
                 f"{row.lr:g}",
                 trained.spread(row.losses),
                 trained.share(row.above),
+                f"{row.accuracy:.2%}",
                 count(row.bytes_sent_per_step),
             )
             for row in mine
         ]
         lines += ["", f"## {network}, {optimizer}", ""]
-        lines += table.markdown(("variant", "density", "rate", "loss", "above dense", "bytes a step"), cells)
+        head = ("variant", "density", "rate", "loss", "above dense", "accuracy", "bytes a step")
+        lines += table.markdown(head, cells)
         lines += ["", verdict(mine)]
     return table.page(lines)
 
@@ -266,12 +290,14 @@ def pairs(verdicts: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def verdict(mine: Sequence[Row]) -> str:
-    """Which of a network's and optimizer's rows are within the bar, and which not by more than the seeds differ."""
-    losses = {
-        f"{row.arm.variant} at {row.arm.density:g}": row.losses for row in mine if row.arm.variant != DENSE
-    }
+    """Which rows without clipping are within the bar, and which not by more than the seeds differ; then the clipped."""
+    plain = [row for row in mine if row.arm.variant not in (DENSE, CLIPPED, UNMASKED_CLIPPED)]
     dense = next((row.losses for row in mine if row.arm.variant == DENSE), None)
-    return trained.verdict(dense, losses)
+    text = trained.verdict(dense, {f"{row.arm.variant} at {row.arm.density:g}": row.losses for row in plain})
+    for row in mine:
+        if row.arm.variant == UNMASKED_CLIPPED:
+            text += f" Clipped behind a warm-up, against dense training that is clipped: {trained.share(row.above)}."
+    return text
 
 
 def main() -> None:

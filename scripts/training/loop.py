@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from . import averaging, checkpoint, strategies, tasks
 from .launch import World
 from .log import Log, Progress
 from .options import fixed
-from .schedules import learning_rate, total_steps
+from .schedules import learning_rate, note_on_warmup, total_steps
 
 
 class Run:
@@ -36,6 +37,8 @@ class Run:
         self.numel = sum(p.numel() for p in self.task.model.parameters() if p.requires_grad)
         self.strategy = strategy_of(self.task.model, options, world, self.task.steps_per_epoch)
         self.total = total_steps(options, self.task.steps_per_epoch)
+        if world.is_main and (note := note_on_warmup(options, self.task.steps_per_epoch)):
+            print(note, file=sys.stderr)
         self.done = 0
         self.carry = self.task.start()
         self.evaluation: dict[str, float] = {}

@@ -134,6 +134,7 @@ def _add_gradients(group: Any) -> None:
         help="Keep the residual in units of parameters (gTop-k's way).",
     )
     add("--warmup", type=int, default=0, metavar="EPOCHS", help="Epochs over which the density falls (0).")
+    add("--warmup-steps", type=int, default=0, metavar="STEPS", help="The same, in steps (0).")
     add("--warmup-start", type=float, default=0.25, metavar="DENSITY", help="Density it falls from (0.25).")
     add(
         "--clip-norm",
@@ -327,7 +328,7 @@ USED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda o: o.momentum_in == "optimizer" or has_memory(o),
         "a sparse hook with error feedback",
     ),
-    "warmup_start": (lambda o: o.warmup > 0, "--warmup"),
+    "warmup_start": (lambda o: o.warmup + o.warmup_steps > 0, "--warmup or --warmup-steps"),
     "error_feedback": (lambda o: o.scheme != "dense", "a sparse --scheme"),
     "dense_crossover": (lambda o: o.scheme != "dense", "a sparse --scheme"),
     "delta_every": (
@@ -385,7 +386,7 @@ def check(options: Any) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not positive")
-    for name in ("warmup", "delta_every", "weight_decay", "seed", "lr_warmup", "sample"):
+    for name in ("warmup", "warmup_steps", "delta_every", "weight_decay", "seed", "lr_warmup", "sample"):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is negative")
     for name in ("resume", "checkpoint_every", "stop_after"):
@@ -395,7 +396,11 @@ def check(options: Any) -> None:
         raise ValueError(
             "--factor-masking masks the velocity of the memory: it needs --momentum and error feedback"
         )
-    if options.warmup and options.warmup_start < options.density:
+    if options.warmup and options.warmup_steps:
+        raise ValueError(
+            f"--warmup {options.warmup} and --warmup-steps {options.warmup_steps}: give one of them"
+        )
+    if (options.warmup or options.warmup_steps) and options.warmup_start < options.density:
         raise ValueError(f"--warmup-start {options.warmup_start} is below --density {options.density}")
     check_averaging(options)
     if options.clip_norm is not None and has_hook(options) and not options.error_feedback:

@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""The learning rate of a step, and how long a run and its warm-up are."""
 
 from __future__ import annotations
 
@@ -34,3 +34,17 @@ def learning_rate(options: Any, step: int, total: int, steps_per_epoch: int) -> 
 def total_steps(options: Any, steps_per_epoch: int) -> int:
     """Steps of the whole run: `--steps`, or all of `--epochs`."""
     return int(options.steps or options.epochs * steps_per_epoch)
+
+
+def note_on_warmup(options: Any, steps_per_epoch: int) -> str | None:
+    """Says that the warm-up of the density is as long as the run, where it is: its last density is never reached."""
+    warmup, total = (
+        options.warmup_steps or options.warmup * steps_per_epoch,
+        total_steps(options, steps_per_epoch),
+    )
+    if options.scheme == "dense" or warmup < total:
+        return None
+    return (
+        f"train.py: the warm-up of the density takes {warmup} steps and the run {total}: "
+        f"density {options.density} is never reached"
+    )

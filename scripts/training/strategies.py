@@ -179,6 +179,8 @@ def scheme_parts(
             steps_per_epoch=steps_per_epoch,
             start=options.warmup_start,
         )
+    elif options.warmup_steps > 0:
+        density = ExponentialWarmup(options.density, options.warmup_steps, start=options.warmup_start)
     memory: Memory = NoMemory()
     if options.error_feedback:
         moves = options.optimizer == "sgd" and options.momentum_in == "memory"

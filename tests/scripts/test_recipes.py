@@ -24,6 +24,17 @@ def test_every_command_of_the_study_is_one_of_train_py():
     assert set(first.values()) == {recipes.DENSE}
 
 
+def test_no_warm_up_is_as_long_as_its_run():
+    """An epoch of the GPT's text has more steps than its run: nothing was compressed in it."""
+    for name, network in recipes.NETWORKS.items():
+        arm = next(a for a in recipes.arms([name]) if recipes.command(a, 0.1, 0).count(network.unit))
+        parsed = options.parse(recipes.command(arm, 0.1, 0))
+        if parsed.steps is None:
+            assert 3 * parsed.warmup <= parsed.epochs, name
+        else:
+            assert parsed.warmup == 0 and 0 < 3 * parsed.warmup_steps <= parsed.steps, name
+
+
 def record(arm, lr, seed, loss):
     return {
         "bench": "run",
@@ -31,6 +42,7 @@ def record(arm, lr, seed, loss):
         "lr": lr,
         "seed": seed,
         "loss": loss,
+        "accuracy": 0.5,
         "bytes_sent_per_step": 10.0,
     }
 
@@ -48,27 +60,34 @@ def test_the_page_compares_with_dense_and_says_what_diverges():
     )
     wild = recipes.Arm("quick", "sgd", "no error feedback", 0.01)
     late = recipes.Arm("quick", "sgd", "no error feedback", 0.001)
-    near = recipes.Arm("quick", "sgd", "warm-up, clipped", 0.01)
+    near = recipes.Arm("quick", "sgd", recipes.UNMASKED, 0.01)
+    clipped = recipes.Arm("quick", "sgd", recipes.CLIPPED, 1.0)
+    both = recipes.Arm("quick", "sgd", recipes.UNMASKED_CLIPPED, 0.01)
     found = [
         {"bench": "study", "ranks": 2, "rates": [1.0], "seeds": [0, 1]},
         *(record(dense, 0.1, seed, loss) for seed, loss in ((trained.CHOICE_SEED, 9.0), (0, 1.0), (1, 2.0))),
         *(
             record(arm, lr, trained.CHOICE_SEED, loss)
-            for arm in (sparse, near, wild, late)
+            for arm in (sparse, near, wild, late, clipped, both)
             for lr, loss in ((0.2, 9.0), (0.1, 9.5))
         ),
         *(record(sparse, 0.2, seed, loss) for seed, loss in ((0, 1.01), (1, 2.02))),
         *(record(sparse, 0.1, seed, 0.0) for seed in (0, 1)),  # of a rate that was the best one for a while
+        *(record(clipped, 0.2, seed, 0.5) for seed in (0, 1)),
+        *(record(both, 0.2, seed, 0.52) for seed in (0, 1)),
         *(record(near, 0.2, seed, loss) for seed, loss in ((0, 1.2), (1, 2.2))),
         *(record(wild, 0.2, seed, loss) for seed, loss in ((0, 1.0), (1, None))),
         record(late, 0.2, 0, 1.0),
     ]
     text = recipes.page(found)
-    assert "| masked, warm-up | 0.01 | 0.2 | 1.515 ± 0.714 | +1.0% |" in text
+    assert "| masked, warm-up | 0.01 | 0.2 | 1.515 ± 0.714 | +1.0% | 50.00% |" in text
+    assert "| dense, clipped | 1 | 0.2 | 0.500 ± 0.000 | -66.7% |" in text
+    assert "| warm-up, clipped | 0.01 | 0.2 | 0.520 ± 0.000 | +4.0% |" in text  # of dense, clipped
     assert "diverges" in text and "0.001" not in text
     text = " ".join(text.split())
     assert "Within 2% of dense's loss: masked, warm-up at 0.01. Above by less than the seeds" in text
-    assert "(one standard deviation): warm-up, clipped at 0.01." in text
+    assert "(one standard deviation): warm-up at 0.01." in text
+    assert "against dense training that is clipped: +4.0%." in text
 
 
 def test_an_arm_whose_best_rate_is_the_first_or_the_last_also_gets_the_next():

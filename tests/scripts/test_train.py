@@ -10,7 +10,7 @@ import torch
 from launch import ROOT, mpiexec, mpiexec_path, run, spawn_gloo, torchrun
 from test_data import write_cifar, write_ptb
 from train import render
-from training import checkpoint, loop, options, strategies
+from training import checkpoint, loop, options, schedules, strategies
 from training import launch as job_launch
 from training.log import Log, read, table
 from training.schedules import learning_rate
@@ -376,6 +376,28 @@ def test_learning_rates():
     assert falling[::3] == [1.0, 0.5, 0.25, 0.125] and falling == sorted(falling, reverse=True)
 
 
+def test_the_density_falls_over_epochs_or_steps_and_a_warm_up_as_long_as_the_run_is_told():
+    def schedule(*given):
+        return strategies.sparse_state(parse("--scheme", "topk", *given), 10).reducer.selector.schedule
+
+    steps, epochs = schedule("--warmup-steps", 4), schedule("--warmup", 2)
+    assert [steps.density(step) for step in (0, 4)] == [0.25, 0.01] and steps.density(2) == pytest.approx(
+        0.05
+    )
+    assert [epochs.density(step) for step in (0, 9, 20)] == [0.25, 0.25, 0.01]
+
+    def note(*given):
+        return schedules.note_on_warmup(parse("--scheme", "topk", *given), 10)
+
+    assert note("--steps", 10, "--warmup", 1) == (
+        "train.py: the warm-up of the density takes 10 steps and the run 10: density 0.01 is never reached"
+    )
+    assert note("--epochs", 2, "--warmup-steps", 20) and not note("--epochs", 2, "--warmup-steps", 19)
+    assert not note("--epochs", 1) and not schedules.note_on_warmup(
+        parse("--scheme", "dense", "--epochs", 1, "--warmup", 1), 10
+    )
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("scheme", strategies.SPARSE)
 def test_without_error_feedback_nothing_is_remembered(scheme):
@@ -404,6 +426,7 @@ def test_without_error_feedback_nothing_is_remembered(scheme):
         (["--scheme", "dense", "--transport", "mpi"], "--transport has no effect here"),
         (["--scheme", "dense", "--rescale-with-lr"], "it needs a sparse hook with error feedback"),
         (["--nesterov"], "--nesterov has no effect here: it needs --momentum"),
+        (["--warmup", "2", "--warmup-steps", "9"], "--warmup 2 and --warmup-steps 9: give one of them"),
         (["--warmup-start", "0.5"], "--warmup-start has no effect here: it needs --warmup"),
         (["--lr-every", "3"], "it needs --lr-schedule step"),
         (["--mu", "0.5"], "--mu has no effect here: it needs --averaging block"),
