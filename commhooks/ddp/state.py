@@ -516,7 +516,11 @@ class SparseState:
         self.watch.forgive()
 
     def reset(self) -> None:
-        """Sets the memory to zero and starts at step 0. Call it on all ranks between the same steps."""
+        """Sets the memory to zero and starts at step 0. It is not collective.
+
+        All ranks must call it between the same steps. If only some do, the next step raises
+        ``SettingsMismatchError``.
+        """
         self.forget_waiting()
         self._thread.wait()
         self.reducer.reset()
@@ -570,7 +574,8 @@ class SparseState:
     def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]], *, strict: bool = True) -> None:
         """Loads this rank's state, or the list of all ranks' states of a run of any world size.
 
-        The first call opens the transport, which is collective.
+        The first call opens the transport, which is collective. All ranks must load between the same steps.
+        If only some do, the next step raises ``SettingsMismatchError``.
 
         Args:
             state: as for :meth:`Reducer.load_state_dict`.

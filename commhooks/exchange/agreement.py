@@ -15,11 +15,16 @@ from torch import Tensor
 
 from ..errors import SettingsMismatchError
 from ..transports import Transport
-from ..wire.message import Context
+from ..wire.message import RETURNED, Context
 
 MESSAGE_BYTES = 1024
 _CHECKSUM_BYTES = 8
-_DERIVED = ("k",)
+_DERIVED = ("k", "pairs at the next step")
+WAS_RETURNED = "reset or loaded since the last step"
+STEP_ADVICE = {
+    name: " (reset(), load_state_dict() and discard() belong on all ranks)" for name in ("step", WAS_RETURNED)
+}
+"""What to do when the ranks are at different steps, as ``advice`` of :func:`compare`."""
 _BETWEEN_PAIRS, _WITHIN_PAIR = "\x1e", "\x1f"
 
 Settings = Mapping[str, object]
@@ -73,7 +78,7 @@ def compare(
     here, there = _read(mine), {r: _read(row) for r, row in others}
     names = list(dict.fromkeys(name for found in (here, *there.values()) for name in found))
     told = {name: text for name in names if (text := _difference(name, here, there))}
-    # A density that differs makes k differ too. Only the cause is reported.
+    # A density or step that differs makes k differ too. Only the cause is reported.
     causes = {name: text for name, text in told.items() if name not in _DERIVED} or told
     lines = [f"{text}{(advice or {}).get(name, '')}" for name, text in causes.items()]
     if not lines:
@@ -131,8 +136,13 @@ def agree_on_context(transport: Transport, context: Context) -> None:
     Raises:
         SettingsMismatchError: the ranks differ. The text names all values.
     """
-    settings = {"bucket": context.bucket, "step": context.step, "pairs at the next step": context.next_k}
-    agree(transport, settings, tag=context.tag, what=str(context))
+    settings = {
+        "bucket": context.bucket,
+        "step": context.step,
+        WAS_RETURNED: context.next_k == RETURNED,
+        "pairs at the next step": context.next_k,
+    }
+    agree(transport, settings, tag=context.tag, what=str(context), advice=STEP_ADVICE)
 
 
 def _read(message: Tensor) -> dict[str, str]:

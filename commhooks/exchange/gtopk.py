@@ -9,13 +9,13 @@ from ..errors import says_what_to_write
 from ..gradient.sparse_grad import SparseGrad, empty_message, places
 from ..native import ops
 from ..transports import Transport
-from ..wire.message import HEADER_BYTES, Context, NextSizeError, pack, unpack
+from ..wire.message import HEADER_BYTES, Context, OutOfStepError, pack, unpack
 from .base import Aggregated, Aggregator
 
 ALGORITHMS = ("doubling", "tree")
 _FOLD_ROUND = 0
 _RESULT_ROUND = 31
-_DIFFERS = -1  # instead of the next step's number of pairs, once ranks are known to differ in it
+_DIFFERS = -1  # instead of the next step's number of pairs, once contexts are known to differ
 _MEET_TAG = 15  # round i of doubling meets under this tag + i; i is at least 1 and at most 15
 
 
@@ -193,12 +193,13 @@ class _Messages:
     """Sends and receives the messages of one exchange. A round's number is part of its tag.
 
     Attributes:
-        differs: the error for a rank that will send another number of pairs at the next step. The exchange
-            goes on, so that all ranks learn of it: later messages announce ``_DIFFERS``.
+        differs: the error for a rank that is at another step, or will send another number of pairs at the
+            next one. The exchange goes on, so that all ranks learn of it: later messages announce
+            ``_DIFFERS``.
     """
 
     def __init__(self, transport: Transport, pairs: SparseGrad, context: Context) -> None:
-        self.differs: NextSizeError | None = None
+        self.differs: OutOfStepError | None = None
         self.transport, self.context = transport, context
         self._k, self._numel, self._device = pairs.k, pairs.numel, pairs.indices.device
 
@@ -267,9 +268,9 @@ class _Messages:
     def _unpacked(self, message: Tensor, sender: int) -> tuple[SparseGrad, bool]:
         try:
             return unpack(message, self._numel, sender, self.context)
-        except NextSizeError as error:
+        except OutOfStepError as error:
             self.differs = self.differs or error
-            return unpack(message, self._numel, sender, self.context.announcing(error.announced))
+            return unpack(message, self._numel, sender, error.theirs)
 
     def _move(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], number: int) -> None:
         what = f"{self.context}, round {number}"

@@ -168,7 +168,7 @@ class ParameterMemory:
         At a new layout the parameters' residuals and velocities are copied into a new :class:`BucketMemory`.
         """
         held = self._of_bucket.get(bucket.index)
-        is_new = held is None or not _same_keys(held.keys, bucket.keys) or not self._owns(held, all)
+        is_new = held is None or not same_keys(held.keys, bucket.keys) or not self._owns(held, all)
         if held is None or is_new:
             held = self._laid_anew(bucket)
         if self.undoable:
@@ -197,6 +197,10 @@ class ParameterMemory:
     def _owns(self, held: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
         """Whether ``all`` or ``any`` of the parameters of ``held`` still have their memory in it."""
         return not held.keys or how(self._place[key][0] is held for key in held.keys)
+
+    def layouts(self) -> dict[int, tuple[Hashable, ...]]:
+        """Returns the parameters of each bucket whose layout is known, by the bucket's index."""
+        return {i: held.keys for i, held in self._of_bucket.items() if self._owns(held, all)}
 
     def known(self, key: Hashable) -> bool:
         """Whether the table holds the parameter already."""
@@ -359,6 +363,6 @@ def _take_over(view: Tensor, source: Tensor, order: ElementOrder | None) -> None
         source.record_stream(torch.cuda.current_stream(source.device))
 
 
-def _same_keys(a: tuple[Hashable, ...], b: tuple[Hashable, ...]) -> bool:
+def same_keys(a: tuple[Hashable, ...], b: tuple[Hashable, ...]) -> bool:
     """Whether both hold the same parameters. Hashes are compared, since == on parameters is elementwise."""
     return len(a) == len(b) and all(hash(x) == hash(y) for x, y in zip(a, b, strict=True))

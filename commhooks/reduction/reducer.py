@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteGradientError, says_what_to_write
+from ..errors import NonFiniteGradientError, SettingsMismatchError, says_what_to_write
 from ..exchange import Aggregator, Dense, LowBit
-from ..exchange.agreement import agree
+from ..exchange.agreement import STEP_ADVICE, WAS_RETURNED, agree, agree_on_context
 from ..gradient.bucket import Bucket
-from ..memory import Memory, NoMemory
+from ..memory import ErrorFeedback, Memory, NoMemory
 from ..memory.owner_memory import OwnedChunk, without_owners
 from ..memory.ownership import claim
 from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
+from ..native.fused import Fused
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import Connection, Transport
 from ..wire.low_bit import chunks
-from ..wire.message import Context
+from ..wire.message import RETURNED, Context, OutOfStepError
 from .checkpoint import check_fits, description, in_units_of
 from .dense_rule import Crossover, DenseRule
+from .former import Former
 from .routes import DenseRoute, LowBitRoute, PlainRoute, Route, SparseRoute
 from .sizes import Sizes
 from .step import Step
@@ -103,6 +106,7 @@ class Reducer:
         self._step = Step(nonfinite)
         self._sends_everything = self._can_discard = self.is_inside = False
         self._sizes = Sizes()
+        self._former: Former | None = None
         self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, by index
         claim(self.memory, self, "memory", "state, compression or Reducer")
 
@@ -147,7 +151,7 @@ class Reducer:
             route.correct()
         step.figures.misses += route.misses
         with step.figures.phase("exchange", transport.counters):
-            thrown_away = route.exchange(transport)
+            thrown_away = self._exchange(route, transport)
         if thrown_away:
             route.take_back()
             found = f"{route.bad} non-finite gradient elements {route.where}"
@@ -285,12 +289,17 @@ class Reducer:
     def restart(self, saved: dict[str, Any]) -> None:
         """Restores this rank's own ``state_dict()`` and forgets a step that has begun. Not collective."""
         self._forget_step()  # no rollback is needed: the memory is replaced
-        self._agreed.clear()
+        self._former, self._agreed = None, {}
         self.step, self._can_discard = int(saved["step"]), False
         self.memory.table.load(saved)
 
     def reset(self) -> None:
-        """Sets the memory to zero and starts at step 0. All ranks must do so between the same steps."""
+        """Sets the memory to zero and starts at step 0. It is not collective.
+
+        All ranks must do so between the same steps. If only some do, the next step raises
+        ``SettingsMismatchError``.
+        """
+        self._former = self._before_change()
         self._forget_step()
         self.step, self._can_discard = 0, False
         self.memory.table.forget()
@@ -299,7 +308,8 @@ class Reducer:
         """Loads this rank's state, or all ranks' states of a run with any world size.
 
         What owners kept in low-bit exchanges goes to the residuals where the exchange has no owners, and
-        velocities are converted between Nesterov's and Polyak's form.
+        velocities are converted between Nesterov's and Polyak's form. All ranks must load between the same
+        steps. If only some do, the next step raises ``SettingsMismatchError``.
 
         Args:
             state: what this rank's :meth:`state_dict` returned, or the list of all ranks' in rank order. When
@@ -311,6 +321,7 @@ class Reducer:
                 format of a later version; or a memory that does not fit: it would be dropped, or random-k
                 would go on with momentum.
         """
+        former, agreed = self._before_change(), self._agreed
         transport = self.open()
         states = state if isinstance(state, list) else [state]
         check_states(states, isinstance(state, list), transport.rank, transport.world_size)
@@ -325,6 +336,8 @@ class Reducer:
         if not isinstance(self.aggregator, LowBit):
             mine = without_owners(mine, transport.world_size)
         self.restart({**in_units_of(self.memory, mine), "step": states[0]["step"]})
+        if former is not None and former.transport is transport:
+            self._former, self._agreed = former, agreed
 
     def __getstate__(self) -> dict[str, Any]:
         # The settings are all that a later version needs to make a Reducer of its own.
@@ -338,7 +351,7 @@ class Reducer:
     def _forget_step(self) -> None:
         """Forgets the step under way: the next bucket is a step's first."""
         self._step.forget()
-        self._sizes.clear()
+        self._sizes = Sizes()
         self._sends_everything = self.is_inside = False
 
     def _route(self, bucket: Bucket, scale: float, transport: Transport) -> Route:
@@ -351,31 +364,98 @@ class Reducer:
                 self._agree(bucket, bucket.numel, 1.0, transport)
                 self._agreed[bucket.index] = bucket.numels
             return PlainRoute(buffer, context)
+        returned = self._meet(bucket, transport)
         selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
         chunk = self._owned(bucket, held, transport)  # may add to the residual
         operands = memory.operands(held, bucket, scale=_inverse(scale, buffer))
-        k, must_agree = numel, is_new
+        k, must_agree = numel, is_new or returned
         if selector is not None:
             # A rank that discarded the last step alone would send a message of another size than the others.
             must_agree |= self.undoable and self._sizes.changes(bucket.index)
             k, next_k = self._sizes.at(selector, bucket.index, numel, self.step, is_new)
             context = Context(bucket.index, self.step, next_k)
         if must_agree:
-            self._agree(bucket, k, scale, transport)
+            self._agree(bucket, k, scale, transport, returned)
         if chunk is not None:
             chunk.begin(self.step, operands.rescale, self.undoable)
         if self.undoable:
             operands = held.apart(operands, self.step)
-        key, aggregator = bucket.index, self.aggregator
-        dense = isinstance(aggregator, Dense) or self._goes_dense(numel, k, transport.world_size)
-        if dense:
+        dense = self._goes_dense(numel, k, transport.world_size)
+        route = self._made(memory, held, operands, context, k, dense)
+        if isinstance(route, LowBitRoute):
+            route.chunk = chunk
+        elif isinstance(route, SparseRoute) and self._measures_delta:
+            route.meter = self._step.figures.delta
+        return route
+
+    def _made(
+        self,
+        memory: Memory,
+        held: BucketMemory,
+        operands: Fused,
+        context: Context,
+        k: int,
+        dense: bool,
+    ) -> DenseRoute | LowBitRoute | SparseRoute:
+        """Makes the route of a bucket that has a memory."""
+        selector, aggregator = self.selector, self.aggregator
+        if dense or isinstance(aggregator, Dense):
             return DenseRoute(memory, held, operands, context)
         if isinstance(aggregator, LowBit):
-            return LowBitRoute(memory, held, operands, context, aggregator, chunk)
+            return LowBitRoute(memory, held, operands, context, aggregator, None)
         assert selector is not None
-        meter = self._step.figures.delta if self._measures_delta else None
-        return SparseRoute(memory, held, operands, context, selector, k, key, aggregator, meter)
+        return SparseRoute(memory, held, operands, context, selector, k, context.bucket, aggregator)
+
+    def _exchange(self, route: Route, transport: Transport) -> bool:
+        """Runs a route's exchange. Ranks that are out of step compare what each of them exchanges."""
+        try:
+            return route.exchange(transport)
+        except OutOfStepError:  # raised on all ranks
+            agree_on_context(transport, route.context)
+            raise
+
+    def _before_change(self) -> Former | None:
+        """Returns what the ranks expect of each other next. None: nothing, as after a failed step."""
+        if self.is_inside or not self.connection.is_open:
+            return None
+        layouts = self.memory.table.layouts()
+        return self._former or Former(self.transport, self.step, layouts, self._sizes, self._sends_everything)
+
+    def _meet(self, bucket: Bucket, transport: Transport) -> bool:
+        """Notices ranks that were not reset or loaded with this one, at the next bucket.
+
+        Ranks that were not reset send a message of the size that they had announced. So the ranks that were
+        reset first send zeros in a message of that size, which says that they were.
+
+        Returns:
+            Whether this rank was reset or loaded. Then all ranks were, and compare their settings next.
+
+        Raises:
+            SettingsMismatchError: a rank was not, or the ranks have loaded different steps.
+        """
+        former, self._former = self._former, None
+        if former is None or not former.layouts:
+            return False
+        if not former.exchanges(bucket, transport, self.undoable):
+            return True
+        k = bucket.numel
+        if self.selector is not None:
+            k, _ = former.sizes.at(self.selector, bucket.index, k, former.step, is_new=False)
+        context = Context(bucket.index, self.step, RETURNED)
+        nothing = replace(bucket, buffer=torch.zeros_like(bucket.buffer))
+        memory = NoMemory() if isinstance(self.memory, NoMemory) else ErrorFeedback()
+        held, _ = memory.for_bucket(nothing)
+        dense = former.sends_everything or self._goes_dense(bucket.numel, k, transport.world_size)
+        route = self._made(memory, held, memory.operands(held, nothing, scale=None), context, k, dense)
+        route.correct()
+        with transport.uncounted():
+            if self._exchange(route, transport):  # zeros are finite, and so no rank that was reset voted
+                raise SettingsMismatchError(
+                    f"rank {transport.rank}, {context}: reset() or load_state_dict() was called here, and "
+                    "another rank has gone on with the step before"
+                )
+        return True
 
     def _owned(self, bucket: Bucket, held: BucketMemory, transport: Transport) -> OwnedChunk | None:
         """What this rank keeps as an owner in low-bit exchanges. None: there are none, or nothing is kept.
@@ -397,11 +477,14 @@ class Reducer:
     def _goes_dense(self, numel: int, k: int, world_size: int) -> bool:
         return self._sends_everything or self._dense_rule.goes_dense(numel, k, world_size)
 
-    def _agree(self, bucket: Bucket, k: int, scale: float, transport: Transport) -> None:
+    def _agree(
+        self, bucket: Bucket, k: int, scale: float, transport: Transport, returned: bool = False
+    ) -> None:
         context = Context(bucket.index, self.step)
         settings = {
             "bucket": bucket.index,
             "step": self.step,
+            WAS_RETURNED: returned,
             "elements": bucket.numel,
             "parameters": len(bucket.keys),
             "dtype": bucket.buffer.dtype,
@@ -409,7 +492,8 @@ class Reducer:
             "k": k,
             **self.settings(),
         }
-        agree(transport, settings, tag=context.tag + _AGREEMENT_TAG, what=f"bucket {bucket.index}")
+        tag, what = context.tag + _AGREEMENT_TAG, f"bucket {bucket.index}"
+        agree(transport, settings, tag=tag, what=what, advice=STEP_ADVICE)
 
 
 _UNUSED = "after backward() and before the optimizer's step"

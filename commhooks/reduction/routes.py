@@ -35,7 +35,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..exchange import Aggregated, Aggregator, LowBit
-from ..exchange.agreement import agree_on_context
 from ..exchange.low_bit import Activity, LowBitMean
 from ..exchange.voting_sum import summed
 from ..gradient.sparse_grad import SparseGrad, empty_message, places
@@ -46,7 +45,7 @@ from ..native.fused import Fused, Selected
 from ..selection.selectors import Selector
 from ..transports import Transport
 from ..wire.low_bit import chunks
-from ..wire.message import Context, NextSizeError
+from ..wire.message import Context
 from .stats import DeltaMeter
 from .write_back import write_dense, write_sparse
 
@@ -246,12 +245,7 @@ class SparseRoute(_MemoryRoute):
     def exchange(self, transport: Transport) -> bool:
         """Sums the pairs and the votes by the aggregator."""
         assert self.aggregator is not None
-        try:
-            out = self.aggregator.aggregate(transport, self.pairs, self.bad > 0, self.context)
-        except NextSizeError:  # raised on all ranks: they can say who will send how much
-            agree_on_context(transport, self.context)
-            raise
-        self.out = out
+        self.out = out = self.aggregator.aggregate(transport, self.pairs, self.bad > 0, self.context)
         if self.meter is not None and not out.nonfinite:
             self.meter.add(transport, self.held.residual, out, self.k, self.context.tag)
         return out.nonfinite

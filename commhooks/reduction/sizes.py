@@ -36,7 +36,3 @@ class Sizes:
     def changes(self, bucket: int) -> bool:
         """Whether the bucket's last exchange announced another number of pairs than it had itself."""
         return len(set(self._announced.get(bucket, {}).values())) > 1
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._announced.clear()

@@ -23,14 +23,22 @@ _MARK = 0x436F4B32
 _STEP_BITS = 0x7FFFFFFF
 _VOTE = -0x80000000
 _TAGS = 32768 // ROUNDS_PER_BUCKET
+RETURNED = -2
+"""In place of the next step's number of pairs: the sender's memory was reset or loaded since the last step."""
 
 
-class NextSizeError(SettingsMismatchError):
-    """A message announces another number of pairs for the next step than this rank's."""
+class OutOfStepError(SettingsMismatchError):
+    """A message has the expected size, but is of another step or announces another size for the next one.
 
-    def __init__(self, text: str, announced: int) -> None:
+    The exchange can go on, so that all ranks notice it and the ranks can compare their contexts.
+
+    Attributes:
+        theirs: the sender's context.
+    """
+
+    def __init__(self, text: str, theirs: Context) -> None:
         super().__init__(text)
-        self.announced = announced
+        self.theirs = theirs
 
 
 class Context(NamedTuple):
@@ -39,8 +47,8 @@ class Context(NamedTuple):
     Attributes:
         bucket: the bucket's index.
         step: the step.
-        next_k: the number of pairs of the bucket at the next step. The ranks compare it one step ahead, since
-            transports fail on messages of unequal sizes.
+        next_k: the number of pairs of the bucket at the next step, or :data:`RETURNED`. The ranks compare it
+            one step ahead, since transports fail on messages of unequal sizes.
     """
 
     bucket: int
@@ -92,9 +100,9 @@ def unpack(message: Tensor, numel: int, sender: int, context: Context) -> tuple[
 
     Raises:
         SettingsMismatchError: the message is of another bucket or step or holds another number of pairs, or
-            the sender announces another number for the next step (``NextSizeError``); or an index is out of
-            place. On a GPU indices are not checked here, since that would wait; the kernels leave out those
-            that are out of range.
+            the sender announces another number for the next step; or an index is out of place.
+            ``OutOfStepError`` where only the step or the announced number differs. On a GPU indices are not
+            checked here, since that would wait; the kernels leave out those that are out of range.
     """
     values, indices = places(message)
     vote = read_header(message[:HEADER_WORDS].tolist(), values.numel(), sender, context)
@@ -153,24 +161,26 @@ def read_header(
     Raises:
         SettingsMismatchError: the header is of another exchange than ``context``, or of another ``count``
             (the text names the ``unit`` of the count, and the ``setting`` that differs), or announces another
-            number of pairs for the next step (``NextSizeError``).
+            number of pairs for the next step. ``OutOfStepError`` where bucket and ``count`` are the expected
+            ones.
     """
     marked, bucket, step, next_k = header
-    if (bucket, step & _STEP_BITS) != (context.bucket, context.step & _STEP_BITS):
-        raise SettingsMismatchError(
-            f"expected {context} from rank {sender}, got bucket {bucket}, step {step & _STEP_BITS}: the "
-            "ranks are out of step"
-        )
+    theirs = Context(bucket, step & _STEP_BITS, next_k)
+    if (bucket, theirs.step) != (context.bucket, context.step & _STEP_BITS):
+        text = f"expected {context} from rank {sender}, got {theirs}: the ranks are out of step"
+        if bucket == context.bucket and marked == _MARK ^ count:
+            raise OutOfStepError(text, theirs)
+        raise SettingsMismatchError(text)
     if marked != _MARK ^ count:
         raise SettingsMismatchError(
             f"{context}: expected {count} {unit} from rank {sender}, got a message of {marked ^ _MARK}: the "
             f"ranks' {setting} differ"
         )
     if next_k != context.next_k:
-        raise NextSizeError(
+        raise OutOfStepError(
             f"{context}: at the next step {context.next_k} pairs here, rank {sender} announces {next_k}: the "
             "ranks' densities differ",
-            next_k,
+            theirs,
         )
     return step < 0
 

@@ -279,34 +279,44 @@ def _alone(rank, size):
     if rank == 0:
         state.discard()
     try:
-        for _ in range(2):
-            ddp(torch.ones(4)).backward()
-            ddp.zero_grad()
+        ddp(torch.ones(4)).backward()
     except RuntimeError:
-        return type(state.error).__name__
+        return f"{type(state.error).__name__}: {state.error}"
     return "nothing"
 
 
-def test_a_rank_that_discards_alone_is_a_typed_error():
-    names = set(spawn_gloo(_alone, 2))
-    assert "SettingsMismatchError" in names and names <= {
-        "SettingsMismatchError",
-        "PeerLostError",
-        "PeerTimeoutError",
-    }
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_rank_that_discards_alone_is_a_typed_error(size):
+    for rank, text in enumerate(spawn_gloo(_alone, size)):
+        assert text.startswith("SettingsMismatchError: "), text
+        assert ("step: 1 here, 0 on rank 0" if rank else "step: 0 here, 1 on rank") in text, text
 
 
-def _alone_in_a_warm_up(rank, size, scheme, steps, dense_crossover):
-    """Rank 0 discards alone after ``steps`` steps, between which the number of pairs changes."""
+def _warm_up_state(scheme, **options):
     density = ExponentialWarmup(0.125, warmup_steps=3, start=1.0)  # 16, 8, 4 and 2 of 16 elements
-    make = {"topk": SparseState.topk, "gtopk": SparseState.gtopk, "randomk": SparseState.randomk}[scheme]
+    if scheme == "lowbit":
+        return SparseState.lowbit(8, timeout_s=20.0, **options)
+    if scheme == "dense":
+        return SparseState.dense(memory=ErrorFeedback(momentum=0.9), timeout_s=20.0, **options)
+    return getattr(SparseState, scheme)(density, timeout_s=20.0, **options)
+
+
+def _alone_in_a_warm_up(rank, size, what, scheme, steps, dense_crossover, undoable):
+    """Rank 0 goes back alone after ``steps`` steps, between which the number of pairs changes."""
     ddp = DistributedDataParallel(W(16))
-    state = register(ddp, make(density, dense_crossover=dense_crossover, timeout_s=20.0, undoable=True))
+    state = register(ddp, _warm_up_state(scheme, dense_crossover=dense_crossover, undoable=undoable))
+    saved = []
     for _ in range(steps):
+        saved.append(state.state_dict())
         ddp.zero_grad()
         ddp(torch.ones(16)).backward()
     if rank == 0:
-        state.discard()
+        if what == "load":
+            state.load_state_dict(saved[1])
+        elif what == "load the same step":
+            state.load_state_dict({**saved[1], "step": steps})
+        else:
+            getattr(state, what)()
     ddp.zero_grad()
     try:
         ddp(torch.ones(16)).backward()
@@ -318,12 +328,75 @@ def _alone_in_a_warm_up(rank, size, scheme, steps, dense_crossover):
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_a_rank_that_discards_alone_while_the_density_falls_is_a_typed_error_on_all(size):
-    """Their messages have unequal sizes, at which gloo ended the process."""
-    cases = [("topk", 2, False), ("gtopk", 3, True), ("randomk", 2, False)]
-    for outcomes in spawn_gloo(in_turn, size, (_alone_in_a_warm_up, cases)):
+def test_a_rank_that_goes_back_alone_is_a_typed_error_on_all(size):
+    """While the density falls their messages had unequal sizes, at which gloo ended the process."""
+    cases = [
+        ("discard", "topk", 2, False, True),
+        ("discard", "gtopk", 3, True, True),
+        ("discard", "randomk", 2, False, True),
+        ("reset", "topk", 2, False, False),
+        ("reset", "topk", 5, False, True),
+        ("reset", "gtopk", 5, True, False),
+        ("reset", "randomk", 2, False, True),
+        ("reset", "lowbit", 3, False, False),
+        ("load", "topk", 5, True, False),
+        ("load", "gtopk", 3, False, False),
+        ("load", "randomk", 5, False, False),
+        ("load", "dense", 3, False, False),
+        ("load", "lowbit", 3, False, True),
+        ("load the same step", "gtopk", 4, False, False),
+        ("load the same step", "lowbit", 4, False, False),
+    ]
+    for rank, outcomes in enumerate(spawn_gloo(in_turn, size, (_alone_in_a_warm_up, cases))):
         for case, (name, text) in zip(cases, outcomes, strict=True):
-            assert name == "SettingsMismatchError" and "step: " in text, (case, name, text)
+            assert name == "SettingsMismatchError", (case, name, text)
+            if case[0] == "load the same step":
+                here, there = (False, "True on rank 0") if rank else (True, "False on rank")
+                assert f"reset or loaded since the last step: {here} here, {there}" in text, (case, text)
+            else:
+                went_back_to = {"discard": case[2] - 1, "reset": 0, "load": 1}[case[0]]
+                here, there = (case[2], f"{went_back_to} on rank 0") if rank else (went_back_to, case[2])
+                assert f"step: {here} here, {there}" in text, (case, text)
+
+
+def _all_go_back(rank, size, what, scheme, dense_crossover):
+    """Five steps of ranks that went back together before, and five steps of ranks that did not."""
+    torch.manual_seed(rank)
+    gradients, runs = torch.randn(5, 16), []
+    for goes_back in (True, False):
+        ddp = DistributedDataParallel(W(16))
+        state = register(ddp, _warm_up_state(scheme, dense_crossover=dense_crossover))
+
+        def train(first, last, ddp=ddp):
+            for g in gradients[first:last]:
+                ddp.zero_grad()
+                ddp(g).backward()
+
+        train(0, 2)
+        saved = state.state_dict()
+        train(2, 4)
+        if goes_back:
+            for _ in range(2):  # the second time nothing was exchanged in between
+                state.reset() if what == "reset" else state.load_state_dict(saved)
+            train(*((0, 5) if what == "reset" else (2, 5)))
+        else:
+            train(4, 5)
+        held = state.state_dict()
+        runs.append((ddp.module.w.grad, held["residual"]["w"], held["step"], state.stats()["bytes_sent"]))
+        state.close()
+    return (
+        all(torch.equal(*pair) for pair in zip(runs[0][:2], runs[1][:2], strict=True)),
+        runs[0][2:],
+        runs[1][2:],
+    )
+
+
+def test_all_ranks_go_back_together():
+    cases = [("reset", "topk", False), ("reset", "gtopk", True), ("load", "randomk", False)]
+    cases += [("load", "gtopk", False), ("reset", "lowbit", False), ("load", "dense", False)]
+    for case, ranks in each(_all_go_back, cases):
+        for equal, here, there in ranks:
+            assert equal and here == there and here[0] == 5, case
 
 
 def _alone_without_memory(rank, size, what):
