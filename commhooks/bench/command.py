@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..native import speed
 from ..transports.launcher import launched
 from .child import START_S, Task, meeting_place
 from .child import measure as measure_in_child
@@ -44,6 +45,7 @@ class Report:
         density: share of a gradient that ours sends.
         alone_s: seconds of a step without communication.
         rows: one a scheme.
+        slow_rank: a rank without native kernels. None: all have them.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Report:
     density: float
     alone_s: float
     rows: list[Row]
+    slow_rank: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--density", type=float, default=0.01, metavar="D", help="Of ours. Default: 0.01.")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="For all. Default: 60.")
+    speed.add_option(parser)
     parser.add_argument("--json", metavar="FILE", help="Write the figures to FILE, times in seconds.")
     parser.add_argument("--plot", metavar="FILE", help="Draw the figures into FILE. Needs matplotlib.")
 
@@ -86,7 +90,8 @@ def run(arguments: argparse.Namespace) -> Report | None:
         The report on rank 0; None on the others.
 
     Raises:
-        ValueError: an argument out of range, a single rank, or a file that rank 0 could not write.
+        ValueError: an argument out of range, a single rank, a rank without native kernels (unless
+            ``--allow-reference``), or a file that rank 0 could not write.
     """
     if not 0 < arguments.density <= 1:
         raise ValueError(f"--density must be in (0, 1], got {arguments.density:g}")
@@ -98,6 +103,9 @@ def run(arguments: argparse.Namespace) -> Report | None:
         rank, size = dist.get_rank(), dist.get_world_size()
         if size == 1:
             raise ValueError(_one_rank())
+        slow = _slow_rank()
+        if slow is not None and not arguments.allow_reference:
+            raise ValueError(speed.refusal("cpu", slow))
         _check_files(arguments.json, arguments.plot)
         numel = None if arguments.numel is None else round(arguments.numel)
         model = None if arguments.module or numel else arguments.model
@@ -114,7 +122,8 @@ def run(arguments: argparse.Namespace) -> Report | None:
         dist.all_gather_object(hosts, socket.gethostname())
         ordered = [rows[scheme] for scheme in arguments.schemes]
         count = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-        report = Report(job.name, count, size, sorted(set(hosts)), arguments.density, alone_s, ordered)
+        names, density = sorted(set(hosts)), arguments.density
+        report = Report(job.name, count, size, names, density, alone_s, ordered, slow)
     return report if rank == 0 else None
 
 
@@ -147,6 +156,8 @@ def text(report: Report) -> str:
         "sent: by a rank in a step; counted for ours, 2 (P - 1) / P * size for dense and fp16",
         "to dense: step / step of dense; below 1 is faster",
     ]
+    if report.slow_rank is not None:
+        lines.append(f"Rank {report.slow_rank} has no native kernels: ours ran on torch operators there.")
     if one_host:
         lines.append("All ranks are on one host: this measures its memory, not a network.")
     return "\n".join(lines)
@@ -163,6 +174,14 @@ def save(report: Report, json_file: str | None, plot_file: str | None) -> None:
         Path(json_file).write_text(json.dumps(as_dict(report), indent=1) + "\n")
     if plot_file:
         _plot(report, Path(plot_file))
+
+
+def _slow_rank() -> int | None:
+    """Returns a rank without native kernels. None: all have them. A collective call."""
+    lacks = speed.why_slow("cpu") is not None
+    found = torch.tensor([dist.get_rank() + 1 if lacks else 0], dtype=torch.int64, device="cpu")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found.item()) - 1 if found.item() else None
 
 
 def _check_files(json_file: str | None, plot_file: str | None) -> None:

@@ -316,9 +316,9 @@ def describe() -> dict[str, str]:
     return {
         "cpu kernels": f"native ({isa()})"
         if native_cpu is not None
-        else f"torch operators ({_why_not('cpu')})",
+        else f"torch operators ({why_not('cpu')})",
         "cpu library": str(path("cpu")) if native_cpu is not None else "not in use",
-        "cuda kernels": "native" if native_cuda is not None else f"torch operators ({_why_not('cuda')})",
+        "cuda kernels": "native" if native_cuda is not None else f"torch operators ({why_not('cuda')})",
         "cuda library": str(path("cuda")) if native_cuda is not None else "not in use",
         "cuda devices": str(torch.cuda.device_count()) if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
@@ -327,8 +327,10 @@ def describe() -> dict[str, str]:
     }
 
 
-def _why_not(name: str) -> str:
-    """Why the library ``name`` is not used."""
+def why_not(name: str) -> str | None:
+    """Returns why the library ``name`` (``"cpu"`` or ``"cuda"``) is not in use. None where it is."""
+    if (cuda() if name == "cuda" else cpu()) is not None:
+        return None
     if not enabled():
         return "COMMHOOKS_NATIVE=0"
     file = path(name)

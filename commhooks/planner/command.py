@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..native import speed
 from ..transports import Transport, make
 from ..transports.launcher import launched, local_rank
 from .cost_model import LOW_BIT
-from .job import measured_plan, sizes_of
+from .job import measured_plan, sizes_of, slow_rank
 from .plan import ADAPTIVE, AVERAGING_PERIOD, DENSITIES, SAFE, Job, Plan, Prediction
 
 MAX_NUMEL = 10**13
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="The optimizer is SGD without momentum. Random-k is considered then; with momentum it diverges.",
     )
+    speed.add_option(parser)
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
 
@@ -81,7 +83,8 @@ def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
         The plan and the transport's name on rank 0; None on the others.
 
     Raises:
-        ValueError: an argument out of range, a name that does not exist, or a single rank.
+        ValueError: an argument out of range, a name that does not exist, a single rank, or a rank without
+            native kernels (unless ``--allow-reference``).
         ImportError: ``--transport mpi`` without mpi4py.
     """
     numel, largest = sizes_of(_model(arguments.model)) if arguments.model else (_numel(arguments.numel), 0)
@@ -96,6 +99,9 @@ def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
     with _transport(arguments.transport, device) as transport:
         if transport.world_size == 1:
             raise ValueError(_one_rank())
+        slow = slow_rank(transport, device)
+        if slow is not None and not arguments.allow_reference:
+            raise ValueError(speed.refusal(device.type, slow))
         plan, rank, name = measured_plan(transport, job, device), transport.rank, transport.name
     return None if rank else (plan, name)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..native.speed import why_slow
 from ..transports import Connection, Transport
 from ..transports.announce import tell
 from .plan import Job, Plan, choose, settle
@@ -32,7 +33,8 @@ def plan_for(
     """Opens a transport, measures, closes it and decides. A collective call.
 
     Rank 0 tells the choice in one line: in the log where the level INFO of ``commhooks.planner`` is shown,
-    else on stderr.
+    else on stderr. A rank without native kernels warns: the plan is then one for the torch operators in their
+    place, which compress more slowly.
 
     Args:
         transport: ``"distributed"``, ``"mpi"``, or a ready ``Transport``, which stays open.
@@ -42,6 +44,9 @@ def plan_for(
         process_group: whose ranks take part. None: the default group.
     """
     opener, device = Connection(transport), torch.device(device)
+    slow = why_slow(device.type)
+    if slow is not None:
+        logger.warning("%s. The plan is for them. scripts/setup builds the kernels in a checkout", slow)
     opened = opener.open(timeout_s=timeout_s, process_group=process_group, device_type=device.type)
     try:
         plan, rank = measured_plan(opened, job, device), opened.rank
@@ -56,11 +61,22 @@ def plan_for(
 def measured_plan(transport: Transport, job: Job, device: torch.device | str = "cpu") -> Plan:
     """Measures ``ROUNDS`` times over an open transport and decides. A collective call.
 
-    The plan is the same on all ranks.
+    The plan is the same on all ranks. Its reason says where a rank has no native kernels.
     """
+    slow = slow_rank(transport, device)
     rounds = [probe(transport, job.numel, device) for _ in range(ROUNDS)]
     job = replace(job, backward_s=slowest(transport, [job.backward_s])[0])
-    return settle([choose(costs, job, transport.world_size) for costs in rounds])
+    plan = settle([choose(costs, job, transport.world_size) for costs in rounds])
+    if slow is None:
+        return plan
+    return replace(plan, reason=f"{plan.reason}; rank {slow} has no native kernels and is slower for it")
+
+
+def slow_rank(transport: Transport, device: torch.device | str = "cpu") -> int | None:
+    """Returns a rank that has no native kernels for ``device``. None: all have. A collective call."""
+    lacks = why_slow(torch.device(device).type) is not None
+    found = int(slowest(transport, [float(transport.rank + 1 if lacks else 0)])[0])
+    return found - 1 if found else None
 
 
 def sizes_of(model: torch.nn.Module | int) -> tuple[int, int]:

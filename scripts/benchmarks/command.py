@@ -22,6 +22,8 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status (2: this machine cannot, or may not, measure)."""
+    from commhooks.native import speed  # importing stays quick
+
     given = list(sys.argv[1:] if arguments is None else arguments)
     top = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
@@ -33,17 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(parser)
         parser.set_defaults(run=module.run)
         if name != "render":
-            parser.add_argument(
-                "--allow-reference",
-                action="store_true",
-                help="measure the torch operators where there are no native kernels (default: refuse)",
-            )
+            speed.add_option(parser)
     options = top.parse_args(given)
     on_cpu = getattr(options, "device", "cpu") == "cpu"  # on CUDA the measurement looks for its own library
     if options.command != "render" and on_cpu and not options.allow_reference:
-        from benchmarks.harness import native
-
-        reason = native.why_not()
+        reason = speed.refusal()
         if reason is not None:
             print(f"scripts/bench {options.command}: {reason}", file=sys.stderr)
             return 2

@@ -17,6 +17,8 @@ from typing import Any, Sequence
 from benchmarks.harness.figure import WIDTH, color, figure, label_ends
 from benchmarks.harness.records import save
 
+from commhooks.native import speed
+
 from .log import count, read, table
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -53,7 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--output", type=Path, default=Path("demo.png"), help="the figure (demo.png)")
     p.add_argument("--keep", type=Path, metavar="DIR", help="keep the logs here")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the table's records there, one a line")
+    speed.add_option(p)
     options = p.parse_args(arguments)
+    reason = speed.refusal()
+    if reason is not None and not options.allow_reference:
+        print(f"scripts/demo: {reason}", file=sys.stderr)
+        sys.exit(2)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="commhooks-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -15,6 +15,7 @@ from commhooks.bench import child, command, measure
 from commhooks.bench import figure as style
 from commhooks.bench.measure import FOREIGN, OURS, Row, attach, check
 from commhooks.bench.models import GPT, ResNet50, Source, make_job
+from commhooks.native import abi
 
 TINY = Source(numel=2500)
 
@@ -61,6 +62,23 @@ def measured(rank, size):
     with pytest.raises(ValueError, match="--json /nowhere/a.json: .*; --plot /nowhere/b.png: its folder"):
         command.run(arguments("--numel", "2500", *nowhere))  # all ranks learn what rank 0 could not write
     return report, late, found
+
+
+def without_kernels(rank, size):
+    """What the ranks are told when rank 1 has no kernels, and the report when they measure all the same."""
+    if rank == 1:
+        abi.cpu = lambda: None
+    with pytest.raises(ValueError) as refused:
+        command.run(arguments("--numel", "2500", "--schemes", "dense"))
+    asked = ["--numel", "2500", "--seconds", "1e-9", "--schemes", "dense", "--allow-reference"]
+    return str(refused.value), command.run(arguments(*asked))
+
+
+def test_without_native_kernels_bench_refuses_unless_told():
+    (first, report), (second, _) = spawn_gloo(without_kernels, 2)
+    assert "not in use on rank 1" in first and second.startswith("the native kernels are not in use (")
+    assert "--allow-reference" in first and "--allow-reference" in second
+    assert "Rank 1 has no native kernels" in command.text(report)
 
 
 def test_every_scheme_is_checked_and_measured(tmp_path, monkeypatch):

@@ -219,6 +219,14 @@ def test_the_slowest_backward_counts(monkeypatch):
     assert seen == [0.02] * (3 * module.ROUNDS)
 
 
+def test_a_plan_without_native_kernels_is_made_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("commhooks.planner.job.probe", lambda transport, numel, device: SLOW)
+    monkeypatch.setattr("commhooks.planner.job.why_slow", lambda device_type: f"no {device_type} kernels")
+    for plan in in_process.run(2, lambda t: plan_for(t, Job(10**6))):
+        assert plan.scheme != "dense" and "rank 1 has no native kernels" in str(plan)
+    assert "no cpu kernels. The plan is for them" in caplog.text
+
+
 @pytest.mark.parametrize(
     "bad", ({"backward_s": float("nan")}, {"backward_s": -1.0}, {"densities": []}, {"densities": [2.0]})
 )

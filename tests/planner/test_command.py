@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -83,10 +84,48 @@ def test_random_k_is_considered_where_momentum_is_ruled_out(monkeypatch):
         raise ValueError("enough")
 
     monkeypatch.setattr(command, "measured_plan", measured)
+    monkeypatch.setattr(command, "slow_rank", lambda *a: None)
     monkeypatch.setattr(command, "_transport", lambda *a: contextlib.nullcontext(in_process.group(2)[0]))
     for more in ([], ["--plain-sgd"], ["--adaptive"]):
         assert main(["plan", "--numel", "1e5", *more]) == 2
     assert asked == [("topk", "gtopk"), ("topk", "gtopk", "randomk"), ("lowbit8", "lowbit4")]
+
+
+def _on_rank_1(device_type):
+    """Rank 1 of the threads has no kernels."""
+    return "no kernels here" if threading.current_thread().name.endswith("1") else None
+
+
+def test_without_native_kernels_plan_refuses_unless_told(monkeypatch):
+    monkeypatch.setattr("commhooks.planner.job.probe", lambda *a: Costs(1e-4, 8e-8, *[1e-9] * 7))
+
+    def plan(transport, *more):
+        threading.current_thread().name = f"rank {transport.rank}"
+        options = cli.parser().parse_args(["plan", "--numel", "1e5", *more])
+        try:
+            return command.run(options)
+        except ValueError as error:
+            return str(error)
+
+    here = threading.local()
+
+    @contextlib.contextmanager
+    def over(name, device):
+        yield here.transport
+
+    def work(transport):
+        here.transport = transport
+        return plan(transport), plan(transport, "--allow-reference")
+
+    monkeypatch.setattr(command, "_transport", over)
+    for text, told in in_process.run(2, work):
+        assert not isinstance(text, str) or "kernels" not in text  # all ranks have them
+    monkeypatch.setattr("commhooks.planner.job.why_slow", _on_rank_1)
+    monkeypatch.setattr("commhooks.native.speed.why_slow", _on_rank_1)
+    (first, told), (second, other) = in_process.run(2, work)
+    assert "not in use on rank 1" in first and second.startswith("no kernels here")
+    assert "--allow-reference" in first and "--allow-reference" in second
+    assert told[0].reason.endswith("; rank 1 has no native kernels and is slower for it") and other is None
 
 
 _PLAN = """

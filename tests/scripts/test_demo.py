@@ -5,7 +5,9 @@ import sys
 import pytest
 from benchmarks.harness.records import load
 from launch import ROOT, run
-from training.demo import ENTRIES, rows
+from training.demo import ENTRIES, main, rows
+
+from commhooks.native import abi
 
 
 @pytest.mark.mpi
@@ -35,3 +37,13 @@ def test_the_demo_prints_its_table_and_draws_its_figure(tmp_path):
     records = load(tmp_path / "demo.jsonl")
     assert [row[:2] for row in rows(records)] == [(name, table[name][0]) for name in table]
     assert [row[-2] for row in rows(records)] == [row[4] for row in table.values()]
+
+
+def test_the_demo_refuses_to_measure_without_the_kernels(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(abi, "cpu", lambda: None)
+    monkeypatch.setattr("training.demo.train", lambda *a: pytest.fail("trained"))
+    with pytest.raises(SystemExit) as ended:
+        main(["--keep", str(tmp_path / "logs")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("scripts/demo: the native kernels are not in use")
+    assert "--allow-reference" in said and not (tmp_path / "logs").exists()
