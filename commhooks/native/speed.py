@@ -1,4 +1,4 @@
-"""Speed is measured with the native kernels, unless the caller asks for the torch operators in their place."""
+"""Speed is measured with the native kernels, unless the caller asks for the torch operators."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _STEP_BITS = 0x7FFFFFFF
 _VOTE = -0x80000000
 _TAGS = 32768 // ROUNDS_PER_BUCKET
 RETURNED = -2
-"""In place of the next step's number of pairs: the sender's memory was reset or loaded since the last step."""
+"""In place of the next step's number of pairs: the sender was reset or loaded since the last step."""
 
 
 class OutOfStepError(SettingsMismatchError):
