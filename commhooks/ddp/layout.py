@@ -28,6 +28,10 @@ def prime_layout(model: DistributedDataParallel, state: SparseState, step: Calla
         step: runs one forward and backward on any batch of the usual shape, without an optimizer step. It is
             called twice. Afterwards, also after an error, the model's buffers (batch-norm statistics) and the
             random generators of torch (on all GPUs), numpy and Python are as before, and gradients are None.
+
+    Raises:
+        RuntimeError: ``step`` ran and ``state`` saw no bucket: it is not registered on ``model``, or ``step``
+            runs no backward, or inside ``no_sync()``.
     """
     with state.passthrough(), _same_generators(), _same_buffers(model.module):
         for _ in range(2):
@@ -35,6 +39,11 @@ def prime_layout(model: DistributedDataParallel, state: SparseState, step: Calla
                 step()
             finally:
                 model.zero_grad(set_to_none=True)
+        if not state.passed and not state.ddp_allreduce:  # where DDP averages there is no hook
+            raise RuntimeError(
+                "prime_layout: step ran, and no bucket came to the state. Call commhooks.register(model, "
+                "state) first, and let step run forward and backward of this model outside no_sync()"
+            )
 
 
 @contextmanager

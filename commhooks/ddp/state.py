@@ -48,8 +48,8 @@ class SparseState:
     """Averages the gradients of one DDP model by a selector, an aggregator and a memory, on its own thread.
 
     Example:
-        >>> state = SparseState(TopK(density=0.001), GTopK(transport="mpi"), ErrorFeedback(momentum=0.9))
-        >>> ddp_model.register_comm_hook(state, sparse_hook)  # or: commhooks.register(ddp_model, state)
+        >>> state = SparseState(TopK(density=0.001), GTopK(), ErrorFeedback(momentum=0.9))
+        >>> commhooks.register(ddp_model, state, optimizer)
 
     Args:
         selector: chooses the elements of a gradient that are sent. None only with ``Dense`` and ``LowBit``.
@@ -78,6 +78,7 @@ class SparseState:
         plan: the decision of :meth:`auto`, or None.
         moved: the optimizer's settings that :meth:`for_optimizer` put into the memory, or None.
         watch: observes whether the averages are used, zeroed, clipped or accumulated.
+        passed: buckets that the hook returned as they were since the last :meth:`passthrough` began.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value, ``nonfinite="skip"`` with a
@@ -359,6 +360,7 @@ class SparseState:
         devices: list[Any] = [buffer.device] if buffer.device.type == "cuda" else []
         done: Future[Tensor] = Future(devices=devices)
         if self._passthrough or self.error is not None:
+            self.passed += 1
             done.set_result(buffer)
             return done.then(self._check)
         self._waiting.append(
@@ -494,7 +496,7 @@ class SparseState:
     @contextmanager
     def passthrough(self) -> Iterator[None]:
         """Makes the hook return each rank's own gradient inside this context. Nothing is sent or kept."""
-        self._passthrough, self.watch.enabled = True, False
+        self._passthrough, self.watch.enabled, self.passed = True, False, 0
         try:
             yield
         finally:
@@ -660,7 +662,7 @@ class SparseState:
         self._thread = CommThread("commhooks")
         self.watch = StepWatch()
         self._owner = None
-        self._passthrough = False
+        self._passthrough, self.passed = False, 0
         self._steps_seen = 0
         self._indices: set[int] = set()
         self._waiting = []
@@ -764,6 +766,7 @@ _RUNTIME = (
     "_thread",
     "_owner",
     "_passthrough",
+    "passed",
     "_steps_seen",
     "_indices",
     "_waiting",

@@ -59,6 +59,9 @@ def topk(
 ) -> Pairs:
     """Takes out the ``k`` largest magnitudes of ``residual + scale * grad``; the rest stays in ``residual``.
 
+    This is the selection alone, of one array. For a DDP model see :meth:`commhooks.SparseState.topk`, which
+    takes a density instead of ``k``.
+
     Args:
         grad: ``(n,)``, float32, float16 or bfloat16, contiguous; only read.
         k: number of places, in [0, n].

@@ -19,7 +19,7 @@ from ..transports import Transport, make
 from ..transports.launcher import launched, local_rank
 from .cost_model import LOW_BIT
 from .job import measured_plan, sizes_of, slow_rank
-from .plan import ADAPTIVE, AVERAGING_PERIOD, DENSITIES, SAFE, Job, Plan, Prediction
+from .plan import ADAPTIVE, AVERAGING_PERIOD, DENSITIES, SAFE, STEADY, Job, Plan, Prediction
 
 MAX_NUMEL = 10**13
 DESCRIPTION = (
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--model",
         metavar="MODULE:CALL",
-        help="A model, such as torchvision.models:resnet50. The call is made without arguments.",
+        help="A model: what CALL() of MODULE returns, such as mine:build for build() in mine.py.",
     )
     parser.add_argument(
         "--transport",
@@ -114,6 +114,11 @@ def text(plan: Plan, transport: str) -> str:
         "",
         f"use {plan.summary()}: {plan.reason}",
     ]
+    if plan.spread > STEADY:
+        lines.append(
+            f"the measurements differ by a factor of {plan.spread:.1f}: machine or network is busy with other "
+            "work. Measure again when it is idle"
+        )
     if plan.scheme != "dense":
         scheme, number = (plan.scheme, plan.density) if plan.bits is None else ("lowbit", plan.bits)
         lines.append(f"  model = DistributedDataParallel(model, bucket_cap_mb={plan.bucket_mb:g})")
@@ -162,6 +167,7 @@ def as_dict(plan: Plan, transport: str) -> dict[str, Any]:
         "density": plan.density,
         "bucket_cap_mb": plan.bucket_mb,
         "reason": plan.reason,
+        "spread": plan.spread,
         "numel": plan.job.numel,
         "world_size": plan.world_size,
         "transport": transport,

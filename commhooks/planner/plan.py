@@ -29,6 +29,8 @@ MARGIN = 1.5  # a candidate that sends less must be predicted to be this many ti
 LEAST_SAVING_S = 2e-3  # and to save this much per step
 AVERAGING_PERIOD = 4  # of the averager with a wire of one bit that is advised
 EQUAL = 1.25  # two bucket sizes whose times differ by less than this factor count as equally fast
+STEADY = 1.5
+"""Up to this spread the measurements of a plan agree. Beyond it ``plan`` says that something else is busy."""
 _BYTES_PER_MB = 1 << 20
 
 
@@ -100,6 +102,7 @@ class Plan:
         costs: the measured costs.
         world_size: the number of ranks.
         job: the job.
+        spread: the slowest of several measurements over the fastest, by what each predicts for dense.
     """
 
     scheme: str
@@ -110,6 +113,7 @@ class Plan:
     costs: Costs
     world_size: int
     job: Job
+    spread: float = 1.0
 
     def __call__(self, numel: int, k: int, world_size: int) -> bool:
         """Whether a bucket is predicted to be faster dense than by the scheme.
@@ -214,13 +218,19 @@ def settle(plans: Sequence[Plan]) -> Plan:
     taken = min(plans, key=lambda p: ladder.index((p.scheme, p.density)))
     alike = [p for p in plans if (p.scheme, p.density) == (taken.scheme, taken.density)]
     bucket_mb = min((p.bucket_mb for p in alike), key=_size_order)
-    taken = next(p for p in alike if p.bucket_mb == bucket_mb)
+    taken = replace(next(p for p in alike if p.bucket_mb == bucket_mb), spread=_spread(plans))
     if len(alike) == len(plans):
         return taken
     others = ", ".join(sorted({p.summary() for p in plans if p not in alike}))
     what = "dense" if taken.scheme == "dense" else "the one closest to dense"
     reason = f"too close to call: {what}. {len(plans) - len(alike)} of {len(plans)} measurements say {others}"
     return replace(taken, reason=reason)
+
+
+def _spread(plans: Sequence[Plan]) -> float:
+    """Returns the slowest prediction for a dense step over the fastest, of several measurements' plans."""
+    dense = [next(p.step_s for p in plan.predictions if p.scheme == "dense") for plan in plans]
+    return max(dense) / min(dense) if min(dense) > 0.0 else 1.0
 
 
 def _best(costs: Costs, job: Job, world_size: int, scheme: str, density: float) -> Prediction:

@@ -251,6 +251,22 @@ def test_prime_layout_leaves_no_trace(fails):
     assert all(p.grad is None for p in ddp.parameters())
 
 
+def test_prime_layout_needs_the_hook():
+    """Without the hook it would do nothing, and the resume would not be bit-exact."""
+    ddp, state = DistributedDataParallel(nn.Linear(8, 4)), SparseState.topk(0.1)
+
+    def step():
+        ddp(torch.randn(3, 8)).sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"no bucket came to the state. Call commhooks.register"):
+        prime_layout(ddp, state, step)
+    register(ddp, state)
+    prime_layout(ddp, state, step)
+    with pytest.raises(RuntimeError, match="outside no_sync"), ddp.no_sync():
+        prime_layout(ddp, state, step)
+    assert all(p.grad is None for p in ddp.parameters())
+
+
 def test_a_parameter_that_replaces_another_in_an_optimizer_is_seen_to_step():
     old, new = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([old], lr=1.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from commhooks import AllGather, GTopK, RandomK, SharedIndices, TopK
-from commhooks.planner import Costs, Job, settle
+from commhooks.planner import Costs, Job, command, settle
 from commhooks.planner import choose as choose_for
 from commhooks.planner.plan import ADAPTIVE, BUCKET_MB, CANDIDATES, EQUAL, LEAST_SAVING_S, MARGIN, SAFE
 from commhooks.schemes import make_parts
@@ -206,6 +206,17 @@ def test_noise_falls_to_the_side_of_dense():
     assert (settled.scheme, settled.density) == ("topk", 0.01) and "too close to call" in settled.reason
     other_size = replace(pays, bucket_mb=1.0)
     assert settle([other_size, pays]).bucket_mb == 25.0 and settle([other_size, pays]).reason == pays.reason
+
+
+def test_measurements_that_differ_are_told():
+    steady = choose(costs(mbit=100), 25_557_032, 4)
+    disturbed = choose(costs(mbit=40), 25_557_032, 4)
+    assert settle([steady, steady]).spread == 1.0
+    settled = settle([steady, disturbed, steady])
+    assert 2.0 < settled.spread < 2.6
+    assert "differ by a factor of 2." in command.text(settled, "distributed")
+    assert "differ" not in command.text(steady, "distributed")
+    assert command.as_dict(settled, "distributed")["spread"] == settled.spread
 
 
 def test_a_plan_prints_as_a_sentence():

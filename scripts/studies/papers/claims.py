@@ -53,17 +53,38 @@ class Budget:
 
 @contextmanager
 def figure(budget: Budget, name: str, panels: int = 1) -> Iterator[Any]:
-    """A figure with ``panels`` axes side by side, saved as ``name``.png at the end."""
-    from matplotlib.ticker import NullFormatter
+    """A figure with ``panels`` axes side by side, saved as ``name``.png at the end.
 
+    Panels whose curves have the same labels share one legend, below them, so that it hides no curve.
+    """
     size = (1.2 + 4.4 * panels, 3.6)
-    with styled_figure(budget.folder / f"{name}.png", 1, panels, figsize=size) as (_, axes):
+    with styled_figure(budget.folder / f"{name}.png", 1, panels, figsize=size) as (drawn, axes):
         yield axes[0] if panels > 1 else axes[0][0]
+        found = [axis.get_legend_handles_labels() for axis in axes[0]]
+        names = [labels for _, labels in found if labels]
+        if panels > 1 and all(labels == names[0] for labels in names):
+            handles = next(handles for handles, labels in found if labels)
+            drawn.legend(handles, names[0], loc="outside lower center", ncols=len(names[0]), fontsize=8)
+        else:
+            for axis, (_, labels) in zip(axes[0], found, strict=True):
+                if labels:
+                    axis.legend(fontsize=7)
         for axis in axes[0]:
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=7)
-            if axis.get_xscale() == "log":
-                axis.xaxis.set_minor_formatter(NullFormatter())
+            for side in (axis.xaxis, axis.yaxis):
+                if side.get_scale() == "log":
+                    readable(side)
+
+
+def readable(side: Any) -> None:
+    """Gives a logarithmic axis at least three numbers, however little it spans."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = side.get_view_interval()
+    if side.get_transform().base == 2 or high / low >= 1000:
+        return
+    side.set_major_locator(MaxNLocator(5) if high / low < 4 else LogLocator(subs=(1, 2, 5), numticks=20))
+    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_minor_formatter(NullFormatter())
 
 
 def slope(x: list[float], y: list[float]) -> float:

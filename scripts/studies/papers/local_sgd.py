@@ -107,7 +107,8 @@ def effect_of_period(budget: Budget) -> Claim:
     within = [p for p, e in zip(periods, errors, strict=True) if e <= 1.1 * errors[0]]
     at_free = max(e for p, e in zip(periods, errors, strict=True) if p <= free)
     with figure(budget, "local_sgd_period") as axis:
-        axis.loglog(periods, errors, marker="o", base=2)
+        axis.semilogy(periods, errors, marker="o")
+        axis.set_xscale("log", base=2)
         axis.axvline(free, ls="--", color="gray", label=f"sqrt(T / (P b)) = {free}")
         axis.set(
             xlabel="H", ylabel="f(output) - f*", title=f"logistic regression, P = {workers}, T = {steps}"

@@ -94,14 +94,15 @@ def momentum_grows_with_workers(budget: Budget) -> Claim:
             losses = [r["final"] for r in runs]
             best[workers] = momenta[losses.index(min(losses))]
             axes[0].semilogy(momenta, losses, marker="o", label=f"P = {workers}")
-            axes[1].plot(momenta, [r["accuracy"] for r in runs], marker="o", label=f"P = {workers}")
+            errors = [1 - r["accuracy"] for r in runs]
+            axes[1].semilogy(momenta, errors, marker="o", label=f"P = {workers}")
         axes[0].set(
             xlabel="mu",
             ylabel="training loss",
             ylim=(1e-3, 5),
             title=f"{total} samples, K = 8, b = 1",
         )
-        axes[1].set(xlabel="mu", ylabel="test accuracy", title="the same runs")
+        axes[1].set(xlabel="mu", ylabel="test error", title="the same runs")
     order = list(best.values())
     return Claim(
         "m_avg_momentum_and_workers",
