@@ -116,8 +116,8 @@ def text(plan: Plan, transport: str) -> str:
     ]
     if plan.spread > STEADY:
         lines.append(
-            f"the measurements differ by a factor of {plan.spread:.1f}: machine or network is busy with other "
-            "work. Measure again when it is idle"
+            f"the measurements differ by a factor of {plan.spread:.1f}: machine or network is busy with "
+            "other work. Measure again when it is idle"
         )
     if plan.scheme != "dense":
         scheme, number = (plan.scheme, plan.density) if plan.bits is None else ("lowbit", plan.bits)
