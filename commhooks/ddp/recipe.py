@@ -28,8 +28,9 @@ _hooks: list[Any] = []  # one hook serves all guards
 class Recipe:
     """Density, memory and scheme for an optimizer. Nothing is changed before :meth:`apply`.
 
-    - ``torch.optim.SGD``: momentum, Nesterov's form and weight decay go into the memory, whose velocity is
-      masked where a value was sent (Deep Gradient Compression), unless ``factor_masking`` is False.
+    - ``torch.optim.SGD``: momentum, Nesterov's form and weight decay go into the memory. Without a warm-up
+      its velocity is masked where a value was sent (Deep Gradient Compression). Behind a warm-up, which sends
+      many values, masking would take most of the momentum away: see docs/recipes.md.
     - Adam and others that divide by past magnitudes stay as they are. Every element of their gradients is
       sent in 4 bits, unless a sparse scheme is asked for.
     - Other optimizers stay as they are, too.
@@ -41,7 +42,7 @@ class Recipe:
         scheme: a name of ``SCHEMES`` except ``"dense"``. None: ``"lowbit"`` for optimizers with a second
             moment, which need every element at every step, else ``"topk"``.
         clip: ``clip_norm`` and ``norm_over`` of ``ErrorFeedback``; or None.
-        factor_masking: as ``ErrorFeedback``'s, where the optimizer has momentum.
+        factor_masking: as ``ErrorFeedback``'s, where the optimizer has momentum. None: without a warm-up.
 
     Attributes:
         density: a constant or the warm-up.
@@ -63,7 +64,7 @@ class Recipe:
         warmup_steps: int,
         scheme: str | None,
         clip: tuple[float, str] | None,
-        factor_masking: bool = True,
+        factor_masking: bool | None = None,
     ) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
@@ -87,7 +88,8 @@ class Recipe:
                     f"scheme='randomk' diverges with momentum, here {settings['momentum']:g}: use 'topk' or "
                     "'gtopk', or set the optimizer's momentum to 0"
                 )
-            settings["factor_masking"] = factor_masking and settings["momentum"] > 0.0
+            masks = isinstance(self.density, ConstantDensity) if factor_masking is None else factor_masking
+            settings["factor_masking"] = masks and settings["momentum"] > 0.0
         if clip is not None:
             settings["clip_norm"], settings["norm_over"] = clip
         self.memory = ErrorFeedback(**settings)
@@ -116,7 +118,8 @@ class Recipe:
             does = f"{shown} moved from {name} into the memory" if shown else f"nothing of {name} to move"
             if any("momentum_buffer" in state for state in optimizer.state.values()):
                 does += " (what its momentum buffers hold is not taken along)"
-            does += "; velocity masked where sent" if memory.factor_masking else ""
+            if memory.momentum > 0.0:
+                does += f"; velocity {'' if memory.factor_masking else 'not '}masked where sent"
         elif has_second_moment(optimizer):
             does = (
                 f"{name} divides by past magnitudes, and sums that arrive late have others, so no momentum "

@@ -151,17 +151,17 @@ class SparseState:
         scheme: str | None = None,
         clip_norm: float | None = None,
         norm_over: str = "bucket",
-        factor_masking: bool = True,
+        factor_masking: bool | None = None,
         **options: Any,
     ) -> SparseState:
         """Makes the state that goes with an optimizer, and tells on rank 0 in one line what it did.
 
         Of ``torch.optim.SGD`` it takes momentum, ``nesterov`` and weight decay into the memory and sets the
-        optimizer's to 0, so that they act on what each rank computes and not on what arrives. The velocity is
-        masked where a value was sent. A step of the optimizer raises ``ValueError`` when one of them is set
-        again, as ``OneCycleLR`` does with the momentum unless ``cycle_momentum=False``. Weight decay may
-        differ between the parameter groups. Other optimizers stay as they are. For those with a second moment
-        every element is sent in 4 bits, and the line names averaging, which sends less.
+        optimizer's to 0, so that they act on what each rank computes and not on what arrives. A step of the
+        optimizer raises ``ValueError`` when one of them is set again, as ``OneCycleLR`` does with the
+        momentum unless ``cycle_momentum=False``. Weight decay may differ between the parameter groups. Other
+        optimizers stay as they are. For those with a second moment every element is sent in 4 bits, and the
+        line names averaging, which sends less.
 
         Call it before the optimizer loads a checkpoint of a run with such a state.
 
@@ -174,7 +174,8 @@ class SparseState:
                 no density, for optimizers with a second moment, else ``"topk"``.
             clip_norm: largest norm of this rank's gradient, before the memory.
             norm_over: the norm of each ``"bucket"``, or of the whole ``"model"``: see ``ErrorFeedback``.
-            factor_masking: False leaves the velocity as it is. docs/recipes.md has both, measured.
+            factor_masking: whether the velocity is set to zero where a value was sent. None: without a
+                warm-up only. docs/recipes.md has both ways, measured, and the rates that they take.
             options: further arguments of this class except ``memory``.
 
         Raises:

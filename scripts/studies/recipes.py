@@ -261,7 +261,7 @@ def page(found: Sequence[records.Record]) -> str:
         f"mean and standard deviation over {len(about['seeds'])} seeds, and the share of the mean above dense training "
         "with the same optimizer, clipped where the row is. Accuracy is the share of examples, or of a text's "
         "characters, that are predicted. Under SGD the momentum is in the memory unless a row says otherwise. "
-        "`for_optimizer` makes *masked, warm-up* for SGD and *4 bits* for AdamW.",
+        "`for_optimizer` makes *warm-up* for SGD, *masked* where it is given no warm-up, and *4 bits* for AdamW.",
     ]
     for network, optimizer in pairs(verdicts):
         mine = [row for row in verdicts if (row.arm.network, row.arm.optimizer) == (network, optimizer)]

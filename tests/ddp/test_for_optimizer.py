@@ -71,13 +71,12 @@ def test_at_density_one_the_training_is_the_one_of_the_optimizer_alone(nesterov)
 
 
 @pytest.mark.parametrize("masking", (False, True))
-def test_it_warms_up_clips_and_masks_unless_told_otherwise(masking, capsys):
+def test_it_warms_up_clips_and_masks_as_told(masking, capsys):
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    more = {} if masking else {"factor_masking": False}
     state = SparseState.for_optimizer(
-        optimizer, 0.001, warmup_steps=40, scheme="gtopk", clip_norm=2.0, **more
+        optimizer, 0.001, warmup_steps=40, scheme="gtopk", clip_norm=2.0, factor_masking=masking
     )
-    assert ("velocity masked where sent" in capsys.readouterr().err) == masking
+    assert f"velocity {'' if masking else 'not '}masked where sent" in capsys.readouterr().err
     memory = state.reducer.memory
     expected = ErrorFeedback(0.9, weight_decay=1e-4, factor_masking=masking, clip_norm=2.0)
     assert memory.settings() == expected.settings()
@@ -88,6 +87,16 @@ def test_it_warms_up_clips_and_masks_unless_told_otherwise(masking, capsys):
     plain = SparseState.for_optimizer(torch.optim.SGD(model().parameters(), lr=0.1), 0.3, warmup_steps=40)
     assert not plain.reducer.memory.factor_masking and plain.reducer.memory.momentum == 0.0
     assert "0.3" in repr(plain.reducer.selector)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "density", "masks"), [(0, 0.01, True), (40, 0.01, False), (40, 0.3, True)]
+)
+def test_the_velocity_is_masked_where_no_warm_up_sends_most_of_it(warmup_steps, density, masks, capsys):
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1, momentum=0.9)
+    state = SparseState.for_optimizer(optimizer, density, warmup_steps=warmup_steps)
+    assert state.reducer.memory.factor_masking == masks
+    assert f"velocity {'' if masks else 'not '}masked where sent" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,7 @@ def test_it_tells_what_it_did_on_rank_0_once(capsys, monkeypatch, caplog):
     make()
     assert capsys.readouterr().err == (
         "commhooks: momentum=0.9, weight_decay=0 for 2, 0.0005 for 2 moved from SGD into the memory; velocity "
-        "masked where sent; topk, density 0.25->0.01 over 7x1\n"
+        "not masked where sent; topk, density 0.25->0.01 over 7x1\n"
     )
     with caplog.at_level("INFO", logger="commhooks.ddp.recipe"):
         make()
