@@ -190,6 +190,5 @@ class DiLoCo(BlockAverager):
     def _load_shared_state(self, state: dict[str, Any]) -> None:
         super()._load_shared_state(state)
         self._point_outer_optimizer()
-        self.outer_optimizer.load_state_dict(
-            deepcopy(state["outer"])
-        )  # torch would go on in the saved tensors
+        # a copy, as torch would go on in the saved tensors
+        self.outer_optimizer.load_state_dict(deepcopy(state["outer"]))

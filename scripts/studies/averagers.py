@@ -93,35 +93,23 @@ def left(done: Sequence[Record], rates: Sequence[float], seeds: Sequence[int]) -
     """
     for arm in arms():
         for lr in rates:
-            yield from _if_left(arm, lr, trained.CHOICE_SEED, done)
+            yield from trained.if_left(arm, lr, trained.CHOICE_SEED, done)
         for seed in seeds:
-            yield from _if_left(arm, best_rate(arm, done), seed, done)
+            yield from trained.if_left(arm, trained.best_rate_of(arm, done), seed, done)
     for arm in arms():
         tried = list(rates)
-        while (lr_beyond := trained.beyond(tried, best_rate(arm, done), MOST_RATES)) is not None:
+        while (lr_beyond := trained.beyond(tried, trained.best_rate_of(arm, done), MOST_RATES)) is not None:
             tried.append(lr_beyond)
-            yield from _if_left(arm, lr_beyond, trained.CHOICE_SEED, done)
+            yield from trained.if_left(arm, lr_beyond, trained.CHOICE_SEED, done)
         for seed in seeds:
-            yield from _if_left(arm, best_rate(arm, done), seed, done)
-
-
-def _if_left(arm: Arm, lr: float, seed: int, done: Sequence[Record]) -> Iterator[dict[str, Any]]:
-    labels = {**arm._asdict(), "lr": records.rounded(lr), "seed": seed}
-    if not records.select(done, **labels):
-        yield labels
-
-
-def best_rate(arm: Arm, done: Sequence[Record]) -> float:
-    """The rate with the least loss on the data of the choice."""
-    return trained.best_rate(records.select(done, **arm._asdict(), seed=trained.CHOICE_SEED))
+            yield from trained.if_left(arm, trained.best_rate_of(arm, done), seed, done)
 
 
 def one(world: launch.World, labels: dict[str, Any], quick: bool = False) -> dict[str, Any]:
     """The figures of one run, on the half of the held-out data that its seed is for."""
     arm = Arm(labels["averager"], labels["period"])
-    second = labels["seed"] != trained.CHOICE_SEED
     given = command(arm, labels["lr"], labels["seed"], quick)
-    return trained.train(world, given, lambda run: trained.keep_half(run.task, second))
+    return trained.train_on_half(world, given, labels["seed"])
 
 
 def study(

@@ -154,31 +154,19 @@ def runs(
         base = network_of(arm.network).rates[arm.optimizer]
         tried = [records.rounded(base * rate) for rate in sorted(rates)]
         for lr in tried:
-            yield from _if_left(arm, lr, trained.CHOICE_SEED, done)
-        while (lr := trained.beyond(tried, best_rate(arm, done), MOST_RATES)) is not None:
+            yield from trained.if_left(arm, lr, trained.CHOICE_SEED, done)
+        while (lr := trained.beyond(tried, trained.best_rate_of(arm, done), MOST_RATES)) is not None:
             tried.append(lr)
-            yield from _if_left(arm, lr, trained.CHOICE_SEED, done)
+            yield from trained.if_left(arm, lr, trained.CHOICE_SEED, done)
         for seed in seeds:
-            yield from _if_left(arm, best_rate(arm, done), seed, done)
-
-
-def _if_left(arm: Arm, lr: float, seed: int, done: Sequence[records.Record]) -> Iterator[dict[str, Any]]:
-    labels = {**arm._asdict(), "lr": records.rounded(lr), "seed": seed}
-    if not records.select(done, **labels):
-        yield labels
-
-
-def best_rate(arm: Arm, done: Sequence[records.Record]) -> float:
-    """The rate with the least loss on the data of the choice."""
-    return trained.best_rate(records.select(done, **arm._asdict(), seed=trained.CHOICE_SEED))
+            yield from trained.if_left(arm, trained.best_rate_of(arm, done), seed, done)
 
 
 def one(world: launch.World, labels: dict[str, Any]) -> dict[str, Any]:
     """The figures of one run, on the half of the held-out data that its seed is for."""
     arm = Arm(*(labels[name] for name in Arm._fields))
-    second = labels["seed"] != trained.CHOICE_SEED
     given = command(arm, labels["lr"], labels["seed"])
-    return trained.train(world, given, lambda run: trained.keep_half(run.task, second))
+    return trained.train_on_half(world, given, labels["seed"])
 
 
 def study(
@@ -231,7 +219,7 @@ def rows(found: Sequence[records.Record]) -> list[Row]:
     dense: dict[tuple[str, str, str], trained.Losses] = {}
     result = []
     for arm in arms(list(dict.fromkeys(arm.network for arm in by_arm))):
-        best = best_rate(arm, ran) if arm in by_arm else None
+        best = trained.best_rate_of(arm, ran) if arm in by_arm else None
         of_arm = [record for record in by_arm.get(arm, []) if record["lr"] == best]
         if len(of_arm) < len(about["seeds"]):
             continue

@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,23 @@ def _half(data: torch.Tensor, second: bool) -> torch.Tensor:
 def best_rate(tried: Sequence[records.Record]) -> float:
     """The rate of the run with the least loss. A run that diverged is the worst."""
     return float(min(tried, key=lambda run: math.inf if run["loss"] is None else run["loss"])["lr"])
+
+
+def best_rate_of(arm: Any, done: Sequence[records.Record]) -> float:
+    """The rate with the least loss on the data of the choice. `arm` is a named tuple of labels."""
+    return best_rate(records.select(done, **arm._asdict(), seed=CHOICE_SEED))
+
+
+def if_left(arm: Any, lr: float, seed: int, done: Sequence[records.Record]) -> Iterator[Labels]:
+    """The labels of a run of an arm, unless its record is there."""
+    labels = {**arm._asdict(), "lr": records.rounded(lr), "seed": seed}
+    if not records.select(done, **labels):
+        yield labels
+
+
+def train_on_half(world: launch.World, command: Sequence[str], seed: int) -> Labels:
+    """As :func:`train`, on the half of the held-out data that the seed is for: the choice's or the verdict's."""
+    return train(world, command, lambda run: keep_half(run.task, seed != CHOICE_SEED))
 
 
 def beyond(tried: Sequence[float], best: float, most: int) -> float | None:

@@ -55,7 +55,7 @@ def test_the_rate_is_the_best_one_on_the_data_of_the_choice():
     arm = Arm("M-AVG", 30)
     done = [record(arm, lr, CHOICE, loss) for lr, loss in ((1.0, 2.0), (2.0, 1.0), (4.0, None))]
     done.append(record(arm, 1.0, 0, 0.5))  # the verdict's data do not count
-    assert averagers.best_rate(arm, done) == 2.0
+    assert trained.best_rate_of(arm, done) == 2.0
 
 
 def test_a_row_is_at_the_best_rate_at_which_all_seeds_ran():

@@ -51,7 +51,7 @@ def test_the_rate_is_the_best_one_on_the_data_of_the_choice():
     arm = recipes.Arm("quick", "sgd", recipes.DENSE, 1.0)
     done = [record(arm, lr, trained.CHOICE_SEED, loss) for lr, loss in ((0.1, 2.0), (0.2, 1.0), (0.4, None))]
     done.append(record(arm, 0.1, 0, 0.5))  # the verdict's data do not count
-    assert recipes.best_rate(arm, done) == 0.2
+    assert trained.best_rate_of(arm, done) == 0.2
 
 
 def test_the_page_compares_with_dense_and_says_what_diverges():
