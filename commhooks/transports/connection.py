@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from .base import DEFAULT_TIMEOUT_S, Transport
-from .launcher import launched
+from .launcher import SIZE_VARIABLES, launched
 
 NAMES = ("distributed", "gloo", "nccl", "mpi")
 """The accepted names. ``"gloo"`` and ``"nccl"`` are ``"distributed"`` with that backend required."""
@@ -45,7 +45,8 @@ def make(
 
     Raises:
         ValueError: an unknown name, ``"gloo"`` or ``"nccl"`` where the other one is in use, or MPI connects
-            another number of ranks than the job has.
+            another number of ranks than ``process_group`` has, or without one than the default process group
+            or the launcher has.
         RuntimeError: ``"distributed"`` before ``init_process_group``.
         ImportError: ``"mpi"`` without mpi4py or an MPI library.
     """
@@ -74,23 +75,30 @@ def make(
 def _check_ranks(transport: Transport, process_group: Any) -> None:
     """Closes the transport and raises ``ValueError`` when its number of ranks is not the job's.
 
-    A given ``process_group`` must have as many ranks as the transport. Without one, the launcher or the
-    default process group must. One of the two is enough: a job over MPI may have smaller process groups.
+    A given ``process_group`` must have as many ranks as the transport. Without one, the default process group
+    and the launcher must both have as many, as far as they are known.
     """
     told = []
     if dist.is_available() and dist.is_initialized():
         told.append(("torch's process group", dist.get_world_size(process_group)))
     started = launched()
-    if started is not None and process_group is None:
+    # A group that was named may be a part of the job, and then says nothing of what the launcher started.
+    # Of nested launchers the innermost counts: mpiexec in an allocation of Slurm, torchrun in a rank of MPI.
+    # A single process cannot contradict an MPI that connects several. Its variables were inherited, as in a
+    # shell that srun or Kubernetes started and in which somebody called mpiexec.
+    if process_group is None and started is not None and not started.world_size == 1 < transport.world_size:
         told.append((started.launcher, started.world_size))
-    if not told or any(size == transport.world_size for _, size in told):
+    wrong = [(who, size) for who, size in told if size != transport.world_size]
+    if not wrong:
         return
     transport.close()
-    who, size = told[0]
+    who, size = wrong[0]
+    inherited = SIZE_VARIABLES.get(who)
     raise ValueError(
         f"transport 'mpi' connects {transport.world_size} ranks where {who} has {size}: start the job by the "
         "mpiexec of the MPI library that mpi4py uses (pip's mpich: the one beside the interpreter), or use "
         "transport 'distributed'"
+        + ("" if inherited is None else f". If {who} did not start this process, unset {inherited}")
     )
 
 

@@ -32,6 +32,8 @@ _VARIABLES = (
 Launchers nest: srun may start mpiexec, and either may start torchrun. ``SLURM_NTASKS`` is not read. It
 belongs to the allocation, so that a single process of a batch script sees it too.
 """
+SIZE_VARIABLES = {launcher: size for launcher, _, size in _VARIABLES}
+"""By launcher, the variable of the number of ranks."""
 
 
 def launched() -> Launched | None:

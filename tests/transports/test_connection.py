@@ -93,36 +93,92 @@ def test_an_allocations_number_of_tasks_says_nothing_of_this_process(monkeypatch
     assert launched() is None
 
 
+@pytest.fixture
+def mpi_of(monkeypatch):
+    """``mpi_of(size, group)``: MPI connects so many ranks. The default group has ``group``; None: there is none."""
+
+    def stand_in(size, group=None):
+        made, closed = in_process.group(size)[0], []
+        monkeypatch.setattr(made, "close", lambda: closed.append(True))
+        monkeypatch.setattr("commhooks.transports.mpi.MpiTransport", lambda **options: made)
+        monkeypatch.setattr(connection.dist, "is_initialized", lambda: group is not None)
+        monkeypatch.setattr(connection.dist, "get_world_size", lambda given: given or group)
+        monkeypatch.setattr("commhooks.transports.distributed.timeout_of", lambda given: None)
+        return made, closed
+
+    return stand_in
+
+
+def started_by(monkeypatch, name, size):
+    for variable in LAUNCHERS[name]:
+        monkeypatch.setenv(variable, "0" if variable.endswith(("RANK", "PROCID")) else str(size))
+
+
+@pytest.mark.parametrize("group", [None, 2])
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_mpi_that_connects_other_ranks_than_were_started(name, monkeypatch):
-    made = in_process.group(2)[0]
-    closed = []
-    monkeypatch.setattr(made, "close", lambda: closed.append(True))
-    monkeypatch.setattr("commhooks.transports.mpi.MpiTransport", lambda **options: made)
-    assert make("mpi") is made  # nobody tells
-    for variable, value in LAUNCHERS[name].items():
-        monkeypatch.setenv(variable, value)
+def test_mpi_that_connects_other_ranks_than_were_started(name, group, monkeypatch, mpi_of):
+    """Also where a process group has as many ranks as MPI."""
+    made, closed = mpi_of(2, group)
+    assert make("mpi") is made  # no launcher tells
+    started_by(monkeypatch, name, 3)
     with pytest.raises(ValueError) as error:
         make("mpi")
     assert f"'mpi' connects 2 ranks where {name} has 3" in str(error.value) and closed == [True]
-    monkeypatch.setenv([v for v in LAUNCHERS[name] if v.endswith(("SIZE", "TASKS"))][0], "2")
+    assert f"If {name} did not start this process, unset {list(LAUNCHERS[name])[1]}" in str(error.value)
+    started_by(monkeypatch, name, 2)
+    assert make("mpi") is made
+    started_by(monkeypatch, name, 1)  # a shell with one task, in which mpiexec was called
     assert make("mpi") is made
 
 
-def test_mpi_beside_a_process_group(monkeypatch):
-    """A group that is named must have as many ranks; the default one may be smaller where the launcher confirms MPI's."""
-    made = in_process.group(4)[0]
-    monkeypatch.setattr("commhooks.transports.mpi.MpiTransport", lambda **options: made)
-    monkeypatch.setattr(connection.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(connection.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr("commhooks.transports.distributed.timeout_of", lambda group: None)
-    with pytest.raises(ValueError, match="connects 4 ranks where torch's process group has 2"):
+@pytest.mark.parametrize("group", [None, 1, 3])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_mpi_that_connects_this_process_with_itself(name, group, monkeypatch, mpi_of):
+    """Another MPI's mpiexec, or none, has started the ranks of the job."""
+    mpi_of(1, group)
+    started_by(monkeypatch, name, 3)
+    who = "torch's process group" if group == 3 else name
+    with pytest.raises(ValueError, match=f"'mpi' connects 1 ranks where {who} has 3"):
         make("mpi")
-    monkeypatch.setenv("PMI_RANK", "0")
-    monkeypatch.setenv("PMI_SIZE", "4")
+
+
+@pytest.mark.parametrize("inner", [None, "mpiexec", "torchrun"])
+def test_mpi_beside_a_default_process_group(inner, monkeypatch, mpi_of):
+    """The group must have as many ranks as MPI, whatever the launcher says."""
+    mpi_of(4, group=2)
+    if inner is not None:
+        started_by(monkeypatch, inner, 4)
+    with pytest.raises(ValueError, match="connects 4 ranks where torch's process group has 2") as error:
+        make("mpi")
+    assert "unset" not in str(error.value)
+    made, _ = mpi_of(4, group=4)
     assert make("mpi") is made
+
+
+def test_mpi_beside_a_process_group_that_is_named(monkeypatch, mpi_of):
+    """It alone counts: the job may have more ranks than the group."""
+    started_by(monkeypatch, "mpiexec", 8)
+    made, _ = mpi_of(4, group=8)
+    assert make("mpi", process_group=4) is made
+    started_by(monkeypatch, "mpiexec", 4)
+    mpi_of(4, group=4)
     with pytest.raises(ValueError, match="connects 4 ranks where torch's process group has 2"):
-        make("mpi", process_group=object())
+        make("mpi", process_group=2)
+
+
+@pytest.mark.parametrize("connects", [1, 4])
+@pytest.mark.parametrize("outer, inner", [("srun", "mpiexec"), ("mpiexec", "torchrun"), ("srun", "torchrun")])
+def test_the_innermost_of_nested_launchers_counts(outer, inner, connects, monkeypatch, mpi_of):
+    """salloc and then mpiexec of fewer ranks, or a torchrun in each rank of MPI."""
+    started_by(monkeypatch, outer, 2)
+    started_by(monkeypatch, inner, 4)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    made, _ = mpi_of(connects)
+    if connects == 4:
+        assert make("mpi") is made
+    else:
+        with pytest.raises(ValueError, match=f"connects 1 ranks where {inner} has 4"):
+            make("mpi")
 
 
 _AVERAGER = """
