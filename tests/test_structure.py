@@ -399,6 +399,7 @@ SETTINGS = {
     "ddp/state.py SparseState.__init__": "settings of SparseState",
     "ddp/state.py SparseState.auto": "settings of SparseState",
     "ddp/state.py SparseState.for_optimizer": "settings of SparseState",
+    "horovod/compression.py Compression.for_optimizer": "SparseState.for_optimizer",
     "horovod/optimizer.py DistributedOptimizer": "horovod.torch.DistributedOptimizer",
     "reduction/reducer.py Reducer.__init__": "settings of Reducer",
 }

@@ -41,8 +41,8 @@ def check_optimizer(
     """Refuses combinations that do not train, and warns of doubtful ones. Called before data is sent.
 
     Warns:
-        UserWarning: momentum, or weight decay, in the memory and in the optimizer; random-k with momentum
-            anywhere; L-BFGS.
+        UserWarning: momentum, or weight decay, in the memory and in the optimizer; weight decay in the
+            optimizer behind momentum in the memory; random-k with momentum anywhere; L-BFGS.
 
     Raises:
         TypeError: ``optimizer`` has no ``param_groups``.
@@ -69,6 +69,12 @@ def check_optimizer(
         _warn(
             f"the optimizer's weight_decay {theirs_decay:g} and ErrorFeedback's both act: weight decay "
             "belongs to one place, set the optimizer's to 0"
+        )
+    elif ours > 0.0 and theirs_decay > 0.0:
+        _warn(
+            f"the optimizer's weight_decay {theirs_decay:g} acts behind ErrorFeedback's momentum {ours:g}: "
+            f"weights decay about {1.0 / (1.0 - ours):.0f} times slower than with both in the optimizer. "
+            "Write ErrorFeedback(weight_decay=...) and set the optimizer's to 0, or use for_optimizer"
         )
     momentum = max(ours, theirs) or max(
         (_first_beta(g) for g in getattr(optimizer, "param_groups", ())), default=0.0

@@ -43,6 +43,8 @@ class Recipe:
             moment, which need every element at every step, else ``"topk"``.
         clip: ``clip_norm`` and ``norm_over`` of ``ErrorFeedback``; or None.
         factor_masking: as ``ErrorFeedback``'s, where the optimizer has momentum. None: without a warm-up.
+        rescale_with_lr: whether the residual is in units of the parameters (``ErrorFeedback``'s, of this
+            optimizer).
 
     Attributes:
         density: a constant or the warm-up.
@@ -65,6 +67,7 @@ class Recipe:
         scheme: str | None,
         clip: tuple[float, str] | None,
         factor_masking: bool | None = None,
+        rescale_with_lr: bool = False,
     ) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
@@ -92,6 +95,8 @@ class Recipe:
             settings["factor_masking"] = masks and settings["momentum"] > 0.0
         if clip is not None:
             settings["clip_norm"], settings["norm_over"] = clip
+        if rescale_with_lr:
+            settings["rescale_with_lr"] = optimizer
         self.memory = ErrorFeedback(**settings)
 
     def apply(self) -> dict[str, object]:
@@ -126,6 +131,12 @@ class Recipe:
                 "is in the memory. Averaging, which sends its updates every few steps, sends less: "
                 "commhooks.averaging.DiLoCo, docs/averaging.md"
             )
+            if self.scheme != "lowbit":
+                does += (
+                    f". {name} loses less of every element in 4 bits (docs/recipes.md): "
+                    "SparseState.for_optimizer without scheme=, which commhooks.horovod.DistributedOptimizer "
+                    "takes too"
+                )
         else:
             does = f"{name} stays as it is"
         clip = (
@@ -134,7 +145,8 @@ class Recipe:
             else f"; clip_norm {memory.clip_norm:g} over the {memory.norm_over}"
         )
         sent = "every element in 4 bits" if self.scheme == "lowbit" else f"density {self.density!r}"
-        return f"commhooks: {does}; {self.scheme}, {sent}{clip}"
+        rate = "; the residual in units of the parameters" if memory.rescales else ""
+        return f"commhooks: {does}; {self.scheme}, {sent}{clip}{rate}"
 
 
 class _Guard:

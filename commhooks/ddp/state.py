@@ -152,6 +152,7 @@ class SparseState:
         clip_norm: float | None = None,
         norm_over: str = "bucket",
         factor_masking: bool | None = None,
+        rescale_with_lr: bool = False,
         **options: Any,
     ) -> SparseState:
         """Makes the state that goes with an optimizer, and tells on rank 0 in one line what it did.
@@ -176,6 +177,8 @@ class SparseState:
             norm_over: the norm of each ``"bucket"``, or of the whole ``"model"``: see ``ErrorFeedback``.
             factor_masking: whether the velocity is set to zero where a value was sent. None: without a
                 warm-up only. docs/recipes.md has both ways, measured, and the rates that they take.
+            rescale_with_lr: whether what is withheld keeps the learning rate of its own step: see
+                ``ErrorFeedback``.
             options: further arguments of this class except ``memory``.
 
         Raises:
@@ -196,6 +199,7 @@ class SparseState:
             scheme=scheme,
             clip=clip,
             factor_masking=factor_masking,
+            rescale_with_lr=rescale_with_lr,
         )
         state = cls._of(recipe.scheme, recipe.density, transport, memory=recipe.memory, **options)
         state.moved = recipe.apply()

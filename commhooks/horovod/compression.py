@@ -208,30 +208,52 @@ class Compression:
         density: float = 0.01,
         *,
         warmup_steps: int,
-        scheme: str = "topk",
+        scheme: str | None = None,
         clip_norm: float | None = None,
+        factor_masking: bool | None = None,
+        rescale_with_lr: bool = False,
         **options: Any,
     ) -> SparseCompressor:
         """Makes the compression that goes with an optimizer: see :meth:`commhooks.SparseState.for_optimizer`.
 
-        Call it before ``hvd.DistributedOptimizer`` wraps the optimizer.
+        Call it before ``hvd.DistributedOptimizer`` wraps the optimizer. Arguments and defaults are those of
+        ``SparseState``'s, except that there is no 4-bit scheme here and a clip is by parameter. For an
+        optimizer with a second moment rank 0's line names the 4 bits of
+        :func:`commhooks.horovod.DistributedOptimizer`.
 
         Args:
             optimizer: the job's optimizer. Momentum and weight decay of an SGD move into the memory.
             named_parameters: the ones given to ``hvd.DistributedOptimizer``.
             density: k/n in (0, 1] after the warm-up; k is at least 1 for each parameter.
             warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none.
-            scheme: ``"topk"`` or ``"randomk"``.
-            clip_norm: largest norm of this rank's gradient of a parameter.
+            scheme: ``"topk"`` or ``"randomk"``. None: ``"topk"``.
+            clip_norm: largest norm of this rank's gradient of a parameter, before the memory.
+            factor_masking: whether the velocity is set to zero where a value was sent. None: without a
+                warm-up only.
+            rescale_with_lr: whether what is withheld keeps the learning rate of its own step: see
+                ``ErrorFeedback``.
             options: further arguments of :meth:`topk` or :meth:`randomk` except ``memory``.
 
         Raises:
+            TypeError: ``optimizer`` is no torch optimizer, or ``memory`` is given.
             ValueError: as :meth:`commhooks.SparseState.for_optimizer`.
         """
+        if "memory" in options:
+            raise TypeError(
+                "for_optimizer() makes the memory: write Compression.topk(..., memory=...) instead"
+            )
+        scheme = "topk" if scheme is None else scheme
         if scheme not in ("topk", "randomk"):
             raise ValueError(f"scheme must be topk or randomk here, got {scheme!r}")
-        clip = None if clip_norm is None else (clip_norm, "bucket")
-        recipe = Recipe(optimizer, density, warmup_steps=warmup_steps, scheme=scheme, clip=clip)
+        recipe = Recipe(
+            optimizer,
+            density,
+            warmup_steps=warmup_steps,
+            scheme=scheme,
+            clip=None if clip_norm is None else (clip_norm, "bucket"),
+            factor_masking=factor_masking,
+            rescale_with_lr=rescale_with_lr,
+        )
         make = Compression.topk if scheme == "topk" else Compression.randomk
         compression = make(recipe.density, named_parameters, memory=recipe.memory, **options)
         compression.core.moved = recipe.apply()

@@ -85,6 +85,10 @@ def test_it_warms_up_clips_and_masks_as_told(masking, capsys):
     assert schedule is None or schedule.density(40) == 0.001
     assert "0.25->0.001 over 40x1" in shown
     plain = SparseState.for_optimizer(torch.optim.SGD(model().parameters(), lr=0.1), 0.3, warmup_steps=40)
+    assert "units of the parameters" not in capsys.readouterr().err
+    rescaled = SparseState.for_optimizer(optimizer, warmup_steps=0, rescale_with_lr=True)
+    assert rescaled.reducer.memory.optimizer is optimizer
+    assert "; the residual in units of the parameters\n" in capsys.readouterr().err
     assert not plain.reducer.memory.factor_masking and plain.reducer.memory.momentum == 0.0
     assert "0.3" in repr(plain.reducer.selector)
 
@@ -164,7 +168,8 @@ def test_second_moments_stay_and_the_line_names_averaging(capsys):
     assert repr(state.reducer.aggregator) == repr(SparseState.lowbit(4).reducer.aggregator)
     sparse = SparseState.for_optimizer(optimizer, 0.05, warmup_steps=5, scheme="topk")
     assert "0.25->0.05 over 5x1" in repr(sparse.reducer.selector)
-    assert "topk, density" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "topk, density" in line and "loses less of every element in 4 bits" in line
     assert state.reducer.memory.momentum == 0.0 and not state.reducer.memory.decays
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
     optimizer.step()

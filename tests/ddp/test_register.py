@@ -111,6 +111,7 @@ def optimizers():
     return {
         "sgd": torch.optim.SGD(one, lr=0.1),
         "momentum": torch.optim.SGD(one, lr=0.1, momentum=0.9),
+        "decay": torch.optim.SGD(one, lr=0.1, weight_decay=5e-4),
         "adamw": torch.optim.AdamW(one),
         "adam": torch.optim.Adam(one),
         "rmsprop": torch.optim.RMSprop(one),
@@ -131,6 +132,13 @@ CASES = [
     ("topk", 0.9, None, ""),
     ("topk", 0.0, "momentum", ""),
     ("topk", 0.9, "momentum", "one place"),
+    (
+        "topk",
+        0.9,
+        "decay",
+        "weight_decay 0.0005 acts behind .* momentum 0.9: weights decay about 10 times slower",
+    ),
+    ("topk", 0.0, "decay", ""),
     ("randomk", 0.0, "sgd", ""),
     ("randomk", 0.0, None, ""),
     ("randomk", 0.0, "momentum", "random-k"),
@@ -178,7 +186,7 @@ def test_what_is_no_optimizer_is_refused():
 
 def test_plain_sgd_is_known_only_where_it_is_told():
     plain = {name for name, optimizer in optimizers().items() if is_plain_sgd(optimizer, None)}
-    assert plain == {"sgd"}
+    assert plain == {"sgd", "decay"}
     assert not is_plain_sgd(optimizers()["sgd"], ErrorFeedback(0.9)) and is_plain_sgd(
         optimizers()["sgd"], NoMemory()
     )

@@ -1,6 +1,7 @@
 """Parts of the Horovod adapter that need Horovod installed but no job."""
 
 import importlib.util
+import inspect
 import os
 import subprocess
 from importlib.machinery import SourceFileLoader
@@ -38,6 +39,44 @@ def test_other_versions_are_refused_by_name(monkeypatch, version, fits):
     )
     with pytest.raises(kind, match=text):
         DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1), [("p", parameter)], SparseState.topk(0.1))
+
+
+def test_both_calls_for_an_optimizer_have_the_same_arguments_and_make_the_same_memory(capsys):
+    from commhooks import SparseState
+    from commhooks.horovod import Compression
+
+    hook, stock = (
+        {name: p.default for name, p in inspect.signature(call).parameters.items()}
+        for call in (SparseState.for_optimizer, Compression.for_optimizer)
+    )
+    assert {"transport", "norm_over"} == hook.keys() - stock.keys()
+    assert {"named_parameters"} == stock.keys() - hook.keys()
+    assert all(stock[name] == hook[name] for name in stock.keys() & hook.keys())
+    for given in (
+        {"warmup_steps": 0},
+        {"warmup_steps": 9},
+        {"warmup_steps": 9, "factor_masking": True, "clip_norm": 2.0},
+        {"warmup_steps": 0, "factor_masking": False, "rescale_with_lr": True},
+    ):
+        made, lines = [], []
+        for call in (SparseState.for_optimizer, Compression.for_optimizer):
+            parameter = torch.nn.Parameter(torch.zeros(3))
+            optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.1)
+            named = () if call == SparseState.for_optimizer else ([("p", parameter)],)
+            result = call(optimizer, *named, **given)
+            core = getattr(result, "core", getattr(result, "reducer", None))
+            made.append((core.memory.settings(), repr(core.selector)))
+            lines.append(capsys.readouterr().err)
+            assert core.memory.optimizer is (optimizer if given.get("rescale_with_lr") else None)
+        assert made[0] == made[1] and lines[0] == lines[1] and lines[0].count("\n") == 1
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    Compression.for_optimizer(torch.optim.AdamW([parameter]), [("p", parameter)], warmup_steps=0)
+    assert "commhooks.horovod.DistributedOptimizer" in capsys.readouterr().err
+    for wrong, kind in (({"scheme": "lowbit"}, ValueError), ({"memory": None}, TypeError)):
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        with pytest.raises(kind, match="lowbit|makes the memory"):
+            Compression.for_optimizer(optimizer, [("p", parameter)], warmup_steps=0, **wrong)
+        assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
 @pytest.mark.parametrize(("version", "handlers"), [("0.28.1", 5), ("0.29.0", 3)])
