@@ -515,12 +515,21 @@ class SparseState:
         discard the same pass. If only some do, the next step raises ``SettingsMismatchError``.
 
         Raises:
-            RuntimeError: the state is not ``undoable``, or there is nothing to discard.
+            RuntimeError: the state is not ``undoable``, or there is nothing to discard: the last pass sent
+                nothing, as inside ``no_sync()``, or was discarded already.
         """
         self._thread.wait()
         self.raise_error()
+        if not self._steps_all and self.watch.holds_back:
+            raise RuntimeError(
+                "discard(): the last backward pass sent nothing, as inside no_sync(), so zero_grad() alone "
+                "discards it. discard() would undo the pass before"
+            )
         self.reducer.discard()
-        self.watch.forgive()
+        if (
+            not self.watch.accumulates
+        ):  # else what earlier passes of the step sent is lost with their averages
+            self.watch.forgive()
 
     def reset(self) -> None:
         """Sets the memory to zero and starts at step 0. It is not collective.

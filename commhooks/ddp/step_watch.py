@@ -42,8 +42,9 @@ HELD = (
 DISCARDED = (
     "gradients that the hook had averaged were zeroed before an optimizer stepped with them: what this step "
     "sent is lost. If the last backward pass was not to count, call state.discard() (it needs "
-    "SparseState(..., undoable=True)); if that is known beforehand, run it inside state.passthrough(). "
-    "Gradients that are taken elsewhere and used later are lost to this check: then ignore it"
+    "SparseState(..., undoable=True)); if that is known beforehand, run it inside state.passthrough(). Under "
+    "Horovod these are methods of the optimizer. Gradients that are taken elsewhere and used later are lost "
+    "to this check: then ignore it"
 )
 
 CLIPPED = (
@@ -180,6 +181,11 @@ class StepWatch:
             return False
         grads = [p.grad for record in waiting if (p := record.parameter()) is not None and p.grad is not None]
         return any(grad.is_sparse or bool(grad.detach().any()) for grad in grads)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether a backward pass has reached parameters since a bucket last took their gradients."""
+        return any(record.reached and record.passes > 0 for record in self._records.values())
 
     @property
     def accumulates(self) -> bool:

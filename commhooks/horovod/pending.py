@@ -31,6 +31,7 @@ from ..transports.distributed import timeout_of
 from ..wire.message import Context
 from .api import check_process_set, horovod, wait_for
 from .parameters import SCALER_ORDER, Entry, ParameterTable
+from .unused_averages import UnusedAverages
 
 # Compressions of one process set are made in the same order on all its ranks.
 _numbers: dict[Any, Iterator[int]] = defaultdict(itertools.count)
@@ -94,6 +95,7 @@ class CompressorCore:
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})
         self.moved: dict[str, object] | None = None
+        self._unused = UnusedAverages(self.table)
         self._begun: set[Entry] = set()  # parameters whose gradients are in the present step
         self._name = f"commhooks.{next(_numbers[_key(process_set)])}"
         self._agreement: int | None = None  # handle of the exchange of settings
@@ -130,6 +132,7 @@ class CompressorCore:
         entry = self.table.find(tensor)
         if entry in self._begun:
             self.finish_step()
+        self._unused.reached(entry)
         self._start_agreement()
         flat = tensor.detach().reshape(-1)
         bucket = Bucket(entry.index, flat, (entry.parameter,), (flat.numel(),))
@@ -181,6 +184,7 @@ class CompressorCore:
             with self.step.figures.phase("write_back"):
                 route.write(result, factor, share)
             pending.kept.commit = route.commit
+            self._unused.written(pending.entry)
         return result.view(pending.shape)
 
     def _throw_away(self, pending: PendingGradient, result: Tensor) -> None:
@@ -199,6 +203,8 @@ class CompressorCore:
         if self._begun:
             self._begun.clear()
             self.step.finish()
+            if self.step.last.nonfinite_buckets:
+                self._unused.forgive()
 
     def count(self, bytes_each_way: int) -> None:
         """Adds traffic to the figures of the step under way."""
@@ -255,6 +261,7 @@ class CompressorCore:
         """Takes over step counts by name (elastic). Settings are compared anew at the next step."""
         for entry in self.table.entries:
             entry.step = int(steps.get(entry.name, entry.step))
+        self._unused.forgive()
         self._agreed, self._agreement = False, None
 
     def steps(self) -> dict[str, int]:

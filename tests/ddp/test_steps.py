@@ -4,6 +4,8 @@
 gradients that count. Passes onto averages that ``.grad`` still holds: test_accumulation.py.
 """
 
+import math
+
 import pytest
 import torch
 from launch import spawn_gloo
@@ -301,8 +303,11 @@ def _warm_up_state(scheme, **options):
     return getattr(SparseState, scheme)(density, timeout_s=20.0, **options)
 
 
-def _alone_in_a_warm_up(rank, size, what, scheme, steps, dense_crossover, undoable):
-    """Rank 0 goes back alone after ``steps`` steps, between which the number of pairs changes."""
+def _alone_in_a_warm_up(rank, size, what, scheme, steps, dense_crossover, undoable, last=1.0):
+    """Rank 0 goes back alone after ``steps`` steps, between which the number of pairs changes.
+
+    ``last`` is the last rank's gradient in the step after.
+    """
     ddp = DistributedDataParallel(W(16))
     state = register(ddp, _warm_up_state(scheme, dense_crossover=dense_crossover, undoable=undoable))
     saved = []
@@ -319,7 +324,7 @@ def _alone_in_a_warm_up(rank, size, what, scheme, steps, dense_crossover, undoab
             getattr(state, what)()
     ddp.zero_grad()
     try:
-        ddp(torch.ones(16)).backward()
+        ddp(torch.full((16,), last if rank == size - 1 else 1.0)).backward()
     except RuntimeError:
         text = str(state.error)
         state.close()
@@ -346,6 +351,10 @@ def test_a_rank_that_goes_back_alone_is_a_typed_error_on_all(size):
         ("load", "lowbit", 3, False, True),
         ("load the same step", "gtopk", 4, False, False),
         ("load the same step", "lowbit", 4, False, False),
+        # beside a rank that votes the same step out
+        *[("reset", scheme, 2, False, False, math.inf) for scheme in ("topk", "gtopk", "randomk", "lowbit")],
+        ("load", "dense", 3, False, False, math.inf),
+        ("reset", "gtopk", 5, True, False, math.nan),
     ]
     for rank, outcomes in enumerate(spawn_gloo(in_turn, size, (_alone_in_a_warm_up, cases))):
         for case, (name, text) in zip(cases, outcomes, strict=True):
@@ -454,6 +463,42 @@ def test_discard_says_what_it_needs():
             (False, True),
             (False, True),
         ]
+
+
+def _discards_too_little_or_too_much(rank, size):
+    """Two passes of a step of which one is discarded, and a pass that sent nothing."""
+    ddp, state = made(state_options={"undoable": True})
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1.0)
+    g = torch.tensor([4.0, 3.0, 2.0, 1.0])
+
+    def used():
+        optimizer.zero_grad()
+        ddp(g).backward()
+        optimizer.step()
+
+    def discards_one_of_two():
+        optimizer.zero_grad()
+        ddp(g).backward()
+        ddp(9.0 * g).backward()
+        state.discard()
+        used()
+
+    def discards_inside_no_sync():
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            ddp(9.0 * g).backward()
+        with pytest.raises(RuntimeError, match=r"inside no_sync\(\), so zero_grad\(\) alone"):
+            state.discard()
+        used()
+        return -ddp.module.w.detach() + state.reducer.state_dict()["residual"]["w"]
+
+    used()
+    refused = discards_inside_no_sync()
+    return told(used), torch.equal(refused, 2 * g), told(discards_one_of_two)
+
+
+def test_a_discard_that_would_lose_a_pass_is_refused_or_warned_of():
+    assert spawn_gloo(_discards_too_little_or_too_much, 2) == [(0, True, 1)] * 2
 
 
 def _voted_out(rank, size):

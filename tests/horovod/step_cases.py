@@ -1,5 +1,7 @@
 """What is a step under Horovod: passes that do not count, and a GradScaler. Run on several ranks by test_jobs.py."""
 
+import warnings
+
 import horovod.torch as hvd
 import pytest
 import torch
@@ -73,6 +75,56 @@ def a_pass_that_does_not_count_leaves_no_trace():
         assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(found[0], other)), (
             found
         )
+
+
+def texts_of(work):
+    """What ``work`` warned of averages that no optimizer used."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work()
+    return [str(w.message) for w in caught if "an optimizer" in str(w.message)]
+
+
+@case()
+def averages_that_are_zeroed_before_a_step_are_warned_of_once():
+    remedies = {"ours": ("discard()", "undoable=True", "passthrough()", "Under Horovod")}
+    remedies |= dict.fromkeys(("topk", "randomk"), ("requires_grad_(False)", "discard()", "elsewhere"))
+    for kind, named in remedies.items():
+        if kind == "ours":
+            model, optimizer = made()
+        else:
+            model = W()
+            optimizer = stock(kind, 0.5, fails=True)(model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+        def unused(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            model(JUNK).backward()
+            optimizer.synchronize()
+
+        def voted_out(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            model(JUNK * float("nan") if hvd.rank() == 0 else JUNK).backward()
+            optimizer.synchronize()
+            with optimizer.skip_synchronize():
+                pass  # a GradScaler skips this step
+
+        def frozen(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            model.requires_grad_(False)
+            g = JUNK.clone().requires_grad_()
+            model(g).backward()
+            model.requires_grad_(True)
+
+        def used(model=model, optimizer=optimizer):
+            step(model, optimizer, REAL)
+
+        before_any_step = texts_of(lambda: [unused(), unused()])
+        harmless = texts_of(lambda: [used(), used(), voted_out(), used(), frozen(), used()])
+        assert before_any_step == harmless == [], (kind, before_any_step, harmless)
+        lost = texts_of(lambda: [unused(), used(), unused(), used()])
+        assert len(lost) == 1 and all(remedy in lost[0] for remedy in named), (kind, lost)
+        if kind == "ours":
+            optimizer.close()
 
 
 @case()

@@ -24,8 +24,10 @@ from commhooks import (
     TopK,
     sparse_hook,
 )
+from commhooks.exchange.voting_sum import summed
 from commhooks.selection.density import ConstantDensity
 from commhooks.transports import in_process, make
+from commhooks.wire.message import Context
 
 
 def complaint(error, call, *parts):
@@ -273,6 +275,22 @@ def test_an_all_reduce_of_ranks_out_of_step_is_noticed(scheme):
 
     with pytest.raises(SettingsMismatchError, match="rank ., bucket 0, step .*disagree on step: "):
         in_process.run(3, work, timeout_s=5.0)
+
+
+def test_all_reduces_of_two_steps_look_different():
+    """Checksums of these steps are equal modulo 4,093, and neighbours differ as all others do."""
+
+    def work(transport):
+        found = []
+        for step, other in [(103, 161), (48, 168), (65, 171), (7, 8), (4092, 4093)]:
+            context = Context(0, other if transport.rank else step, next_k=3)
+            with pytest.raises(SettingsMismatchError, match="disagree on step: ") as error:
+                summed(transport, torch.zeros(1), False, context)
+            found.append(str(error.value))
+        return found
+
+    first, second = in_process.run(2, work, timeout_s=5.0)
+    assert "step: 103 here, 161 on rank 1" in first[0] and "step: 161 here, 103 on rank 0" in second[0]
 
 
 def test_ranks_that_disagree_on_the_loss_scale():
