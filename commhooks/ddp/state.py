@@ -526,9 +526,7 @@ class SparseState:
                 "discards it. discard() would undo the pass before"
             )
         self.reducer.discard()
-        if (
-            not self.watch.accumulates
-        ):  # else what earlier passes of the step sent is lost with their averages
+        if not self.watch.accumulates:  # else averages of the step's earlier passes must not be zeroed
             self.watch.forgive()
 
     def reset(self) -> None:
