@@ -1,4 +1,4 @@
-"""The exceptions that commhooks raises at run time, and the refusal of unknown arguments.
+"""The exceptions that commhooks raises at run time, and what its other errors and warnings share.
 
 Bad arguments raise ``ValueError`` or ``TypeError``. The message for an unknown keyword argument says what to
 write instead.
@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = __name__.split(".")[0]
-_MEMORY = ("momentum", "weight_decay", "factor_masking", "rescale_with_lr", "clip_norm", "norm_over")
-_SPELLINGS: dict[str, str] = {
+_MEMORY = ("momentum", "weight_decay", "rescale_with_lr", "clip_norm", "norm_over")
+_REPLACEMENTS: dict[str, str] = {
     **{name: f"memory=ErrorFeedback({name}={{value!r}})" for name in _MEMORY},
     "nesterov": "memory=ErrorFeedback(momentum=0.9, nesterov={value!r})",
     "factor_masking": "memory=ErrorFeedback(momentum=0.9, factor_masking={value!r})",
@@ -126,9 +126,9 @@ def _parameters(function: Callable[..., Any], with_default: bool = False) -> tup
 
 
 def _refusal(call: str, name: str, value: Any, known: Sequence[str]) -> str:
-    spelling = _SPELLINGS.get(name, "")
-    if spelling.split("=")[0] in known:
-        return f"{call} has no argument {name!r}: write {spelling.format(value=value)}"
+    replacement = _REPLACEMENTS.get(name, "")
+    if replacement.split("=")[0] in known:
+        return f"{call} has no argument {name!r}: write {replacement.format(value=value)}"
     import difflib
 
     near = difflib.get_close_matches(name, known, n=1)

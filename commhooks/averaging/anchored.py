@@ -153,7 +153,7 @@ class Anchored(Averager):
 
     def _before_average(self, main: list[int]) -> None:
         if self._wired is not None and self._change is not None and main != self._change.numbers:
-            self._relay(main)
+            self._lay_out(main)
 
     def _check_members(self, numbers: list[int]) -> None:
         if self._change is not None and not set(self._change.numbers) <= set(numbers):
@@ -166,11 +166,11 @@ class Anchored(Averager):
     def _averaged(self, part: list[int]) -> None:
         numbers = self._members.trained(part)
         if self._change is not None and numbers != self._change.numbers:
-            self._relay(numbers)
+            self._lay_out(numbers)
         if self._wired is not None and self._change is not None:
             self._left = checksum(self._tensors(self._change.numbers))
 
-    def _relay(self, numbers: list[int]) -> None:
+    def _lay_out(self, numbers: list[int]) -> None:
         """Lays the anchor out anew for these tensors."""
         assert self._change is not None
         if self._wired is not None:
@@ -183,7 +183,7 @@ class Anchored(Averager):
                 gone,
             )
         others = [getattr(self, name) for name in self.beside]
-        self._set_beside(self._change.relay(numbers, self._tensors(numbers), *others))
+        self._set_beside(self._change.lay_out(numbers, self._tensors(numbers), *others))
 
     # -- the starting point ----------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ class Averager(ModelAverager):
             state has; a wire for another averager, beside a reducer, or with a transport of its own.
     """
 
-    local = False  # whether a rank gets messages from its neighbours only
+    local = False  # whether a rank exchanges messages with its neighbours only, not with all ranks
     _takes_wire: ClassVar[bool] = False
 
     def __init__(
@@ -154,7 +154,7 @@ class Averager(ModelAverager):
         self.wire = LowBit(16) if given["wire"] is torch.bfloat16 else given["wire"]
         self._check_wire()
         self._nonfinite = policy or ("propagate" if self.reducer is not None else "error")
-        self._heals_buffers = policy != "propagate"
+        self._heals_buffers = policy != "propagate"  # see average_exactly(spoiled=)
         self.process_group = given["process_group"]
         self._channel = Channel(
             given["transport"], given["timeout_s"], self.process_group, given["device_type"]
@@ -248,7 +248,7 @@ class Averager(ModelAverager):
         if self._hooked:
             raise RuntimeError(f"{type(self).__name__} is hooked to an optimizer already")
         self._hooked = True
-        know(self, optimizer.param_groups)
+        tell_parameters(self, optimizer.param_groups)
         handle = optimizer.register_step_post_hook(lambda opt, args, kwargs: self._count(opt.param_groups))
         return StepHook(handle, self._unhook)
 
@@ -513,7 +513,7 @@ class Averager(ModelAverager):
         """Notes that the model should not change before the next optimizer step, and watches for it."""
         self._fresh = True
         if self._watched:
-            watch.wait(self, self._before_step)
+            watch.call_before_step(self, self._before_step)
 
     def _before_step(self) -> None:
         """Checks whether the model was changed; called before a block's first optimizer step."""
@@ -623,7 +623,7 @@ class Averager(ModelAverager):
             raise ValueError(f"{type(self).__name__} has no shared state, got {sorted(state)}")
 
 
-def know(averager: Averager, params: Parameters) -> None:
+def tell_parameters(averager: Averager, params: Parameters) -> None:
     """Tells an averager that has not begun its parameters, so that the ranks compare where they start.
 
     It has no effect on an averager that was made with parameters or a module.

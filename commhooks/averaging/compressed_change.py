@@ -59,8 +59,8 @@ class CompressedChange:
         else:
             self.anchor, self.numbers, self._numels = anchor, list(numbers), sizes
 
-    def relay(self, numbers: Sequence[int], tensors: Sequence[Tensor], *others: Tensor) -> list[Tensor]:
-        """Lays the anchor out for these tensors: new ones join at their present values, others leave.
+    def lay_out(self, numbers: Sequence[int], tensors: Sequence[Tensor], *others: Tensor) -> list[Tensor]:
+        """Lays the anchor out anew for these tensors: new ones join at their present values, others leave.
 
         Args:
             numbers: ascending, one for each tensor.
@@ -144,7 +144,7 @@ class CompressedChange:
 
 
 def reduce_together(
-    changes: Sequence[CompressedChange], groups: Sequence[Sequence[Tensor]], silent: bool = False
+    changes: Sequence[CompressedChange], groups: Sequence[Sequence[Tensor]], unmoved: bool = False
 ) -> None:
     """Averages several changes in one step of their common reducer; every group ends at its new anchor.
 
@@ -154,7 +154,7 @@ def reduce_together(
     Args:
         changes: of one reducer, in the order of the buckets.
         groups: the tensors of each; overwritten.
-        silent: this rank counts as not moved, whatever its tensors hold.
+        unmoved: this rank counts as not moved, whatever its tensors hold.
 
     Raises:
         NonFiniteGradientError: a bucket is not finite, and the reducer's policy is ``"error"``.
@@ -164,7 +164,7 @@ def reduce_together(
     updates: list[Tensor] = []
     try:
         for index, (change, group) in enumerate(zip(changes, groups, strict=True)):
-            own = torch.zeros_like(change.anchor) if silent else change.of(group)
+            own = torch.zeros_like(change.anchor) if unmoved else change.of(group)
             updates.append(change.reduce(own, index, is_last=index == len(changes) - 1))
     except NonFiniteGradientError:
         for change, group, _ in zip(changes, groups, updates, strict=False):

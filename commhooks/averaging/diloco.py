@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 OuterOptimizer = torch.optim.Optimizer | Callable[[list[Tensor]], torch.optim.Optimizer]
 """An optimizer of the model's parameters, or a function that makes one of a list of tensors."""
 
-_UNSAID = ("params", "lr", "initial_lr", "foreach", "fused")  # rates are compared as they are at the time
-_DEFAULT = (None, False, 0)
+# What settings() leaves out: tensors, how the step is implemented, and rates, which _varying() has.
+_UNSAID = ("params", "lr", "initial_lr", "foreach", "fused")
+_DEFAULT = (None, False, 0)  # values of options that settings() leaves out
 
 
 class DiLoCo(BlockAverager):
@@ -126,9 +127,8 @@ class DiLoCo(BlockAverager):
             copy.grad = gradient.view(copy.shape)
         held = [p for group in self.outer_optimizer.param_groups for p in group["params"]]
         copies = {id(self._copies[number]) for number in self._change.numbers}
-        others = [
-            (p, p.grad) for p in held if id(p) not in copies
-        ]  # frozen, or new: not the outer step's yet
+        # Frozen and new parameters take no part in the outer step, which must see no gradient of theirs.
+        others = [(p, p.grad) for p in held if id(p) not in copies]
         for parameter, _ in others:
             parameter.grad = None
         with torch.enable_grad():  # as in a training loop: optimizers switch it off themselves
@@ -172,11 +172,11 @@ class DiLoCo(BlockAverager):
                 f"such as one of shape {shape}: add them by add_param_group"
             )
 
-    def _relay(self, numbers: list[int]) -> None:
+    def _lay_out(self, numbers: list[int]) -> None:
         assert self._change is not None
         for number in set(self._change.numbers) - set(numbers):  # as BlockMomentum forgets its velocity
             self.outer_optimizer.state.pop(self._copies[number], None)
-        super()._relay(numbers)
+        super()._lay_out(numbers)
         self._point_outer_optimizer()
 
     def _start_from(self, numbers: list[int]) -> None:

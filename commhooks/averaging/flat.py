@@ -134,5 +134,5 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def shown_layout(tensors: Sequence[Tensor]) -> str:
     """A short text of the layout, which ranks must share: counts, and a checksum of shapes and dtypes."""
     layout = ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
-    checksum = hashlib.blake2b(layout.encode(), digest_size=6).hexdigest()
-    return f"{sum(t.numel() for t in tensors)} elements in {len(tensors)} tensors (checksum {checksum})"
+    code = hashlib.blake2b(layout.encode(), digest_size=6).hexdigest()
+    return f"{sum(t.numel() for t in tensors)} elements in {len(tensors)} tensors (checksum {code})"

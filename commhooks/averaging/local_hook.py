@@ -120,9 +120,9 @@ class PostLocalState:
             self._seen += [(parameter, parameter._version) for parameter in bucket.parameters()]
         return self.local
 
-    def stepped(self, held: frozenset[int]) -> None:
-        """Counts an optimizer's step if it holds a parameter of the last backward pass."""
-        self._stepped = self._stepped or any(id(parameter) in held for parameter, _ in self._seen)
+    def stepped(self, ids: frozenset[int]) -> None:
+        """Counts an optimizer's step if these ids of its parameters include one of the last backward pass."""
+        self._stepped = self._stepped or any(id(parameter) in ids for parameter, _ in self._seen)
 
     def _warn_of_no_steps(self, step: int) -> None:
         """Warns when no step is seen for many passes: gradients would be reduced for ever.

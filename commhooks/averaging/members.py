@@ -57,7 +57,7 @@ class Members:
         self.tensors.append(tensor)
         trained = self._loaded[number] if number < len(self._loaded) else tensor.requires_grad
         self._trained.append(trained)
-        self._left.append(_bits(tensor))
+        self._left.append(_checksum_if_frozen(tensor))
 
     def _replace(self, number: int, tensor: Tensor) -> None:
         del self._numbers[id(self.tensors[number])]
@@ -69,7 +69,7 @@ class Members:
         return [n for n in numbers if self._trained[n] or self.tensors[n].requires_grad or self._moved(n)]
 
     def _moved(self, number: int) -> bool:
-        now, before = _bits(self.tensors[number]), self._left[number]
+        now, before = _checksum_if_frozen(self.tensors[number]), self._left[number]
         return now is not None and before is not None and now != before
 
     def averaged(self, numbers: Sequence[int]) -> None:
@@ -77,7 +77,7 @@ class Members:
         for number in numbers:
             tensor = self.tensors[number]
             self._trained[number] = tensor.requires_grad
-            self._left[number] = _bits(tensor)
+            self._left[number] = _checksum_if_frozen(tensor)
 
     def trained(self, numbers: Sequence[int]) -> list[int]:
         """Those of the numbers that required a gradient when last averaged or first seen."""
@@ -101,8 +101,8 @@ class Members:
         return other
 
 
-def _bits(tensor: Tensor) -> int | None:
-    """A checksum of a tensor that requires no gradient; None for one that does, and for integers."""
+def _checksum_if_frozen(tensor: Tensor) -> int | None:
+    """A checksum of the bits of a tensor that requires no gradient; None for others, and for integers."""
     if tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     return checksum([tensor])

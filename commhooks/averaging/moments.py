@@ -25,6 +25,10 @@ class Moments:
         choice: ``"average"`` or ``"mix"``, which mean the same here; ``"leave"``: no state goes with a
             parameter; None: as ``"average"``, for SGD only.
 
+    Attributes:
+        is_sgd: whether the optimizer has SGD's options. Then its only state is the momentum buffer.
+        moves: whether state goes with a parameter.
+
     Raises:
         ValueError: another choice; None for an optimizer that is not SGD; ``dampening``, which torch leaves
             out of an SGD's first step, so that a zero buffer would not equal a missing one.

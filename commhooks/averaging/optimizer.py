@@ -9,7 +9,7 @@ import torch
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.utils.hooks import RemovableHandle
 
-from .averager import Averager, know
+from .averager import Averager, tell_parameters
 
 
 class AveragedOptimizer(PostLocalSGDOptimizer):
@@ -41,7 +41,7 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
         # not super().__init__: it would keep the groups that the optimizer has now
         if not isinstance(averager, Averager):
             raise ValueError(f"averager must be a commhooks averager, got {averager!r}")
-        know(averager, optim.param_groups)
+        tell_parameters(averager, optim.param_groups)
         self.__setstate__({"optim": optim, "averager": averager})
 
     def __getstate__(self) -> dict[str, Any]:

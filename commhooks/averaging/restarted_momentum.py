@@ -89,7 +89,7 @@ class RestartedMomentum(Anchored):
             changes, groups = [self._change], [tensors]
             if self._momentum_change is not None and moments:
                 changes, groups = [self._change, self._momentum_change], [tensors, moments]
-            reduce_together(changes, groups, silent=self.rank in ranks.nonfinite)
+            reduce_together(changes, groups, unmoved=self.rank in ranks.nonfinite)
             if self._momentum_change is None:
                 self._average_together(moments, ranks)
         self._figures.distance = float(torch.linalg.vector_norm(own.sub_(flatten(tensors, own.dtype))))
@@ -125,11 +125,11 @@ class RestartedMomentum(Anchored):
         if self._momentum_change is not None:
             self._momenta_start_at_zero()
 
-    def _relay(self, numbers: list[int]) -> None:
-        super()._relay(numbers)
+    def _lay_out(self, numbers: list[int]) -> None:
+        super()._lay_out(numbers)
         if self._momentum_change is not None:
             kept = self._with_momentum(numbers)
-            self._momentum_change.relay(kept, self._moments.of(self._tensors(kept)))
+            self._momentum_change.lay_out(kept, self._moments.of(self._tensors(kept)))
 
     def _starting_point(self) -> int:
         if self._change is not None and self._momentum_change is not None and self._compares_start:

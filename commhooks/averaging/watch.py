@@ -16,7 +16,7 @@ _hook: Any = None
 
 
 def watch(tensors: Sequence[Tensor], listener: object) -> None:
-    """Registers the tensors whose optimizer steps ``listener`` can wait for by :func:`wait`.
+    """Registers the tensors of ``listener``, before whose optimizer steps :func:`call_before_step` calls it.
 
     The listener is held weakly. It must hold the tensors, so that no other object gets their ids.
     """
@@ -29,8 +29,11 @@ def watch(tensors: Sequence[Tensor], listener: object) -> None:
     weakref.finalize(listener, _forget, ids)
 
 
-def wait(listener: object, call: Callable[[], None]) -> None:
-    """Calls ``call``, a method of the listener, once: before an optimizer of one of its tensors steps."""
+def call_before_step(listener: object, call: Callable[[], None]) -> None:
+    """Has ``call``, a method of the listener, called once: before an optimizer of one of its tensors steps.
+
+    It returns at once.
+    """
     _waiting[listener] = weakref.WeakMethod(call)
 
 

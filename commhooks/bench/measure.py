@@ -20,7 +20,7 @@ from ..schemes import SCHEMES, make_parts
 from .models import Job
 
 FOREIGN = ("dense", "fp16", "powersgd")
-"""Schemes that are DDP's own or torch's hooks. """
+"""Schemes that are DDP's own or torch's hooks."""
 OURS = tuple(name for name, scheme in SCHEMES.items() if scheme.selector is not None)
 """Sparse schemes of ``commhooks.schemes.SCHEMES``."""
 MOST_STEPS = 100

@@ -11,8 +11,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 class Listener(Protocol):
     """What :func:`listen` takes."""
 
-    def stepped(self, held: frozenset[int]) -> None:
-        """Called after an optimizer's step. ``held``: the ids of all parameters that the optimizer holds."""
+    def stepped(self, ids: frozenset[int]) -> None:
+        """Called after an optimizer's step with the ids of all parameters that the optimizer holds."""
 
 
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -27,6 +27,6 @@ def listen(listener: Listener) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    held = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
+    ids = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
     for listener in list(_listeners):
-        listener.stepped(held)
+        listener.stepped(ids)

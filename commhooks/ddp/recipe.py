@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MOVED = ("momentum", "nesterov", "weight_decay")
 """The options of ``torch.optim.SGD`` that become ``ErrorFeedback``'s."""
 
-_guards: weakref.WeakSet[_Guard] = weakref.WeakSet()
+_guards: weakref.WeakSet[_SettingsGuard] = weakref.WeakSet()
 _hooks: list[Any] = []  # one hook serves all guards
 
 
@@ -109,7 +109,7 @@ class Recipe:
         if isinstance(optimizer, torch.optim.SGD):
             for group in optimizer.param_groups:
                 group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
-            self.memory.guard = _Guard(optimizer, self.memory)
+            self.memory.guard = _SettingsGuard(optimizer, self.memory)
         if is_first_rank():
             tell(logger, line)
         settings = self.memory.settings()
@@ -149,7 +149,7 @@ class Recipe:
         return f"commhooks: {does}; {self.scheme}, {sent}{clip}{rate}"
 
 
-class _Guard:
+class _SettingsGuard:
     """Refuses steps of an optimizer whose settings were moved and are set again.
 
     Other optimizer objects that hold its parameters are watched too: Horovod makes one of its own.
@@ -168,6 +168,7 @@ class _Guard:
         """Raises ``ValueError`` when the optimizer holds a watched parameter and one of the settings."""
         for number, group in enumerate(optimizer.param_groups):
             again = [name for name in MOVED if group.get(name)]
+            # One parameter of each group tells whose optimizer it is. This runs at every step.
             if again and any(self._holds(p) for g in optimizer.param_groups for p in g["params"][:1]):
                 name = again[0]
                 raise ValueError(

@@ -61,7 +61,7 @@ class SparseState:
             over new scale.
         dense_crossover: whether to send a bucket densely when that takes fewer bytes, or a rule: see
             :class:`Reducer`.
-        delta_every: measure Assumption 1's delta every so many steps. 0: never.
+        delta_every: measure delta (:class:`Reducer`) every so many steps. 0: never.
         timeout_s: seconds until a missing rank is an error. None: the process group's timeout, or 300 s
             without a group.
         process_group: whose ranks take part, for the ``"distributed"`` transport. :func:`register` sets it to
@@ -88,7 +88,7 @@ class SparseState:
     _owner: weakref.ref[Any] | None
     error: BaseException | None
     moved: dict[str, object] | None = None
-    _waiting: list[_Full]
+    _waiting: list[_FilledBucket]
 
     @says_what_to_write
     def __init__(
@@ -369,15 +369,19 @@ class SparseState:
             done.set_result(buffer)
             return done.then(self._check)
         self._waiting.append(
-            _Full(buffer, index, parameters, is_last, found, idle, ready_event(buffer), done)
+            _FilledBucket(buffer, index, parameters, is_last, found, idle, ready_event(buffer), done)
         )
         if is_last or not self.reducer.memory.clips_model:
             full, self._waiting = self._waiting, []
             self._thread.submit(partial(self._run, full))
         return done.then(self._check)
 
-    def _run(self, full: list[_Full]) -> None:
-        """Reduces buckets on the state's own thread. Where the memory clips the model, they are a step's."""
+    def _run(self, full: list[_FilledBucket]) -> None:
+        """Reduces buckets on the state's own thread.
+
+        Args:
+            full: one bucket; or all of a step, where the memory clips by the norm of the whole model.
+        """
         norm = self._step_norm(full) if self.reducer.memory.clips_model else None
         for one in full:
             try:
@@ -389,7 +393,7 @@ class SparseState:
                 self._fail(error)
                 one.done.set_result(one.buffer)
 
-    def _step_norm(self, full: list[_Full]) -> Tensor | None:
+    def _step_norm(self, full: list[_FilledBucket]) -> Tensor | None:
         """Returns the norm of a whole step's gradients. An error is kept for :meth:`raise_error`."""
         if self.error is not None:
             return None
@@ -405,8 +409,8 @@ class SparseState:
             self._fail(error)
             return None
 
-    def _enter(self, one: _Full) -> Bucket:
-        """Makes the bucket and takes out of it what is no gradient of this pass."""
+    def _enter(self, one: _FilledBucket) -> Bucket:
+        """Makes the bucket at the first call, and takes out of it what is no gradient of this pass."""
         if one.bucket is None:
             found, unreached = one.found, frozenset[int]()
             if not self._steps_all:
@@ -416,7 +420,7 @@ class SparseState:
             one.kept = bucket.take_out(found.stale, found.held)
         return one.bucket
 
-    def _reduce(self, one: _Full, norm: Tensor | None) -> None:
+    def _reduce(self, one: _FilledBucket, norm: Tensor | None) -> None:
         """Reduces one bucket. An error is kept for :meth:`raise_error`."""
         if self.error is not None:
             return
@@ -465,7 +469,7 @@ class SparseState:
             ValueError: the state belongs to another model already.
         """
         former = None if self._owner is None else self._owner()
-        if former is not None and former is not owner and not _wrap_one_module(former, owner):
+        if former is not None and former is not owner and not _wrap_same_module(former, owner):
             raise ValueError("this SparseState has a model already; each DDP model needs a state of its own")
         if former is not owner:
             self._steps_seen = 0  # its parameters may be others: some may have been unfrozen
@@ -500,7 +504,10 @@ class SparseState:
 
     @contextmanager
     def passthrough(self) -> Iterator[None]:
-        """Makes the hook return each rank's own gradient inside this context. Nothing is sent or kept."""
+        """Makes the hook return each rank's own gradient inside this context. Nothing is sent or kept.
+
+        With ``ddp_allreduce`` a model that :func:`register` got has no hook, and DDP averages here too.
+        """
         self._passthrough, self.watch.enabled, self.passed = True, False, 0
         try:
             yield
@@ -707,9 +714,8 @@ class SparseState:
             self._steps_seen += 1
             self._indices.clear()
         for p in parameters:
-            if (
-                isinstance(p, Tensor) and p.is_complex()
-            ):  # DDP hands their buckets over as twice as many reals
+            # The buffer does not show it: DDP fills it with the real and imaginary parts.
+            if isinstance(p, Tensor) and p.is_complex():
                 raise TypeError(
                     f"bucket {index}: gradients must be dense float32, bfloat16 or float16, got {p.dtype} "
                     f"({table.name_of(p)})"
@@ -741,13 +747,13 @@ class SparseState:
         return done.value()
 
 
-def _wrap_one_module(a: Any, b: Any) -> bool:
+def _wrap_same_module(a: Any, b: Any) -> bool:
     """Whether two DDP models wrap the same module."""
     return a.__dict__.get("_modules", {}).get("module", a) is b.__dict__.get("_modules", {}).get("module", b)
 
 
 @dataclass(eq=False, slots=True)
-class _Full:
+class _FilledBucket:
     """A bucket that DDP has filled.
 
     Attributes:

@@ -82,13 +82,16 @@ class StepWatch:
     """
 
     def __init__(self) -> None:
-        self._records: dict[int, Record] = {}
-        self._optimizer_seen = self._thrown_away = self._goes_on = False
-        self._pass_ended = self._added = False
-        self._told: set[str] = set()
+        self._records: dict[int, Record] = {}  # by the parameter's id
+        self._optimizer_seen = False  # an optimizer has stepped with one of the parameters
+        self._thrown_away = False  # the last step was, so its averages may be zeroed
+        self._goes_on = False  # the pass under way adds to averages of the same optimizer step
+        self._added = False  # the last pass that ended did so
+        self._pass_ended = False  # the last bucket of the last pass is reduced
+        self._told: set[str] = set()  # kinds of warnings that were given
         self._steps = 0
-        self._largest: tuple[weakref.ref[Tensor], float, float] | None = None
-        self._factors: list[float] = []
+        self._largest: tuple[weakref.ref[Tensor], float, float] | None = None  # see remember_largest()
+        self._factors: list[float] = []  # by which averages were made smaller, a step each
         self.enabled = True
         """False while backward passes are ignored (inside ``passthrough``)."""
         listen(self)
@@ -202,7 +205,7 @@ class StepWatch:
         grad, written = parameter.grad, record.written
         if written is None:
             # Inside no_sync() the average may have been copied at an earlier pass, and zeroed since.
-            if record.held is not None and not _holds(grad):
+            if record.held is not None and not _is_nonzero(grad):
                 record.held = None
             return
         written.begin()
@@ -210,7 +213,7 @@ class StepWatch:
         record.written = None
         if record.held is not None:
             return
-        if _holds(grad):
+        if _is_nonzero(grad):
             self._tell("held", HELD.format(name=record.name))
         elif not record.excused and self._optimizer_seen and not self._thrown_away:
             self._tell("discarded", DISCARDED)
@@ -239,10 +242,16 @@ class StepWatch:
         if isinstance(parameter, Tensor) and 0.0 < largest < math.inf:
             self._largest = weakref.ref(parameter), largest, scale
 
-    def _look_for_clip(self, held: frozenset[int]) -> None:
-        """Warns once when averages are made smaller before they are used, by another factor each time."""
+    def _look_for_clip(self, ids: frozenset[int]) -> None:
+        """Warns once when averages are clipped: made smaller before the step, by factors that differ.
+
+        A program that multiplies all averages by one constant does not clip.
+
+        Args:
+            ids: of the parameters that the optimizer has just stepped with.
+        """
         parameter = None if self._largest is None else self._largest[0]()
-        if self._largest is None or parameter is None or id(parameter) not in held:
+        if self._largest is None or parameter is None or id(parameter) not in ids:
             return
         _, largest, scale = self._largest
         self._largest = None
@@ -251,8 +260,9 @@ class StepWatch:
         left = float(parameter.grad.detach().abs().max()) / largest
         if not 0.0 < left < math.inf:
             return
-        # A GradScaler divides by its scale, a power of two. What is left beside that is a clip's.
+        # The program may have unscaled the average or not: the factor closer to 1 is taken.
         factor = min((left, left * scale), key=lambda f: abs(math.log(f)))
+        # A power of two is the scale of a GradScaler that the state was not given.
         if scale == 1.0 and abs(2 * math.frexp(factor)[0] % 1) < 1e-3:
             return
         if factor < 1.0 - 1e-3:
@@ -266,19 +276,19 @@ class StepWatch:
             self._told.add(what)
             warnings.warn(text, stacklevel=2)
 
-    def stepped(self, held: frozenset[int]) -> None:
+    def stepped(self, ids: frozenset[int]) -> None:
         """Records a step of an optimizer that holds the parameters of these ids."""
-        mine = held & self._records.keys()
+        mine = ids & self._records.keys()
         for key in mine:
             self._records[key].stepped()
             self._records[key].was_stepped = True
         if mine:
             self._optimizer_seen = True
-            self._look_for_clip(held)
+            self._look_for_clip(ids)
 
 
-def _holds(grad: Tensor | None) -> bool:
-    """Whether a gradient is not zero."""
+def _is_nonzero(grad: Tensor | None) -> bool:
+    """Whether there is a gradient, and an element of it is not zero. Waits for the device."""
     return grad is not None and bool(grad.detach().any())
 
 

@@ -1,4 +1,4 @@
-"""Aggregators: they sum the ranks' selections."""
+"""Aggregators: they sum what the ranks send, pairs or whole vectors. Agreement on settings before data."""
 
 from ..wire.message import Context
 from .allgather import AllGather

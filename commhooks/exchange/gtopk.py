@@ -13,10 +13,11 @@ from ..wire.message import HEADER_BYTES, Context, OutOfStepError, pack, unpack
 from .base import Aggregated, Aggregator
 
 ALGORITHMS = ("doubling", "tree")
+# Tags within an exchange (``ROUNDS_PER_BUCKET``). Rounds of doubling and of the tree are 1 to 15.
 _FOLD_ROUND = 0
 _RESULT_ROUND = 31
+_MEET_TAG = 15  # the wait before round i of doubling has this tag + i
 _DIFFERS = -1  # instead of the next step's number of pairs, once contexts are known to differ
-_MEET_TAG = 15  # round i of doubling meets under this tag + i; i is at least 1 and at most 15
 
 
 class GTopK(Aggregator):

@@ -153,7 +153,7 @@ class LowBit(Aggregator):
         if mean is None:
             return LowBitMean(values[:0], owned, True, bits, sent)
         if activity is not None and not all(anywhere):
-            _keep_silent(mean, total, start, [*zip(activity.offsets, activity.offsets[1:], anywhere)])
+            _zero_inactive(mean, total, start, [*zip(activity.offsets, activity.offsets[1:], anywhere)])
         return LowBitMean(mean, total, False, bits, sent)
 
     def _rounded_again(
@@ -212,7 +212,7 @@ def _to_owners(transport: Transport, outgoing: Sequence[Tensor], context: Contex
     return incoming
 
 
-def _keep_silent(
+def _zero_inactive(
     mean: Tensor, owned: Tensor, start: int, parameters: Sequence[tuple[int, int, bool]]
 ) -> None:
     """Sets the mean of parameters without a gradient on any rank to 0. Its owner keeps what was there.

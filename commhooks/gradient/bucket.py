@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..native import checks
 from .held import HeldAverage
 from .memory_order import flattened
 
-GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes of gradients."""
+GRAD_DTYPES = checks.GRAD_DTYPES
+"""The dtypes of gradients, those that the kernels take."""
 _MAX_NUMEL = 2**31 - 1
 
 

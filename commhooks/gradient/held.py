@@ -11,7 +11,10 @@ from torch import Tensor
 from .memory_order import flattened
 
 _DENSE_FROM = 3
-"""One element in so many is not zero: from there on a copy is smaller than pairs with int64 indices."""
+"""With one element in so many, or more, that is not zero the whole gradient is copied.
+
+Pairs with int64 indices would then take more memory.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The order in which a bucket holds a parameter's elements: that of the parameter's memory.
 
-DDP lays its buckets out like this. It differs from the order of the indices for ``torch.channels_last``. A
-parameter whose memory has gaps or is contiguous has its indices' order.
+DDP lays its buckets out like this. For a parameter in ``torch.channels_last`` the order differs from that of
+the indices. For a contiguous parameter the two are the same. A parameter whose memory has gaps is laid out by
+its indices.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def flattened(tensor: Any, parameter: Tensor) -> Tensor:
         tensor: of the parameter's shape, such as its gradient or the parameter itself.
         parameter: whose order counts.
     """
-    if not lies_otherwise(parameter):
+    if not has_other_order(parameter):
         flat: Tensor = tensor.reshape(-1)
         return flat
     if tensor.stride() != parameter.stride():
@@ -32,17 +33,15 @@ def flattened(tensor: Any, parameter: Tensor) -> Tensor:
 
 def shaped(segment: Tensor, parameter: Tensor) -> Tensor:
     """Returns a view of ``segment`` (n,), which has the order of the parameter's memory, in its shape."""
-    if not lies_otherwise(parameter):
+    if not has_other_order(parameter):
         return segment.view(parameter.shape)
     return segment.as_strided(parameter.shape, parameter.stride(), segment.storage_offset())
 
 
-def lies_otherwise(parameter: Tensor) -> bool:
-    """Whether the elements lie without gaps and in another order than that of their indices.
-
-    The elements of a parameter never overlap.
-    """
+def has_other_order(parameter: Tensor) -> bool:
+    """Whether the elements lie without gaps, and in another order than that of their indices."""
     if parameter.is_contiguous():
         return False
+    # The distance from the first element to the last. Elements of a parameter never overlap.
     steps = zip(parameter.shape, parameter.stride(), strict=True)
     return sum((size - 1) * stride for size, stride in steps) + 1 == parameter.numel()

@@ -26,7 +26,7 @@ from .transport import open_transport
 logger = logging.getLogger(__name__)
 
 _LEAVE_S = 10.0  # how long a rank waits for the others when it leaves
-_LEAVE_TAG = 32767  # of no exchange
+_LEAVE_TAG = 32767  # no exchange is under way when ranks leave
 _all: weakref.WeakSet[GradientSync] = weakref.WeakSet()
 
 
@@ -72,7 +72,7 @@ class GradientSync:
         if not is_elastic():  # in an elastic job a new worker must first pass hvd.elastic's own sync
             self.open()
         _all.add(self)
-        finalization.wait_for(self)
+        finalization.add_exchanger(self)
 
     def open(self) -> None:
         """Opens the transport unless this session has it open. A collective call of the process set."""
@@ -155,9 +155,8 @@ class GradientSync:
         for bucket in self.buckets:
             try:
                 bucket.future.wait()
-            except (
-                Exception
-            ) as problem:  # torch may have changed its type on the way: the state has the original
+            except Exception as problem:
+                # torch may have changed its type on the way: the state has the original.
                 error = error or self.state.error or problem
             else:
                 self._hand_back(bucket)

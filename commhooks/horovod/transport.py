@@ -195,8 +195,7 @@ def _host() -> str:
                 return found
         except OSError:
             continue
-    with socket.socket(
-        socket.AF_INET, socket.SOCK_DGRAM
-    ) as probe:  # sends nothing: asks for the route's address
+    # A datagram socket sends nothing when it connects. It is asked for its own end of the route.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])

@@ -92,8 +92,8 @@ def topk(
             memory = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
         else:
             memory = to_tensor("residual", residual, written=True)
-        speed = None if velocity is None else to_tensor("velocity", velocity, written=True)
-        fused = Fused(gradient.detach(), memory, speed, momentum, scale)
+        old_velocity = None if velocity is None else to_tensor("velocity", velocity, written=True)
+        fused = Fused(gradient.detach(), memory, old_velocity, momentum, scale)
         selected = ops.select_topk(fused, k, threads=threads)
         return Pairs(like(grad, selected.values), like(grad, selected.indices))
 

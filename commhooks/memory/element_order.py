@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..gradient.bucket import Bucket
-from ..gradient.memory_order import lies_otherwise
+from ..gradient.memory_order import has_other_order
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def order_of(parameter: object) -> ElementOrder | None:
 
     None: that of its indices.
     """
-    if not isinstance(parameter, Tensor) or not lies_otherwise(parameter):
+    if not isinstance(parameter, Tensor) or not has_other_order(parameter):
         return None
     return ElementOrder(tuple(parameter.shape), parameter.stride())
 

@@ -23,16 +23,23 @@ from .parameter_memory import BucketMemory, ParameterMemory
 class ErrorFeedback(Memory):
     """Keeps what was not sent and adds it to the next gradient, optionally with momentum.
 
-    Per parameter there is a residual ``u`` and, with momentum, a velocity ``v``, both float32. A step
-    computes ``v <- momentum * v + g`` and ``c <- u + v``, and then ``u <- c`` where nothing was sent and 0
-    elsewhere: Algorithm 1 of M-DSGD (Zhao, Gao, Li, arXiv:1905.12960). With ``nesterov`` the second line is
-    ``c <- u + g + momentum * v``. With ``weight_decay`` the gradient ``g`` is
-    ``clip(grad) + weight_decay * w`` for a parameter ``w``, as in ``torch.optim.SGD``. At density 1 the
-    averages then are the updates of that SGD with the same three settings. Where several buckets of an
-    optimizer step follow one another (``Bucket.same_step``), velocity and decay are those of the gradients'
-    sum: the later ones compute ``v <- v + g`` and ``c <- u + g``, with ``nesterov``
-    ``c <- u + (1 + momentum) * g``. The memory belongs to parameters, not to bucket numbers, because DDP may
-    change its bucket layout.
+    Per parameter ``w`` there is a residual ``u`` and, with momentum, a velocity ``v``, both float32. A step
+    computes::
+
+        g = clip(grad) + weight_decay * w
+        v = momentum * v + g
+        c = u + v              # with nesterov: u + g + momentum * v
+        u = c                  # 0 where an element is sent
+
+    This is Algorithm 1 of M-DSGD (Zhao, Gao, Li, arXiv:1905.12960), whose equations and sections are quoted
+    below. At density 1 the averages are the updates of ``torch.optim.SGD`` with the same momentum,
+    ``nesterov`` and weight decay.
+
+    Several backward passes may belong to one optimizer step (``Bucket.same_step``). Velocity and decay are
+    then those of the gradients' sum. The later passes compute ``v = v + g`` and ``c = u + g``, with
+    ``nesterov`` ``c = u + (1 + momentum) * g``, and add no weight decay.
+
+    The memory belongs to parameters, not to bucket numbers, because DDP may change its bucket layout.
 
     Args:
         momentum: beta in [0, 1). With momentum here the optimizer's own momentum must be 0.
@@ -60,7 +67,7 @@ class ErrorFeedback(Memory):
     """
 
     guard: object = None
-    """Kept with the memory, watches that settings which moved into it are not set in the optimizer again."""
+    """Refuses optimizer steps with settings that moved into the memory. It lives as long as the memory."""
     norm_over: str = "bucket"
     _clip: Clip | None = None
     nesterov: bool = False
@@ -143,9 +150,9 @@ class ErrorFeedback(Memory):
             grad = grad.clone() if grad is bucket.buffer else grad
             for position in resting:
                 held.view(grad, position).zero_()
-        ahead = 1.0 + self.momentum if self.nesterov else 1.0
+        gain = 1.0 + self.momentum if self.nesterov else 1.0  # see _shifted()
         operands = Fused(
-            grad, held.residual, held.velocity, self.momentum, ahead, factor, held.segments, rescale=rescale
+            grad, held.residual, held.velocity, self.momentum, gain, factor, held.segments, rescale=rescale
         )
         if held.velocity is not None and (self.nesterov or held.again):
             operands = self._shifted(held, held.velocity, operands)
@@ -166,7 +173,7 @@ class ErrorFeedback(Memory):
             held.residual.sub_(gradient if mask is None else gradient * mask)
             return
         before = (held.velocity - gradient) / self.momentum
-        added = held.velocity - self._ahead * before
+        added = held.velocity - self._nesterov_share * before
         for position in held.again:
             same = held.view(gradient, position)
             held.view(added, position).copy_(same)
@@ -179,7 +186,7 @@ class ErrorFeedback(Memory):
             held.velocity.copy_(torch.where(mask, before, held.velocity))
 
     @property
-    def _ahead(self) -> float:
+    def _nesterov_share(self) -> float:
         """The share of the old velocity that Nesterov's form takes off the corrected gradient."""
         return self.momentum / (1.0 + self.momentum) if self.nesterov else 0.0
 
@@ -196,7 +203,7 @@ class ErrorFeedback(Memory):
         """
         positions, numels, n = range(len(held.keys)), held.segments.diff(), operands.grad.numel()
         active = torch.stack([held.view(operands.grad, position).any() for position in positions])
-        share = (active * -self._ahead).to(torch.float32)
+        share = (active * -self._nesterov_share).to(torch.float32)
         again = active & held.flags(held.again) if held.again else None
         if again is not None:
             share[again] = -1.0

@@ -44,7 +44,8 @@ class BucketMemory:
         self.velocity = torch.zeros_like(self.residual) if with_velocity else None
         self.entered = torch.zeros(len(self.keys), dtype=torch.bool, device=device)
         self.again: list[int] = []
-        self._other: tuple[Tensor, Tensor | None] | None = None  # the memory before or after the last pass
+        # The memory from before the last pass; once that was recalled, the memory from after it.
+        self._other: tuple[Tensor, Tensor | None] | None = None
         self._can_recall = False
         self._pass_of = 0  # the step of the last pass that was written apart
 
@@ -69,11 +70,16 @@ class BucketMemory:
         return flags.to(self.residual.device)
 
     def apart(self, operands: Fused, step: int) -> Fused:
-        """Returns operands with which the pass writes the new memory elsewhere, for :meth:`recall`.
+        """Makes the pass write into a second memory, which takes the first one's place.
+
+        ``residual`` and ``velocity`` are the second one's tensors from here on. :meth:`recall` swaps back.
 
         Args:
             operands: of a pass that works in place on ``residual`` and ``velocity``.
             step: the number of the step that the pass belongs to.
+
+        Returns:
+            The operands with the second memory as their outputs.
         """
         now = self.residual, self.velocity
         if self._other is None:
@@ -99,7 +105,10 @@ class BucketMemory:
         return self._can_recall and self._pass_of == step
 
     def at_start_of(self, step: int | None) -> tuple[Tensor, Tensor | None]:
-        """Returns residual and velocity from before a step whose passes were written apart. None: present."""
+        """Returns residual and velocity from before ``step``, if its last pass was written :meth:`apart`.
+
+        Otherwise, and for None, it returns the present ones.
+        """
         if self._other is not None and self.changed_in(step):
             return self._other
         return self.residual, self.velocity
@@ -160,7 +169,7 @@ class ParameterMemory:
         self._place: dict[Hashable, tuple[BucketMemory, int]] = {}
         self._loaded: dict[str, dict[str, Tensor]] = {"residual": {}, "velocity": {}}
         self._loaded_lr: dict[str, float] = {}
-        self._is_version_1 = False  # what is in _loaded
+        self._is_version_1 = False  # whether _loaded has the order of that format
 
     def for_bucket(self, bucket: Bucket) -> tuple[BucketMemory, bool]:
         """Returns the bucket's memory, and whether its layout is new.

@@ -1,9 +1,9 @@
 """The C ABI of the native libraries: structs, tables of signatures, and loading with ctypes.
 
-The declarations follow ``csrc/include/commhooks.h``, ``commhooks_cpu.h`` and
-``commhooks_cuda.h``. Three environment variables are read: ``COMMHOOKS_NATIVE=0`` turns the libraries off,
-``COMMHOOKS_LIBRARY_DIR`` names another directory to look in (for sanitizer builds), and ``COMMHOOKS_ISA``
-asks the CPU library for a lower instruction set.
+The declarations follow ``csrc/include/commhooks.h``, ``commhooks_cpu.h`` and ``commhooks_cuda.h``. Three
+environment variables are read: ``COMMHOOKS_NATIVE=0`` turns the libraries off, ``COMMHOOKS_LIBRARY_DIR``
+names another directory to look in (for sanitizer builds), and ``COMMHOOKS_ISA`` asks the CPU library for a
+lower instruction set.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _each_element(fused: Fused, per_segment: Tensor) -> Tensor:
     return torch.repeat_interleave(per_segment, fused.segments.diff(), output_size=fused.grad.numel())
 
 
-def _compensate(fused: Fused) -> _Corrected:
+def _correct(fused: Fused) -> _Corrected:
     """Writes the new residual (the full corrected gradient) and the new velocity."""
     factor = torch.tensor(fused.scale, dtype=torch.float32, device=fused.grad.device)
     if fused.scale_tensor is not None:
@@ -122,7 +122,7 @@ def select_topk(
     fused: Fused, k: int, seed: int = 0, threads: int | None = None, out: Selected | None = None
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_topk`."""
-    found = _compensate(fused)
+    found = _correct(fused)
     keys = _keys(found.values)
     if found.mask is not None:
         keys = torch.where(found.mask, keys, 0)
@@ -141,7 +141,7 @@ def select_threshold(
     out: Selected | None = None,
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_threshold`."""
-    found = _compensate(fused)
+    found = _correct(fused)
     limit = _keys(torch.tensor([threshold], dtype=torch.float32, device=_CPU)).item()
     eligible = _keys(found.values) > limit
     if found.mask is not None:
@@ -183,7 +183,7 @@ def select_indices(
     fused: Fused, indices: Tensor, threads: int | None = None, out: Selected | None = None
 ) -> Selected:
     """See :func:`commhooks.native.ops.select_indices`."""
-    found = _compensate(fused)
+    found = _correct(fused)
     count = (indices != PAD).sum()
     if found.values.numel() == 0:
         values = torch.zeros_like(indices, dtype=torch.float32)

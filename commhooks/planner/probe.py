@@ -121,9 +121,8 @@ def _all_reduce(transport: Transport, byte_s: float, largest_bytes: int) -> tupl
         numel *= _GROWTH
     element_s = max(0.0, (seconds - small_s) / (numel - _RING_NUMEL)) / share  # sent both ways, and added
     byte_s = min(byte_s, element_s / 8)
-    alone_s = max(
-        0.0, small_s - share * _RING_NUMEL * element_s
-    )  # seconds of 2 (P - 1) steps without their bytes
+    # Seconds of the 2 (P - 1) steps of a ring without their bytes.
+    alone_s = max(0.0, small_s - share * _RING_NUMEL * element_s)
     return alone_s / (2 * (world_size - 1)), element_s - 8 * byte_s, byte_s
 
 

@@ -14,7 +14,7 @@ from ..selection.selectors import RandomK, Selector
 
 logger = logging.getLogger(__name__)
 
-_ASK = "strict=False loads it all the same"
+_HINT = "strict=False loads it all the same"
 
 
 def description(selector: Selector | None, aggregator: str, memory: Memory) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def check_units(saved: Mapping[str, Any], units: str, strict: bool) -> None:
 def complain(problems: list[str], strict: bool) -> None:
     """Raises ``ValueError`` with the problems, or logs them where ``strict`` is False."""
     if problems and strict:
-        raise ValueError("; ".join(problems) + f". {_ASK}")
+        raise ValueError("; ".join(problems) + f". {_HINT}")
     for problem in problems:
         logger.warning("%s. It is loaded all the same", problem)
 

@@ -56,8 +56,8 @@ class Reducer:
             bucket's update is 0. ``"error"``: ``NonFiniteGradientError`` on all ranks.
         dense_crossover: True: a bucket and its residual are sent densely when that takes fewer bytes (early
             in a warm-up). False: never. Or a rule ``(numel, k, world_size) -> bool``, the same on all ranks.
-        delta_every: measure Assumption 1's delta every so many steps, by one dense all-reduce per sparse
-            bucket. 0: never.
+        delta_every: measure delta every so many steps, by one dense all-reduce per sparse bucket: how the
+            selection compares with a random one (Assumption 1 of the gTop-k paper). 0: never.
         timeout_s: seconds until a missing peer is an error. None: the process group's timeout, or 300 s
             without a group.
         undoable: keep the memory from before each step, so that :meth:`discard` can restore it. It takes as
@@ -299,7 +299,7 @@ class Reducer:
         All ranks must do so between the same steps. If only some do, the next step raises
         ``SettingsMismatchError``.
         """
-        self._former = self._before_change()
+        self._former = self._expected_next()
         self._forget_step()
         self.step, self._can_discard = 0, False
         self.memory.table.forget()
@@ -321,7 +321,7 @@ class Reducer:
                 format of a later version; or a memory that does not fit: it would be dropped, or random-k
                 would go on with momentum.
         """
-        former, agreed = self._before_change(), self._agreed
+        former, agreed = self._expected_next(), self._agreed
         transport = self.open()
         states = state if isinstance(state, list) else [state]
         check_states(states, isinstance(state, list), transport.rank, transport.world_size)
@@ -364,7 +364,7 @@ class Reducer:
                 self._agree(bucket, bucket.numel, 1.0, transport)
                 self._agreed[bucket.index] = bucket.numels
             return PlainRoute(buffer, context)
-        returned = self._meet(bucket, transport)
+        returned = self._announce_return(bucket, transport)
         selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
         chunk = self._owned(bucket, held, transport)  # may add to the residual
@@ -415,14 +415,17 @@ class Reducer:
             agree_on_context(transport, route.context)
             raise
 
-    def _before_change(self) -> Former | None:
-        """Returns what the ranks expect of each other next. None: nothing, as after a failed step."""
+    def _expected_next(self) -> Former | None:
+        """Returns the exchange that the other ranks expect next, for a reset or load to announce itself in.
+
+        None: they expect none, as after a failed step.
+        """
         if self.is_inside or not self.connection.is_open:
             return None
         layouts = self.memory.table.layouts()
         return self._former or Former(self.transport, self.step, layouts, self._sizes, self._sends_everything)
 
-    def _meet(self, bucket: Bucket, transport: Transport) -> bool:
+    def _announce_return(self, bucket: Bucket, transport: Transport) -> bool:
         """Notices ranks that were not reset or loaded with this one, at the next bucket.
 
         Ranks that were not reset send a message of the size that they had announced. So the ranks that were

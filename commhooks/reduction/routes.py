@@ -216,7 +216,7 @@ class SparseRoute(_MemoryRoute):
         mask_key: makes the random masks of one step's buckets differ; see
             :meth:`~commhooks.selection.selectors.Selector.select`.
         aggregator: sums the pairs over ranks. None: the caller exchanges ``pairs`` itself and sets ``out``.
-        meter: measures Assumption 1's delta; or None.
+        meter: measures delta; or None.
         pairs: the selected pairs.
         out: the sum, from ``exchange`` until ``write``.
     """

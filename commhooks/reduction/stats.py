@@ -1,4 +1,4 @@
-"""The figures of a step: traffic, seconds of each phase, and Assumption 1's delta."""
+"""The figures of a step: traffic, seconds of each phase, and delta of the gTop-k paper."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StepFigures:
         seconds: wall-clock seconds by phase (:data:`PHASES`), measured on the host.
         nonfinite_buckets: indices of the buckets that were thrown away.
         misses: selections whose sampled guess was wrong. Their result is exact, but slower.
-        delta: measures Assumption 1's delta.
+        delta: measures delta.
     """
 
     bytes_sent: int = 0

@@ -84,8 +84,11 @@ class ExponentialWarmup(DensitySchedule):
             )
         if warmup_epochs is not None and steps_per_epoch is None:
             raise ValueError("warmup_epochs needs steps_per_epoch")
-        self.warmup = _positive("warmup", warmup_epochs if warmup_steps is None else warmup_steps)
-        self.unit = 1 if warmup_steps is not None else _positive("steps_per_epoch", steps_per_epoch)
+        if warmup_steps is not None:
+            self.warmup, self.unit = _positive("warmup_steps", warmup_steps), 1
+        else:
+            self.warmup = _positive("warmup_epochs", warmup_epochs)
+            self.unit = _positive("steps_per_epoch", steps_per_epoch)
 
     def density(self, step: int) -> float:
         progress = min(1.0, (step // self.unit) / self.warmup)

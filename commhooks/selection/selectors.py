@@ -147,4 +147,5 @@ def _next_below(magnitude: float) -> float:
 
 
 def _sampling_seed(step: int, mask_key: int) -> int:
+    """The seed of a sample of the gradient, another one for each bucket and step. Ranks need not share it."""
     return (step * 1_000_003 + mask_key) & 0x7FFF_FFFF_FFFF_FFFF

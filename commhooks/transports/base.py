@@ -239,10 +239,12 @@ class Transport(ABC):
         """:meth:`exchange` without checks, copies and counting: one round of a collective."""
 
     @abstractmethod
-    def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None: ...
+    def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
+        """:meth:`all_gather` of checked tensors on ``device_type``, between two ranks or more."""
 
     @abstractmethod
-    def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None: ...
+    def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
+        """:meth:`all_reduce` of a checked tensor on ``device_type``, between two ranks or more."""
 
     def _all_reduce_traffic(self, buffer: Tensor) -> tuple[int, int]:
         """Bytes each way and number of messages of one all-reduce, counted as a ring."""

@@ -154,7 +154,7 @@ class Connection:
         return self.transport
 
     def adopt(self, transport: Transport) -> None:
-        """Takes over an open transport of the caller, for :meth:`close` to close; keeps ``requested``."""
+        """Takes over an open transport of the caller. :meth:`close` closes it. ``requested`` stays."""
         self._transport, self._opened_here = transport, False
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""``Deadline``: the time limit of waits, of those by polling without the time of a suspended process."""
+"""``Deadline``: the time limit of waits. Time in which the process was suspended does not count in polls."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class Deadline:
-    """The time limit of one or more waits. Time in which this process was suspended does not count.
+    """The time limit of one or more waits.
 
     A scheduler may suspend all ranks of a job (SIGSTOP) and resume them hours later. By the clock every wait
-    would then exceed its limit.
+    would then exceed its limit. So a wait that polls does not count the time in which this process was
+    suspended.
 
     Args:
         timeout_s: seconds until the limit. The time between two polls counts as at most one second, or as a
             quarter of ``timeout_s`` if that is less.
-        by_clock: count all time. For waits that do not poll.
+        by_clock: count all time, for waits that do not poll and so cannot notice a suspension.
     """
 
     def __init__(self, timeout_s: float, by_clock: bool = False) -> None:

@@ -24,9 +24,10 @@ from .stragglers import Stragglers
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """One name since torch 2.13, where the other is deprecated and warns, and the other name before."""
 _POLL_S = 1e-4
-_HOT_POLL_S = 5e-5
-"""Seconds of polling without sleep, since a sleep takes longer than most exchanges of NCCL."""
-_ROTATION_RANKS = 3
+"""Seconds of sleep between two polls of a GPU's stream."""
+_NO_SLEEP_S = 5e-5
+"""Seconds of polling without sleep at first, since a sleep takes longer than most exchanges of NCCL."""
+_PAIRWISE_RANKS = 3
 """All-gather is pairwise up to here. gloo's own takes 1.5 (2 ranks) and 1.2 times (3 ranks) as long."""
 _LONG_WAIT_S = 1.0
 """Seconds of waiting in a collective after which a rank reports its wait to the others.
@@ -105,7 +106,7 @@ class DistributedTransport(Transport):
             self._wait_for_device(device, what)
 
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
-        if self.backend == "gloo" and self.world_size <= _ROTATION_RANKS:
+        if self.backend == "gloo" and self.world_size <= _PAIRWISE_RANKS:
             pairwise.all_gather(self, send, receive, tag=tag, what=f"{what}, all-gather")
             return
         if self._doubles(send):
@@ -192,9 +193,9 @@ class DistributedTransport(Transport):
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(device))
         deadline = self.deadline()
-        hot_until = time.monotonic() + _HOT_POLL_S
+        sleep_from = time.monotonic() + _NO_SLEEP_S
         while not done.query():
-            if time.monotonic() > hot_until:
+            if time.monotonic() > sleep_from:
                 time.sleep(_POLL_S)
             if deadline.has_passed():
                 raise PeerTimeoutError(
@@ -202,6 +203,7 @@ class DistributedTransport(Transport):
                 )
 
     def _typed(self, error: RuntimeError, what: str, peer: str) -> CommHooksError:
+        """Makes a timeout or a lost peer of torch's error, which tells them apart by its text alone."""
         text = str(error)
         if "imed out" in text or "imeout" in text:
             return PeerTimeoutError(

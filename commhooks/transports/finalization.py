@@ -25,7 +25,7 @@ _WHY = "MPI is being finalized, because a rank of the job has exited or called h
 
 
 class Exchanger(Protocol):
-    """What :func:`wait_for` takes."""
+    """What :func:`add_exchanger` takes."""
 
     @property
     def is_exchanging(self) -> bool:
@@ -33,7 +33,15 @@ class Exchanger(Protocol):
 
 
 class _Progress:
-    """How far the end of MPI has come in this process, and how many calls are under way."""
+    """How far the end of MPI has come in this process, and how many calls are under way.
+
+    Attributes:
+        lock: held where ``watched``, ``calls`` or ``no_calls`` change.
+        watched: whether the end of MPI waits for this module.
+        no_calls: whether new calls are refused.
+        no_waits: whether calls that wait for other ranks give up.
+        calls: the number of calls under way.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -57,7 +65,7 @@ def watch(mpi: Any) -> None:
         mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=_before_the_end), True)
 
 
-def wait_for(exchanger: Exchanger) -> None:
+def add_exchanger(exchanger: Exchanger) -> None:
     """Makes the end of MPI wait for the exchanges of ``exchanger``, which is held weakly."""
     _exchangers.add(exchanger)
 
@@ -96,15 +104,17 @@ def is_over(mpi: Any) -> bool:
 
 
 def _before_the_end(comm: Any, keyval: int, value: Any) -> None:
+    """Waits for exchanges and calls under way. MPI calls it first of all, inside ``MPI_Finalize``."""
     grace = Deadline(GRACE_S)
     while any(e.is_exchanging for e in list(_exchangers)) and not grace.has_passed():
         time.sleep(_POLL_S)
-    while not _no_more_calls():
+    while not _refuse_calls():
         _progress.no_waits = _progress.no_waits or grace.has_passed()
         time.sleep(_POLL_S)
 
 
-def _no_more_calls() -> bool:
+def _refuse_calls() -> bool:
+    """Refuses new calls from now on, if none is under way. Returns whether it does."""
     with _progress.lock:
         _progress.no_calls = _progress.calls == 0
         return _progress.no_calls

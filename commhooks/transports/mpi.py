@@ -27,7 +27,7 @@ from .duplicates import duplicate
 _SPIN_POLLS = 200  # after so many polls a waiting rank sleeps between polls; before, it only yields the core
 _SLEEP_S = 5e-5
 _READ_POLL_S = 0.02  # also the time in which a launcher passes on what it has read
-_ROTATION_BYTES = 16384  # below, the number of rounds decides, and MPI's own all-reduce has fewer
+_PAIRWISE_BYTES = 16384  # smaller all-reduces are MPI's own, which has fewer rounds
 _serialized = threading.Lock()
 
 
@@ -119,7 +119,7 @@ class MpiTransport(Transport):
         )
 
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
-        if self.world_size & (self.world_size - 1) and nbytes(buffer) >= _ROTATION_BYTES:
+        if self.world_size & (self.world_size - 1) and nbytes(buffer) >= _PAIRWISE_BYTES:
             # MPICH sends whole buffers from and back to the ranks beyond a power of two.
             pairwise.all_reduce(self, buffer, tag=tag, what=f"{what}, all-reduce")
             return

@@ -66,7 +66,7 @@ class Stragglers:
             except Exception as error:  # of any type; the error of the collective is the one to report
                 logger.debug("no answer from the process group's store: %s", error)
 
-        thread = threading.Thread(target=run, name="commhooks roll call", daemon=True)
+        thread = threading.Thread(target=run, name="commhooks stragglers", daemon=True)
         thread.start()
         thread.join(_STORE_LIMIT_S)
         if answers:

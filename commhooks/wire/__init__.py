@@ -1,1 +1,1 @@
-"""The message in which pairs of value and index are sent."""
+"""The two forms of a message: pairs of value and index, and every element in few bits."""

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..gradient.sparse_grad import HEADER_WORDS
-from ..native import ops
+from ..native import checks, ops
 from .message import HEADER_BYTES, Context, header_of, read_header
 
 BITS = (1, 2, 4, 8, 16, 32)
 BFLOAT16, LOSSLESS = 16, 32
-BLOCK = 256
-"""Consecutive elements that share a scale."""
+BLOCK = checks.LOW_BIT_BLOCK
+"""Consecutive elements that share a scale. A chunk has whole blocks."""
 
 
 def chunks(numel: int, world_size: int) -> list[tuple[int, int]]:

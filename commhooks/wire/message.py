@@ -19,10 +19,14 @@ from ..native.fused import PAD
 
 HEADER_BYTES = 4 * HEADER_WORDS
 ROUNDS_PER_BUCKET = 32
-_MARK = 0x436F4B32
+"""Message tags of one exchange: 0 to 15 are rounds, 16 to 30 are waits before a round, 31 brings a result.
+
+Settings are compared under tag 30, before the exchange begins.
+"""
+_TAGS = 32768 // ROUNDS_PER_BUCKET  # buckets with tags of their own; MPI promises tags up to 32767
+_MARK = 0x436F4B32  # an arbitrary number: another program's message does not have it in this place
 _STEP_BITS = 0x7FFFFFFF
-_VOTE = -0x80000000
-_TAGS = 32768 // ROUNDS_PER_BUCKET
+_VOTE = -0x80000000  # the sign bit of an int32
 RETURNED = -2
 """In place of the next step's number of pairs: the sender was reset or loaded since the last step."""
 
@@ -57,7 +61,7 @@ class Context(NamedTuple):
 
     @property
     def tag(self) -> int:
-        """The first of the exchange's ``ROUNDS_PER_BUCKET`` message tags."""
+        """The first of the exchange's :data:`ROUNDS_PER_BUCKET` message tags."""
         return self.bucket % _TAGS * ROUNDS_PER_BUCKET
 
     def announcing(self, next_k: int) -> Context:
