@@ -13,7 +13,9 @@ from ..memory import Memory
 from ..selection.selectors import RandomK, Selector
 
 _SECOND_MOMENT = (torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Rprop)
-"""The optimizers of torch that scale by past magnitudes and have no ``betas`` among their options."""
+"""The optimizers of torch that scale by past magnitudes and have none of the options below."""
+_SECOND_MOMENT_OPTIONS = ("betas", "beta2", "beta2_decay", "decay_rate")
+"""Options that tell such optimizers. The last two are Adafactor's, of torch and of other libraries."""
 
 
 def momentum_of(optimizer: torch.optim.Optimizer | None) -> float:
@@ -25,7 +27,8 @@ def momentum_of(optimizer: torch.optim.Optimizer | None) -> float:
 def has_second_moment(optimizer: torch.optim.Optimizer | None) -> bool:
     """Whether the optimizer divides a gradient by its past magnitudes. All with ``betas`` count."""
     groups = [] if optimizer is None else optimizer.param_groups
-    return isinstance(optimizer, _SECOND_MOMENT) or any("betas" in g or "beta2" in g for g in groups)
+    told = any(option in group for group in groups for option in _SECOND_MOMENT_OPTIONS)
+    return told or isinstance(optimizer, _SECOND_MOMENT)
 
 
 def is_plain_sgd(optimizer: torch.optim.Optimizer | None, memory: Memory | None) -> bool:

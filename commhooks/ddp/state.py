@@ -68,7 +68,7 @@ class SparseState:
             DDP's group. With ``register_comm_hook`` it must be named in a job that has groups of fewer ranks.
         ddp_allreduce: leave the average to DDP's own all-reduce, which is faster than a dense exchange by
             this state's thread. Traffic is not counted then. Only with ``Dense("distributed")``,
-            ``NoMemory()`` and ``"propagate"``.
+            ``NoMemory()`` and ``"propagate"``, and not ``undoable``.
         undoable: keep the memory from before each step, so that :meth:`discard` can restore it. It takes as
             much memory again as residuals and velocities.
 
@@ -129,7 +129,8 @@ class SparseState:
         if ddp_allreduce and not self._ddp_can():
             raise ValueError(
                 "ddp_allreduce=True leaves the average to DDP, which can only sum what it is given over its "
-                'own group: it goes with Dense("distributed"), NoMemory() and nonfinite="propagate", got '
+                'own group: it goes with Dense("distributed"), NoMemory(), nonfinite="propagate" and '
+                "undoable=False, got "
                 f"{self.reducer.settings()}, transport {self.reducer.connection.requested!r}"
             )
         if self.reducer.connection.requested == "mpi":
@@ -540,10 +541,11 @@ class SparseState:
         """Sets the memory to zero and starts at step 0. It is not collective.
 
         All ranks must call it between the same steps. If only some do, the next step raises
-        ``SettingsMismatchError``.
+        ``SettingsMismatchError``. A step that was begun, by a backward pass that raised, is forgotten.
         """
         self.forget_waiting()
         self._thread.wait()
+        self._indices.clear()
         self.reducer.reset()
         self.watch.forgive()
 
@@ -596,7 +598,8 @@ class SparseState:
         """Loads this rank's state, or the list of all ranks' states of a run of any world size.
 
         The first call opens the transport, which is collective. All ranks must load between the same steps.
-        If only some do, the next step raises ``SettingsMismatchError``.
+        If only some do, the next step raises ``SettingsMismatchError``. A step that was begun, by a backward
+        pass that raised, is forgotten.
 
         Args:
             state: as for :meth:`Reducer.load_state_dict`.
@@ -615,6 +618,7 @@ class SparseState:
         self.open()
         self.reducer.load_state_dict(state, strict=strict)
         self._steps_seen = 0
+        self._indices.clear()
         self.watch.forgive()
 
     def restart(self, saved: dict[str, Any]) -> None:
@@ -651,10 +655,14 @@ class SparseState:
         return self.ddp_allreduce and not self._passthrough
 
     def _ddp_can(self) -> bool:
-        """Whether DDP's all-reduce can serve this state's settings. NaN and Inf stay in its sum."""
+        """Whether DDP's all-reduce can serve this state's settings. NaN and Inf stay in its sum.
+
+        It counts no steps, so none can be discarded.
+        """
         reducer = self.reducer
         plain = isinstance(reducer.aggregator, Dense) and isinstance(reducer.memory, NoMemory)
-        return plain and reducer.nonfinite == "propagate" and reducer.connection.requested in OVER_TORCH
+        in_sum = reducer.nonfinite == "propagate" and not reducer.undoable
+        return plain and in_sum and reducer.connection.requested in OVER_TORCH
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import ErrorFeedback, NoMemory, SparseState, TopK, prime_layout, register
+from commhooks import ErrorFeedback, LowBit, NoMemory, SparseState, TopK, prime_layout, register
 from commhooks.ddp import optimizer_steps
-from commhooks.ddp.optimizers import check_optimizer, is_plain_sgd
+from commhooks.ddp.optimizers import check_optimizer, has_second_moment, is_plain_sgd
 from commhooks.ddp.wrapped import find_ddp, plain_name
 
 
@@ -192,11 +192,21 @@ def test_plain_sgd_is_known_only_where_it_is_told():
     )
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="torch before 2.5")
+def test_adafactor_has_a_second_moment():
+    optimizer = torch.optim.Adafactor([nn.Parameter(torch.zeros(2, 2))])
+    assert has_second_moment(optimizer)
+    assert isinstance(SparseState.for_optimizer(optimizer, warmup_steps=0).reducer.aggregator, LowBit)
+    with pytest.raises(ValueError, match="momentum 0.9 does not go with Adafactor"):
+        check_optimizer(ErrorFeedback(0.9), None, optimizer)
+
+
 @pytest.mark.parametrize(
     "options",
     (
         {"memory": ErrorFeedback()},
         {"nonfinite": "skip"},
+        {"undoable": True},
         {"transport": "mpi"},
     ),
 )
@@ -290,6 +300,22 @@ def test_a_parameter_that_replaces_another_in_an_optimizer_is_seen_to_step():
     optimizer.param_groups[0]["params"][0] = new
     optimizer.step()
     assert seen == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("forget", ("reset", "load_state_dict", "restart"))
+def test_a_step_that_was_begun_is_forgotten(forget):
+    """A backward pass that raises fills some buckets only. The next one begins with the first bucket."""
+    state, parameters = SparseState.topk(0.5), [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    state.set_names(zip("ab", parameters, strict=True))
+    saved = state.state_dict()
+    state.submit(torch.tensor([1.0, 2.0]), 0, (parameters[0],), is_last=False).wait()
+    getattr(state, forget)(*([] if forget == "reset" else [saved]))
+    buffers = [torch.tensor([3.0, 4.0]) for _ in parameters]
+    for index, (parameter, buffer) in enumerate(zip(parameters, buffers, strict=True)):
+        state.submit(buffer, index, (parameter,), is_last=index == 1).wait()
+    assert state.error is None and state.stats()["step"] == 1
+    assert [buffer.tolist() for buffer in buffers] == [[0.0, 4.0]] * 2
+    state.close()
 
 
 def test_a_restart_waits_for_the_work_under_way():
