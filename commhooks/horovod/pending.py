@@ -74,6 +74,11 @@ class CompressorCore:
 
     Attributes:
         moved: the optimizer's settings that were moved into the memory, or None.
+
+    Raises:
+        TypeError: ``memory`` is not a ``Memory``.
+        ValueError: a parameter's name comes twice, the policy is unknown, ``timeout_s`` is not positive, or
+            another state or compression has the memory.
     """
 
     def __init__(
@@ -90,7 +95,10 @@ class CompressorCore:
             timeout_s = timeout_of(None) or DEFAULT_TIMEOUT_S
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
-        self.selector, self.memory = selector, ErrorFeedback() if memory is None else memory
+        memory = ErrorFeedback() if memory is None else memory
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory must be a Memory such as ErrorFeedback(), got {type(memory).__name__}")
+        self.selector, self.memory = selector, memory
         self.timeout_s, self._process_set = float(timeout_s), process_set
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})

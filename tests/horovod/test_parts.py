@@ -117,6 +117,14 @@ def test_the_parameter_is_found_by_identity_alone():
         table.find(parameters[0])
 
 
+def test_a_memory_of_another_type_is_refused_by_name():
+    from commhooks.horovod import Compression
+
+    for make in (Compression.topk, Compression.randomk):
+        with pytest.raises(TypeError, match=r"memory must be a Memory such as ErrorFeedback\(\), got float"):
+            make(0.1, [("w", torch.nn.Parameter(torch.zeros(2)))], memory=0.9)
+
+
 def test_a_gather_beside_join_is_refused_by_name(monkeypatch):
     """With Horovod's answer made up: in a job its all-gathers beside hvd.join() have crashed a rank (MPI, 4 ranks)."""
     import horovod.torch as hvd
