@@ -523,15 +523,16 @@ class SparseState:
         discard the same pass. If only some do, the next step raises ``SettingsMismatchError``.
 
         Raises:
-            RuntimeError: the state is not ``undoable``, or there is nothing to discard: the last pass sent
-                nothing, as inside ``no_sync()``, or was discarded already.
+            RuntimeError: the state is not ``undoable``, or there is nothing to discard: the last pass was
+                discarded already, or the one since the optimizer's step sent nothing, as inside
+                ``no_sync()``.
         """
         self._thread.wait()
         self.raise_error()
         if not self._steps_all and self.watch.holds_back:
             raise RuntimeError(
                 "discard(): the last backward pass sent nothing, as inside no_sync(), so zero_grad() alone "
-                "discards it. discard() would undo the pass before"
+                "discards it. discard() would undo the pass before, with which an optimizer has stepped"
             )
         self.reducer.discard()
         if not self.watch.accumulates:  # else averages of the step's earlier passes must not be zeroed

@@ -187,8 +187,9 @@ class StepWatch:
 
     @property
     def holds_back(self) -> bool:
-        """Whether a backward pass has reached parameters since a bucket last took their gradients."""
-        return any(record.reached and record.passes > 0 for record in self._records.values())
+        """Whether a backward pass has sent nothing since an optimizer stepped with the last averages."""
+        exchanged = [record for record in self._records.values() if record.passes > 0]
+        return any(record.reached for record in exchanged) and not any(record.counts for record in exchanged)
 
     @property
     def accumulates(self) -> bool:

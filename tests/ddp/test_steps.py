@@ -490,11 +490,20 @@ def _discards_too_little_or_too_much(rank, size):
         with pytest.raises(RuntimeError, match=r"inside no_sync\(\), so zero_grad\(\) alone"):
             state.discard()
         used()
+        return applied_and_withheld()
+
+    def applied_and_withheld():
         return -ddp.module.w.detach() + state.reducer.state_dict()["residual"]["w"]
 
     used()
     refused = discards_inside_no_sync()
-    return told(used), torch.equal(refused, 2 * g), told(discards_one_of_two)
+    optimizer.zero_grad()
+    ddp(9.0 * g).backward()
+    ddp.module(g).backward()  # a penalty on the bare module, after the exchange
+    state.discard()
+    used()
+    right = torch.equal(refused, 2 * g) and torch.equal(applied_and_withheld(), 3 * g)
+    return told(used), right, told(discards_one_of_two)
 
 
 def test_a_discard_that_would_lose_a_pass_is_refused_or_warned_of():
