@@ -122,8 +122,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     names = {name for name in MARKERS if item.get_closest_marker(name) is not None}
-    if report.when == "call" and report.passed:
-        _passed.update(names)
+    report.markers = sorted(names)  # goes to the process that counts: tests run in several (pytest-xdist)
     wanted = names & required()
     if report.skipped and wanted and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
@@ -145,7 +144,14 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
     return report
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        _passed.update(report.markers)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if hasattr(session.config, "workerinput"):
+        return  # a worker of pytest-xdist has seen its own tests only
     missing = required() - _passed
     if missing and exitstatus == 0 and not session.config.option.collectonly:
         print(f"\nno test passed for {sorted(missing)}, which COMMHOOKS_REQUIRE names")
