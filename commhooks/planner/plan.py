@@ -213,12 +213,18 @@ def choose(costs: Costs, job: Job, world_size: int) -> Plan:
 
 
 def settle(plans: Sequence[Plan]) -> Plan:
-    """Returns the plan closest to dense training, of several measurements', so that noise decides nothing."""
+    """Returns the plan closest to dense training, of several measurements', so that noise decides nothing.
+
+    Its scheme must pay by the slowest of its predictions beside the fastest of dense's, and by a factor that
+    is as many times larger as the measurements differ. Else the plan is dense.
+    """
     ladder = [("dense", 1.0), *plans[0].job.ladder()]
     taken = min(plans, key=lambda p: ladder.index((p.scheme, p.density)))
     alike = [p for p in plans if (p.scheme, p.density) == (taken.scheme, taken.density)]
     bucket_mb = min((p.bucket_mb for p in alike), key=_size_order)
     taken = replace(next(p for p in alike if p.bucket_mb == bucket_mb), spread=_spread(plans))
+    if taken.scheme != "dense" and not _is_sure(plans, taken):
+        return _too_noisy(plans, taken)
     if len(alike) == len(plans):
         return taken
     others = ", ".join(sorted({p.summary() for p in plans if p not in alike}))
@@ -227,10 +233,40 @@ def settle(plans: Sequence[Plan]) -> Plan:
     return replace(taken, reason=reason)
 
 
+def _of(plans: Sequence[Plan], scheme: str, density: float) -> list[Prediction]:
+    """Returns what several measurements' plans predict for one candidate, the fastest first."""
+    found = (p for plan in plans for p in plan.predictions if (p.scheme, p.density) == (scheme, density))
+    return sorted(found, key=lambda p: p.step_s)
+
+
+def _is_sure(plans: Sequence[Plan], taken: Plan) -> bool:
+    """Whether what was taken pays by the margin times the factor that measurements differ by."""
+    dense, found = _of(plans, "dense", 1.0), _of(plans, taken.scheme, taken.density)
+    differ = max(_factor(dense), _factor(found))
+    slowest = found[-1]
+    return _pays(slowest, dense[0]) and MARGIN * differ * slowest.step_s <= dense[0].step_s
+
+
+def _too_noisy(plans: Sequence[Plan], taken: Plan) -> Plan:
+    """Returns the dense plan for measurements that differ by more than what was taken promises."""
+    dense, others = _of(plans, "dense", 1.0), _of(plans, taken.scheme, taken.density)
+    ranges = [f"{_ms(found[0].step_s)} to {_ms(found[-1].step_s)}" for found in (dense, others)]
+    reason = (
+        f"too close to call: dense. By {len(plans)} measurements dense takes {ranges[0]} per step, "
+        f"{taken.scheme} at density {taken.density:g} {ranges[1]}"
+    )
+    return replace(taken, scheme="dense", density=1.0, bucket_mb=dense[0].bucket_mb, reason=reason)
+
+
 def _spread(plans: Sequence[Plan]) -> float:
     """Returns the slowest prediction for a dense step over the fastest, of several measurements' plans."""
-    dense = [next(p.step_s for p in plan.predictions if p.scheme == "dense") for plan in plans]
-    return max(dense) / min(dense) if min(dense) > 0.0 else 1.0
+    return _factor(_of(plans, "dense", 1.0))
+
+
+def _factor(found: Sequence[Prediction]) -> float:
+    """Returns the slowest prediction over the fastest, of predictions in this order."""
+    least, most = found[0].step_s, found[-1].step_s
+    return most / least if least > 0.0 else 1.0
 
 
 def _best(costs: Costs, job: Job, world_size: int, scheme: str, density: float) -> Prediction:

@@ -39,6 +39,17 @@ class Clocked(Transport):
         self.largest = max(self.largest, buffer.nbytes)
 
 
+def test_a_dense_buckets_constant_is_not_above_a_sparse_ones(monkeypatch):
+    """On a busy machine it was measured so, and the plan compressed for it."""
+    transport = Clocked(TRUE)
+    probed(monkeypatch, transport)
+    monkeypatch.setattr(
+        probe_module, "small_bucket_s", lambda transport, device, dense: 9.0 if dense else 2.0
+    )
+    found = probe(transport, 10**7)
+    assert 1.9 < found.bucket_s <= 2.0 and found.dense_bucket_s == found.bucket_s
+
+
 def probed(monkeypatch, transport, numel=10**7):
     monkeypatch.setattr(device_module, "time", transport)
     monkeypatch.setattr(probe_module, "kernel_costs", lambda *arguments: (0.0,) * 4 + (3.0, 5.0))
