@@ -33,14 +33,14 @@ class Recipe:
       many values, masking would take most of the momentum away: see docs/recipes.md.
     - Adam and others that divide by past magnitudes stay as they are. Every element of their gradients is
       sent in 4 bits, unless a sparse scheme is asked for.
-    - Other optimizers stay as they are, too.
+    - Other optimizers, such as Muon, stay as they are, too, and send the same.
 
     Args:
         optimizer: the job's optimizer.
         density: final k/n in (0, 1].
         warmup_steps: steps over which the density falls from 0.25. 0: none.
-        scheme: a name of ``SCHEMES`` except ``"dense"``. None: ``"lowbit"`` for optimizers with a second
-            moment, which need every element at every step, else ``"topk"``.
+        scheme: a name of ``SCHEMES`` except ``"dense"``. None: ``"topk"`` for ``torch.optim.SGD``, and
+            ``"lowbit"`` for all others, for which sparse gradients were not seen to train.
         clip: ``clip_norm`` and ``norm_over`` of ``ErrorFeedback``; or None.
         factor_masking: as ``ErrorFeedback``'s, where the optimizer has momentum. None: without a warm-up.
         rescale_with_lr: whether the residual is in units of the parameters (``ErrorFeedback``'s, of this
@@ -72,7 +72,7 @@ class Recipe:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
         if scheme is None:
-            scheme = "lowbit" if has_second_moment(optimizer) else "topk"
+            scheme = "topk" if isinstance(optimizer, torch.optim.SGD) else "lowbit"
         names = [name for name in SCHEMES if name != "dense"]
         if scheme not in names:
             raise ValueError(f"scheme must be one of {', '.join(names)}, got {scheme!r}")

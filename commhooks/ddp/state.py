@@ -162,7 +162,7 @@ class SparseState:
         optimizer's to 0, so that they act on what each rank computes and not on what arrives. A step of the
         optimizer raises ``ValueError`` when one of them is set again, as ``OneCycleLR`` does with the
         momentum unless ``cycle_momentum=False``. Weight decay may differ between the parameter groups. Other
-        optimizers stay as they are. For those with a second moment every element is sent in 4 bits, and the
+        optimizers stay as they are, and every element is sent in 4 bits. For those with a second moment the
         line names averaging, which sends less.
 
         Call it before the optimizer loads a checkpoint of a run with such a state.
@@ -172,8 +172,8 @@ class SparseState:
             density: k/n in (0, 1] after the warm-up.
             transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
             warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none.
-            scheme: a name of ``commhooks.schemes.SCHEMES`` except ``"dense"``. None: ``"lowbit"``, which has
-                no density, for optimizers with a second moment, else ``"topk"``.
+            scheme: a name of ``commhooks.schemes.SCHEMES`` except ``"dense"``. None: ``"topk"`` for
+                ``torch.optim.SGD``, and for all others ``"lowbit"``, which has no density.
             clip_norm: largest norm of this rank's gradient, before the memory.
             norm_over: the norm of each ``"bucket"``, or of the whole ``"model"``: see ``ErrorFeedback``.
             factor_masking: whether the velocity is set to zero where a value was sent. None: without a

@@ -175,6 +175,16 @@ def test_second_moments_stay_and_the_line_names_averaging(capsys):
     optimizer.step()
 
 
+def test_all_optimizers_but_sgd_send_every_element(capsys):
+    matrix = torch.nn.Linear(4, 3, bias=False)
+    for optimizer in (torch.optim.Muon(matrix.parameters()), torch.optim.ASGD(matrix.parameters())):
+        state = SparseState.for_optimizer(optimizer, warmup_steps=5)
+        assert repr(state.reducer.aggregator) == repr(SparseState.lowbit(4).reducer.aggregator)
+        assert "stays as it is; lowbit, every element in 4 bits" in capsys.readouterr().err
+    state = SparseState.for_optimizer(torch.optim.SGD(matrix.parameters(), lr=0.1), warmup_steps=0)
+    assert "TopK" in repr(state.reducer.selector)
+
+
 def test_it_tells_what_it_did_on_rank_0_once(capsys, monkeypatch, caplog):
     def make():
         optimizer = by_group(model(), momentum=0.9)
