@@ -10,7 +10,7 @@ from ..errors import says_what_to_write
 
 def check_density(name: str, density: float) -> float:
     """Returns ``density`` as float, or raises ``ValueError`` when it is not in (0, 1]."""
-    if not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {density!r}")
     return float(density)
 

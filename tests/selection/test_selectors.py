@@ -20,6 +20,13 @@ from commhooks.selection.selectors import Selector
 from commhooks.transports import in_process
 
 
+@pytest.mark.parametrize("density", (True, 0.0, -0.1, 1.5, float("nan"), "0.1", None))
+def test_no_density(density):
+    for make in (ConstantDensity, lambda given: ExponentialWarmup(given, 4)):
+        with pytest.raises(ValueError, match=rf"density must be in \(0, 1\], got {density!r}"):
+            make(density)
+
+
 def test_density_schedules():
     assert [ConstantDensity(0.1).density(t) for t in (0, 9)] == [0.1, 0.1]
     warm = ExponentialWarmup(0.001, 4, start=0.1)
