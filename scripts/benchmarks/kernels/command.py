@@ -78,6 +78,8 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
         for data in DATA:
             selections.measure(bench, data, numel, density, runs[density] if data == "real" else None)
         selections.measure_misses(bench, numel, density)
+        for momentum in (0.0, 0.9):
+            selections.measure_apart(bench, numel, density, momentum)
         sparse.measure(bench, numel, density)
         bench.save()
     for numel in sizes(options):

@@ -13,7 +13,7 @@ KEYS = (
     "bench", "kernel", "data", "numel", "density", "device", "threads",
     "metric", "unit", "value", "baselines",
 )  # fmt: skip
-BASELINES = ("r+=g", "r*=a", "torch", "torch.topk", "memcpy", "numpy", "cub")
+BASELINES = ("r+=g", "r*=a", "torch", "torch.topk", "memcpy", "numpy", "cub", "in place")
 
 
 class Model(NamedTuple):
@@ -40,6 +40,7 @@ MODELS = {
 }
 MODELS |= dict.fromkeys(("low_bit_encode", "low_bit_decode_add"), Model("8 n", lambda n, k: 8 * n))
 WITH_VELOCITY = Model("20 n", lambda n, k: 20 * n)
+MODELS |= {"select_topk, apart": _PASS, "select_topk, apart, velocity": WITH_VELOCITY}
 HALF_GRADIENT = Model("10 n", lambda n, k: 10 * n)
 BY_BITMAP = Model(
     "n/4 + 4 k", lambda n, k: n / 4 + 4 * k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -97,6 +98,43 @@ def measure_misses(bench: Bench, numel: int, density: float) -> None:
 
     labels = {"kernel": "select_topk", "data": "missed", "numel": numel, "density": density}
     bench.compare(labels, missed, {"r+=g": lambda: plain.add_(grad)}, between=residual.zero_)
+
+
+def measure_apart(bench: Bench, numel: int, density: float, momentum: float) -> None:
+    """select_topk that writes the new memory apart, as `undoable=True` does, over the same in place.
+
+    The new memory is the old one of the next call: the buffers change places, as in a training loop.
+
+    Raises:
+        AssertionError: the two memories differ.
+    """
+    gradients = Gradients("gaussian", numel, None)
+    k = max(1, int(numel * density))
+    in_place, *places = (_memory(numel, momentum) for _ in range(3))
+
+    def kept() -> None:
+        ops.select_topk(Fused(gradients.buffer, *in_place, momentum), k, threads=bench.threads)
+
+    def apart() -> None:
+        (residual, velocity), (new_residual, new_velocity) = places
+        fused = Fused(gradients.buffer, residual, velocity, momentum)
+        fused = replace(fused, residual_out=new_residual, velocity_out=new_velocity)
+        ops.select_topk(fused, k, threads=bench.threads)
+        places.reverse()
+
+    for _ in range(3):
+        gradients.next()
+        kept()
+        apart()
+    if not torch.equal(places[0][0], in_place[0]):
+        raise AssertionError("a memory that is written apart differs from one that is updated in place")
+    kernel = "select_topk, apart, velocity" if momentum else "select_topk, apart"
+    labels = {"kernel": kernel, "data": "gaussian", "numel": numel, "density": density}
+    bench.compare(labels, apart, {"in place": kept}, between=gradients.next)
+
+
+def _memory(numel: int, momentum: float) -> tuple[Tensor, Tensor | None]:
+    return torch.zeros(numel), torch.zeros(numel) if momentum else None
 
 
 def torch_pipeline(grad: Tensor, residual: Tensor, k: int) -> tuple[Tensor, Tensor]:

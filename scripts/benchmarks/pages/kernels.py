@@ -99,4 +99,15 @@ def _merges() -> Iterator[tuple[str, ...]]:
             yield f"{k:,}", f"{density:g}", number(record["value"]), *over
 
 
-TABLES = {"topk": topk, "target": target, "others": others, "merge": merge}
+def apart() -> list[str]:
+    """select_topk that writes the new memory apart, over the same in place."""
+    cases = [(numel, density) for numel in _SIZES for density in _DENSITIES]
+    head = [f"{numel / 10**6:g}M, {density * 100:g} %" for numel, density in cases]
+    rows = []
+    for kernel, name in (("select_topk, apart", "no"), ("select_topk, apart, velocity", "yes")):
+        times = (_time(kernel, "gaussian", *case) for case in cases)
+        rows.append((name, *(number(_over(time, "in place")) for time in times)))
+    return markdown(("momentum", *head), rows)
+
+
+TABLES = {"topk": topk, "target": target, "others": others, "merge": merge, "apart": apart}
