@@ -89,7 +89,12 @@ def simulation_is_the_library(budget: Budget) -> Claim:
         for kind, values in differences.items():
             axis.semilogy(sizes, [v + 1e-18 for v in values], marker="o", label=kind)
         axis.semilogy(sweep.workers, sweep_gap, marker="*", ls="", label=f"M-AVG, {sweep.steps} steps")
-        axis.set(xlabel="P", ylabel="largest difference", title=f"simulation and library after {steps} steps")
+        axis.set_xscale("log", base=2)
+        axis.set(
+            xlabel="workers P",
+            ylabel="largest difference (0 is drawn as 1e-18)",
+            title=f"simulation and library after {steps} steps",
+        )
     worst = max(sweep_gap, *(v for values in differences.values() for v in values))
     return Claim(
         "simulation_check",

@@ -10,7 +10,7 @@ from commhooks import Bucket, Dense, ErrorFeedback, ExponentialWarmup, GTopK, Re
 from commhooks.transports import in_process
 
 from .claims import Budget, Claim, figure, verdict
-from .models import Task, make_task
+from .models import TITLES, Task, make_task
 
 WORKERS = 4
 
@@ -67,12 +67,12 @@ def delta_and_convergence(budget: Budget) -> Claim:
             task, steps = make_task(name), budget.steps(steps)
             dense = train(task, steps, None)
             sparse = train(task, steps, 0.001, warmup=steps // 4, delta_every=4)
-            axes[2 * number].plot(*zip(*sparse["deltas"], strict=True), marker=".", label="delta")
+            axes[2 * number].plot(*zip(*sparse["deltas"], strict=True), marker=".")
             axes[2 * number].axhline(1.0, color="gray", ls="--")
-            axes[2 * number].set(xlabel="step", ylabel="delta", title=name)
+            axes[2 * number].set(xlabel="step", ylabel="delta", title=f"{TITLES[name]}: at most 1 is assumed")
             axes[2 * number + 1].semilogy(dense["losses"], label="S-SGD")
             axes[2 * number + 1].semilogy(sparse["losses"], label="gTop-k")
-            axes[2 * number + 1].set(xlabel="step", ylabel="training loss", title=name)
+            axes[2 * number + 1].set(xlabel="step", ylabel="training loss", title=TITLES[name])
             found[name] = (dense, sparse)
     largest = {name: max(d for _, d in sparse["deltas"]) for name, (_, sparse) in found.items()}
     close = {n: (d["losses"][-1], s["losses"][-1], d["losses"][0]) for n, (d, s) in found.items()}

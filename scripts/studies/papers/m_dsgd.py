@@ -67,7 +67,7 @@ def panel(
         else:
             curves[name] = errors_of(replace(base, rate=rates(scheduler)), totals, measure)
         axis.loglog(totals, curves[name], marker="o", label=name)  # type: ignore[attr-defined]
-    axis.set(xlabel="T", title=title)  # type: ignore[attr-defined]
+    axis.set(xlabel="steps T", title=title)  # type: ignore[attr-defined]
     return curves
 
 

@@ -14,6 +14,8 @@ from training.models import MLP, LanguageModel, ResNet20
 from .problems import digits
 
 Batch = tuple[Tensor, Tensor]
+TITLES = {"mlp": "perceptron", "resnet20": "ResNet-20", "lstm": "LSTM"}
+"""What the figures call the networks."""
 
 
 @dataclass(frozen=True)

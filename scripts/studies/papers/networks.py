@@ -11,7 +11,7 @@ from commhooks.transports import in_process
 
 from .claims import Budget, Claim, figure, verdict
 from .gtopk import smooth
-from .models import Task, make_task
+from .models import TITLES, Task, make_task
 
 WORKERS, PERIOD = 4, 4
 SEEDS = 3
@@ -68,7 +68,9 @@ def block_momentum(budget: Budget) -> Claim:
                     losses, label=("K-AVG" if mu == 0 else f"M-AVG, mu = {mu}") + f", rate {rate:g}"
                 )
             axis.set(
-                xlabel="steps of each worker", ylabel="training loss", title=f"{name}, P = 4, K = {PERIOD}"
+                xlabel="steps of each worker",
+                ylabel="training loss",
+                title=f"{TITLES[name]}, P = 4, K = {PERIOD}",
             )
     (k_res, m_res), (k_lstm, m_lstm) = (
         [(sum(scores) / len(scores), min(scores), max(scores), rate) for _, scores, rate in runs.values()]

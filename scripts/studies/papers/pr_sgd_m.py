@@ -171,13 +171,18 @@ def period_and_data(budget: Budget) -> Claim:
         ]  # fmt: skip
     with figure(budget, "pr_sgd_m_period") as axis:
         for name, values in curves.items():
-            axis.loglog(periods, values, marker="o", base=2, label=name)
+            axis.semilogy(periods, values, marker="o", label=name)
         for iid in (True, False):
             line = suggest_restart_period(steps, workers, iid=iid)
             axis.axvline(
                 line, ls=":" if iid else "--", color="gray", label=f"formula, {'' if iid else 'not '}i.i.d."
             )
-        axis.set(xlabel="I", ylabel="training loss", title=f"P = {workers}, T = {steps}, b = 4")
+        axis.set_xscale("log", base=2)
+        axis.set(
+            xlabel="steps between averagings I",
+            ylabel="training loss",
+            title=f"P = {workers}, T = {steps}, b = 4",
+        )
     limits = {}
     for name, values in curves.items():
         limits[name] = max(p for p, v in zip(periods, values, strict=True) if v <= 1.25 * values[0])
