@@ -13,6 +13,7 @@ from commhooks.averaging import (
     AveragedOptimizer,
     BlockMomentum,
     DecentralizedMomentum,
+    DiLoCo,
     Every,
     LocalSGD,
     RestartedMomentum,
@@ -219,10 +220,15 @@ def test_period_and_sync_are_one_name():
 def test_stats_count_bytes_seconds_and_the_distance_from_the_average():
     def work(transport):
         rows = []
-        for kind in range(4):
+        for kind in range(6):
             model = Pieces(start(), dtype=torch.float32)
             optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-            averager = list(averagers(model, optimizer, transport))[kind]
+            outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+            averager = [
+                *averagers(model, optimizer, transport),
+                SlowMo(optimizer, 0.5, 2, transport=transport),
+                DiLoCo(model.parameters(), outer, sync_every=2, transport=transport),
+            ][kind]
             assert averager.stats()["distance"] is None and averager.stats()["bytes_sent"] == 0
             before = transport.counters.bytes_sent
             for _ in range(4):

@@ -19,6 +19,7 @@ from .records import ROOT
 Tables = Mapping[str, Callable[[], list[str]]]
 #: Page, and the module with its tables.
 PAGES = {
+    "docs/averaging.md": "benchmarks.pages.averaging",
     "README.md": "benchmarks.pages.readme",
     "docs/performance.md": "benchmarks.pages.performance",
     "docs/cost-model.md": "benchmarks.pages.cost_model",
