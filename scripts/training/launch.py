@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commhooks.transports.mpi import wait_until_read
 from commhooks.transports.own_group import leave as leave  # the last thing a job does
 
 # What launchers of MPI jobs tell a rank about the number of ranks: MPICH (and Intel), Open MPI.
@@ -166,5 +167,6 @@ def _leave_in_error(kind: str, error: BaseException) -> None:
     if kind == "mpi" and code != 0:
         from mpi4py import MPI
 
+        wait_until_read(sys.stderr)  # mpiexec ends the ranks without reading what is left in their pipes
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)
