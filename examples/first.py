@@ -1,4 +1,4 @@
-"""The smallest whole script: a hundredth of the gradient is sent, after a warm-up.
+"""The smallest whole script: a hundredth of the gradient is sent.
 
 torchrun --nproc-per-node 2 examples/first.py
 """
@@ -9,15 +9,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commhooks
-from commhooks import ErrorFeedback, ExponentialWarmup, SparseState, TopK
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 1)))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.005)  # no momentum: the memory has it
-density = ExponentialWarmup(0.01, warmup_epochs=2, steps_per_epoch=20)
-memory = ErrorFeedback(momentum=0.9, factor_masking=True)  # keeps what is not sent
-state = commhooks.register(model, SparseState(TopK(density), commhooks.AllGather(), memory), optimizer)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+# Momentum moves into a memory, beside what is not sent.
+state = commhooks.SparseState.for_optimizer(optimizer, density=0.01, warmup_steps=0)
+commhooks.register(model, state, optimizer)
 torch.manual_seed(dist.get_rank())  # each rank draws its own data
 for step in range(400):
     x = torch.randn(64, 32)
