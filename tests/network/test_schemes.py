@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmarks.network import step
 from benchmarks.network.models import StandIn, equal_layers
 from benchmarks.network.schemes import PLAIN, SCHEMES, attach
 from benchmarks.network.step import decided
@@ -41,6 +42,18 @@ def test_auto_gets_the_buckets_that_it_chose():
     assert first == second
     assert f"{first['scheme']} at {first['density']:g}" in first["promised_s"]
     assert first["reason"] and all(seconds >= 0 for seconds in first["promised_s"].values())
+
+
+def test_steps_that_ddp_averages_have_no_phases(monkeypatch):
+    monkeypatch.setattr(step, "interface_bytes", lambda: 0)  # loopback has no eth0
+    monkeypatch.setitem(step.MODELS, "small", lambda: equal_layers(3, 64))
+
+    def timed(rank, size):
+        return step.time_steps(step.Case(PLAIN, "small", steps=3), rank)
+
+    for found in spawn_gloo(timed, 2):
+        assert len(found.seconds) == 3 and min(found.seconds) > 0
+        assert set(found.phases.values()) == {0.0} and found.counted_bytes == 0
 
 
 def test_unknown_scheme():

@@ -115,6 +115,8 @@ def _rows(case: Case, attached: Attached, start: torch.Tensor) -> list[list[floa
         _step(attached.model, start)
         seconds = time.perf_counter() - begun
         last = attached.state.stats() if attached.state is not None else None
+        if last is not None and last["averaged_by"] == "ddp":
+            last = None  # DDP's own all-reduce: nobody counts
         phases = [last["seconds"].get(phase, 0.0) for phase in PHASES] if last else [0.0] * len(PHASES)
         counted = float(last["bytes_sent"]) if last else 0.0
         settle()  # what others still send to us is acknowledged by now, and theirs is out
