@@ -41,9 +41,9 @@ class UnusedAverages:
         """Lets the last averages be zeroed: the memory has taken back what they sent."""
         self._waiting.clear()
 
-    def stepped(self, held: frozenset[int]) -> None:
+    def stepped(self, ids: frozenset[int]) -> None:
         """Records a step of an optimizer that holds the parameters of these ids."""
-        mine = {entry for entry in self._entries if id(entry.parameter) in held}
+        mine = {entry for entry in self._entries if id(entry.parameter) in ids}
         self._waiting -= mine
         self._ever_stepped |= mine
 
