@@ -1,11 +1,9 @@
 """scripts/accuracy --averagers: its commands, the order of its runs, its choice of rates, and how it goes on."""
 
 import pytest
-import torch
-from launch import spawn_gloo
+from interrupted_study import run_twice
 from studies import averagers, recipes, trained
 from studies.averagers import Arm
-from training import launch as job_launch
 from training import options
 
 CHOICE = trained.CHOICE_SEED
@@ -83,23 +81,9 @@ def quick(tmp_path_factory):
     """The quick study, interrupted after its third run and started again."""
     file = tmp_path_factory.mktemp("study") / "averagers.jsonl"
 
-    def ranks(rank, size):
-        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
-        whole, ran = averagers.one, []
-
-        def stops(world, labels, quick):
-            if len(ran) == 3:
-                raise KeyboardInterrupt
-            ran.append(labels)
-            return whole(world, labels, quick)
-
-        averagers.one = stops
-        with pytest.raises(KeyboardInterrupt):
-            averagers.study(world, file, (0.003,), (0,), True)
-        averagers.one = lambda world, labels, quick: ran.append(labels) or whole(world, labels, quick)
-        return averagers.study(world, file, (0.003,), (0,), True), ran
-
-    (found, ran), (other, _) = spawn_gloo(ranks, 2, timeout=240)
+    found, ran, other = run_twice(
+        lambda world: averagers.study(world, file, (0.003,), (0,), True), 2, timeout=240
+    )
     return file, found, ran, other
 
 

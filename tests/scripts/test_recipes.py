@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from launch import spawn_gloo
+from interrupted_study import run_twice
 from studies import recipes, trained
-from training import launch as job_launch
 from training import options, tasks
 
 
@@ -105,24 +104,9 @@ def quick(tmp_path_factory):
     """The quick study, interrupted after its third run and started again."""
     file = tmp_path_factory.mktemp("study") / "recipes.jsonl"
 
-    def ranks(rank, size):
-        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
-        whole, ran = recipes.one, []
-
-        def stops(world, labels):
-            if len(ran) == 3:
-                raise KeyboardInterrupt
-            ran.append(labels)
-            return whole(world, labels)
-
-        recipes.one = stops
-        with pytest.raises(KeyboardInterrupt):
-            recipes.study(world, file, ["quick"], (1.0,), (0,))
-        recipes.one = lambda world, labels: ran.append(labels) or whole(world, labels)
-        found = recipes.study(world, file, ["quick"], (1.0,), (0,))
-        return found, ran
-
-    (found, ran), (other, _) = spawn_gloo(ranks, 2, timeout=120)
+    found, ran, other = run_twice(
+        lambda world: recipes.study(world, file, ["quick"], (1.0,), (0,)), 2, timeout=120
+    )
     return file, found, ran, other
 
 

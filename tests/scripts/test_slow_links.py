@@ -1,12 +1,10 @@
 """scripts/accuracy --slow-links: its commands, the order of its runs, its choice of rates, and how it goes on."""
 
 import pytest
-import torch
 from benchmarks.pages import slow_links as page
-from launch import spawn_gloo
+from interrupted_study import run_twice
 from studies import slow_links
 from training import gpt, options
-from training import launch as job_launch
 
 
 def record(method, lr, seed, loss, ranks=4):
@@ -95,25 +93,11 @@ def test_a_short_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setitem(gpt.SIZES, "gpt", (1, 32, 2))
     file = tmp_path / "slow-links.jsonl"
 
-    def ranks(rank, size):
-        world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
-        whole, trained = slow_links.trained.train, []
-
-        def stops(world, command):
-            if len(trained) == 3:
-                raise KeyboardInterrupt
-            trained.append(command)
-            return whole(world, command)
-
-        slow_links.trained.train = stops
-        with pytest.raises(KeyboardInterrupt):
-            slow_links.study(world, file, 4, (1e-3,), (0,))
-        slow_links.trained.train = lambda world, command: trained.append(command) or whole(world, command)
-        return slow_links.study(world, file, 4, (1e-3,), (0,)), len(trained)
-
-    results = spawn_gloo(ranks, 4, timeout=120)
-    found = slow_links.records.load(file)
-    assert all(result == (found, len(slow_links.METHODS)) for result in results)
+    found, ran, other = run_twice(
+        lambda world: slow_links.study(world, file, 4, (1e-3,), (0,)), 4, timeout=120
+    )
+    assert found == other == slow_links.records.load(file)
+    assert len(ran) == len(found) - 1 == len(slow_links.METHODS)
     sent = {r["method"]: r["bytes_sent_per_step"] for r in found[1:]}
     assert all(r["loss"] > 0 and r["step"] == 4 for r in found[1:])
     assert sent["dense adamw"] > 7 * sent["lowbit4 adamw"] > 7 * 7 * sent["muon k4"] > 0
