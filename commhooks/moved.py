@@ -34,7 +34,7 @@ MOVED = {
     "hooks": "ddp.hook",
     "horovod.compressor": "horovod.pending",
     "horovod.engine": "horovod.gradient_sync",
-    "planner.auto": "planner.job",
+    "planner.auto": "planner.measured",
     "planner.choice": "planner.plan",
     "planner.device": "planner.kernel_timing",
     "redistribute": "memory.resharding",

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .measure import attach, timed
-from .models import Source, make_job
+from .models import Source, make_workload
 
 START_S = 60.0
 """Seconds that a child may take for its start, beside twice the seconds that it may measure."""
@@ -75,11 +75,11 @@ def main(text: str) -> None:
         task.host, task.port, task.size, is_master=task.rank == 0, timeout=timedelta(seconds=START_S)
     )
     dist.init_process_group("gloo", store=store, rank=task.rank, world_size=task.size)
-    job = make_job(Source(*task.source), task.rank)
-    ddp, _ = attach("powersgd", job, 1.0)
+    workload = make_workload(Source(*task.source), task.rank)
+    ddp, _ = attach("powersgd", workload, 1.0)
     for _ in range(3):  # it compresses from the third step on
-        job.loss(ddp).backward()  # type: ignore[no-untyped-call]
-    sys.stdout.write(json.dumps(timed(ddp, job, task.seconds)) + "\n")
+        workload.loss(ddp).backward()  # type: ignore[no-untyped-call]
+    sys.stdout.write(json.dumps(timed(ddp, workload, task.seconds)) + "\n")
     sys.stdout.flush()
     dist.barrier()
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ from .child import START_S, Task, meeting_place
 from .child import measure as measure_in_child
 from .figure import COLORS, WIDTH, color, figure
 from .measure import FOREIGN, OURS, Row, attach, bytes_sent, check, timed
-from .models import MODELS, Source, make_job
+from .models import MODELS, Source, make_workload
 
 DEFAULT = ("dense", "fp16", "powersgd", "topk", "gtopk")
 DESCRIPTION = (
@@ -111,8 +111,8 @@ def run(arguments: argparse.Namespace) -> Report | None:
         model = None if arguments.module or numel else arguments.model
         source = Source(model, numel, arguments.module)
         begun, budget = time.monotonic(), arguments.seconds / (len(arguments.schemes) + 1)
-        job = make_job(source, rank)
-        alone_s, _ = timed(attach("dense", job, 1.0)[0], job, budget / 2, synchronise=False)
+        workload = make_workload(source, rank)
+        alone_s, _ = timed(attach("dense", workload, 1.0)[0], workload, budget / 2, synchronise=False)
         rows = {}
         for scheme in sorted(arguments.schemes, key="powersgd".__eq__):  # it starts a process: last
             late = _over(begun, arguments.seconds)
@@ -121,9 +121,9 @@ def run(arguments: argparse.Namespace) -> Report | None:
         hosts: list[Any] = [None] * size
         dist.all_gather_object(hosts, socket.gethostname())
         ordered = [rows[scheme] for scheme in arguments.schemes]
-        count = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in workload.model.parameters() if p.requires_grad)
         names, density = sorted(set(hosts)), arguments.density
-        report = Report(job.name, count, size, names, density, alone_s, ordered, slow)
+        report = Report(workload.name, count, size, names, density, alone_s, ordered, slow)
     return report if rank == 0 else None
 
 
@@ -213,14 +213,14 @@ def _row(scheme: str, source: Source, density: float, budget: float, alone_s: fl
         if found is None or not everywhere.item():
             return Row(scheme, note=f"failed, or did not end within {2 * budget + START_S:.0f} s")
         return Row(scheme, found[0], found[0] - alone_s, None, found[1])
-    job = make_job(source, rank)
-    ddp, state = attach(scheme, job, density)
+    workload = make_workload(source, rank)
+    ddp, state = attach(scheme, workload, density)
     try:
-        wrong = check(scheme, ddp, state, job)
+        wrong = check(scheme, ddp, state, workload)
         if wrong:
             return Row(scheme, note=wrong)
-        step_s, steps = timed(ddp, job, budget)
-        numel = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        step_s, steps = timed(ddp, workload, budget)
+        numel = sum(p.numel() for p in workload.model.parameters() if p.requires_grad)
         return Row(scheme, step_s, step_s - alone_s, bytes_sent(scheme, state, numel, size), steps)
     finally:
         if state is not None:

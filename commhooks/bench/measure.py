@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..ddp.hook import register
 from ..ddp.state import SparseState
 from ..schemes import SCHEMES, make_parts
-from .models import Job
+from .models import Workload
 
 FOREIGN = ("dense", "fp16", "powersgd")
 """Schemes that are DDP's own or torch's hooks."""
@@ -50,13 +50,15 @@ class Row:
     note: str = ""
 
 
-def attach(scheme: str, job: Job, density: float) -> tuple[DistributedDataParallel, SparseState | None]:
-    """Wraps the job's model in DDP and registers the scheme's hook; returns the state of one of ours."""
+def attach(
+    scheme: str, workload: Workload, density: float
+) -> tuple[DistributedDataParallel, SparseState | None]:
+    """Wraps the workload's model in DDP and registers the scheme's hook; returns the state of one of ours."""
     if scheme == "powersgd":  # over gloo it hangs with more than one bucket
-        ddp = DistributedDataParallel(job.model, bucket_cap_mb=_ONE_BUCKET_MB)
+        ddp = DistributedDataParallel(workload.model, bucket_cap_mb=_ONE_BUCKET_MB)
         ddp.register_comm_hook(PowerSGDState(None, 1, start_powerSGD_iter=2), powerSGD_hook)
         return ddp, None
-    ddp = DistributedDataParallel(job.model)
+    ddp = DistributedDataParallel(workload.model)
     if scheme == "fp16":
         ddp.register_comm_hook(None, fp16_compress_hook)
     if scheme in FOREIGN:
@@ -64,16 +66,16 @@ def attach(scheme: str, job: Job, density: float) -> tuple[DistributedDataParall
     return ddp, register(ddp, SparseState(*make_parts(scheme, density)))
 
 
-def check(scheme: str, ddp: DistributedDataParallel, state: SparseState | None, job: Job) -> str:
+def check(scheme: str, ddp: DistributedDataParallel, state: SparseState | None, workload: Workload) -> str:
     """Compares one average with the mean gradient; returns what is wrong, or "". A collective call.
 
     Ours has to hold ``average + mean residual = mean gradient``, and the same bits on all ranks.
     """
     with ddp.no_sync():
-        job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+        workload.loss(ddp).backward()  # type: ignore[no-untyped-call]
     wanted = _mean(_gradient(ddp))
     ddp.zero_grad()
-    job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+    workload.loss(ddp).backward()  # type: ignore[no-untyped-call]
     got = _gradient(ddp)
     ends = torch.stack([got, -got])
     dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -91,19 +93,19 @@ def check(scheme: str, ddp: DistributedDataParallel, state: SparseState | None, 
 
 
 def timed(
-    ddp: DistributedDataParallel, job: Job, seconds: float, synchronise: bool = True
+    ddp: DistributedDataParallel, workload: Workload, seconds: float, synchronise: bool = True
 ) -> tuple[float, int]:
     """Times forward and backward for about ``seconds``. A collective call.
 
     Returns:
         The median over the steps of the slowest rank's seconds, and the number of steps.
     """
-    _step(ddp, job, synchronise)
-    first = torch.tensor([max(_step(ddp, job, synchronise), 1e-6)], dtype=torch.float32, device="cpu")
+    _step(ddp, workload, synchronise)
+    first = torch.tensor([max(_step(ddp, workload, synchronise), 1e-6)], dtype=torch.float32, device="cpu")
     dist.all_reduce(first, dist.ReduceOp.MAX)
     steps = min(MOST_STEPS, max(3, int(seconds / float(first))))
     taken = torch.tensor(
-        [_step(ddp, job, synchronise) for _ in range(steps)], dtype=torch.float32, device="cpu"
+        [_step(ddp, workload, synchronise) for _ in range(steps)], dtype=torch.float32, device="cpu"
     )
     dist.all_reduce(taken, dist.ReduceOp.MAX)
     return statistics.median(taken.tolist()), steps
@@ -117,15 +119,15 @@ def bytes_sent(scheme: str, state: SparseState | None, numel: int, ranks: int) -
     return None if size is None else round(2 * (ranks - 1) / ranks * size * numel)
 
 
-def _step(ddp: DistributedDataParallel, job: Job, synchronise: bool) -> float:
+def _step(ddp: DistributedDataParallel, workload: Workload, synchronise: bool) -> float:
     dist.barrier()
     begun = time.perf_counter()
     ddp.zero_grad()
     if synchronise:
-        job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+        workload.loss(ddp).backward()  # type: ignore[no-untyped-call]
     else:
         with ddp.no_sync():
-            job.loss(ddp).backward()  # type: ignore[no-untyped-call]
+            workload.loss(ddp).backward()  # type: ignore[no-untyped-call]
     return time.perf_counter() - begun
 
 

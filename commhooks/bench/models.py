@@ -16,7 +16,7 @@ _SQUARE = 1024
 """Width of the layers of a model that is made for a number of parameters."""
 
 
-class Job(NamedTuple):
+class Workload(NamedTuple):
     """What is measured.
 
     Attributes:
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a job comes from: one of the three is given.
+    """Where a workload comes from: one of the three is given.
 
     Attributes:
         model: ``"resnet50"`` (25.6M parameters) or ``"gpt-10m"``.
@@ -45,8 +45,8 @@ class Source(NamedTuple):
     function: str | None = None
 
 
-def make_job(source: Source, seed: int) -> Job:
-    """Makes the job of a source. The model is the same on all ranks; ``seed`` is of this rank's inputs.
+def make_workload(source: Source, seed: int) -> Workload:
+    """Makes the workload of a source. The model is the same on all ranks; ``seed`` is of this rank's inputs.
 
     Raises:
         ValueError: the function cannot be called, or returns something else.
@@ -63,7 +63,7 @@ def make_job(source: Source, seed: int) -> Job:
         made = GPT()
         tokens = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(seed), device="cpu")
         inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
-        return Job(model, made, lambda net: functional.cross_entropy(net(inputs).flatten(0, 1), targets))
+        return Workload(model, made, lambda net: functional.cross_entropy(net(inputs).flatten(0, 1), targets))
     else:
         wanted = numel or _SQUARE**2
         width = min(_SQUARE, max(1, math.isqrt(wanted)))
@@ -73,10 +73,10 @@ def make_job(source: Source, seed: int) -> Job:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     y = torch.randint(classes, (shape[0],), generator=generator, device="cpu")
-    return Job(model or "square layers", made, lambda net: functional.cross_entropy(net(x), y))
+    return Workload(model or "square layers", made, lambda net: functional.cross_entropy(net(x), y))
 
 
-def _own(name: str) -> Job:
+def _own(name: str) -> Workload:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"--module must look like PACKAGE:FUNCTION, got {name!r}")
@@ -90,7 +90,7 @@ def _own(name: str) -> Job:
         raise ValueError(
             f"--module {name} must return (model, function of the model), got {type(made).__name__}"
         )
-    return Job(name, *made)
+    return Workload(name, *made)
 
 
 class Bottleneck(nn.Module):

@@ -1,7 +1,7 @@
 """Planner: measures network and device, and chooses scheme, density and bucket size by a cost model."""
 
 from .cost_model import Costs, exchange_s, step_s
-from .job import PROBE_TIMEOUT_S, measured_plan, plan_for, sizes_of
+from .measured import PROBE_TIMEOUT_S, measured_plan, plan_for, sizes_of
 from .plan import ADAPTIVE, BUCKET_MB, DENSITIES, SAFE, Job, Plan, choose, settle
 from .probe import probe
 

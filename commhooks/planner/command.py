@@ -18,7 +18,7 @@ from ..native import speed
 from ..transports import Transport, make
 from ..transports.launcher import launched, local_rank
 from .cost_model import LOW_BIT
-from .job import measured_plan, sizes_of, slow_rank
+from .measured import measured_plan, sizes_of, slow_rank
 from .plan import ADAPTIVE, AVERAGING_PERIOD, DENSITIES, SAFE, STEADY, Job, Plan, Prediction
 
 MAX_NUMEL = 10**13

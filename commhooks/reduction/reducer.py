@@ -25,7 +25,7 @@ from ..wire.low_bit import chunks
 from ..wire.message import RETURNED, Context, OutOfStepError
 from .checkpoint import check_fits, description, in_units_of
 from .dense_rule import Crossover, DenseRule
-from .former import Former
+from .expected import Expected
 from .routes import DenseRoute, LowBitRoute, PlainRoute, Route, SparseRoute
 from .sizes import Sizes
 from .step import Step
@@ -106,7 +106,7 @@ class Reducer:
         self._step = Step(nonfinite)
         self._sends_everything = self._can_discard = self.is_inside = False
         self._sizes = Sizes()
-        self._former: Former | None = None
+        self._expected: Expected | None = None
         self._agreed: dict[int, tuple[int, ...]] = {}  # layouts of plain buckets, by index
         claim(self.memory, self, "memory", "state, compression or Reducer")
 
@@ -289,7 +289,7 @@ class Reducer:
     def restart(self, saved: dict[str, Any]) -> None:
         """Restores this rank's own ``state_dict()`` and forgets a step that has begun. Not collective."""
         self._forget_step()  # no rollback is needed: the memory is replaced
-        self._former, self._agreed = None, {}
+        self._expected, self._agreed = None, {}
         self.step, self._can_discard = int(saved["step"]), False
         self.memory.table.load(saved)
 
@@ -299,7 +299,7 @@ class Reducer:
         All ranks must do so between the same steps. If only some do, the next step raises
         ``SettingsMismatchError``.
         """
-        self._former = self._expected_next()
+        self._expected = self._expected_next()
         self._forget_step()
         self.step, self._can_discard = 0, False
         self.memory.table.forget()
@@ -321,7 +321,7 @@ class Reducer:
                 format of a later version; or a memory that does not fit: it would be dropped, or random-k
                 would go on with momentum.
         """
-        former, agreed = self._expected_next(), self._agreed
+        expected, agreed = self._expected_next(), self._agreed
         transport = self.open()
         states = state if isinstance(state, list) else [state]
         check_states(states, isinstance(state, list), transport.rank, transport.world_size)
@@ -336,8 +336,8 @@ class Reducer:
         if not isinstance(self.aggregator, LowBit):
             mine = without_owners(mine, transport.world_size)
         self.restart({**in_units_of(self.memory, mine), "step": states[0]["step"]})
-        if former is not None and former.transport is transport:
-            self._former, self._agreed = former, agreed
+        if expected is not None and expected.transport is transport:
+            self._expected, self._agreed = expected, agreed
 
     def __getstate__(self) -> dict[str, Any]:
         # The settings are all that a later version needs to make a Reducer of its own.
@@ -415,7 +415,7 @@ class Reducer:
             agree_on_context(transport, route.context)
             raise
 
-    def _expected_next(self) -> Former | None:
+    def _expected_next(self) -> Expected | None:
         """Returns the exchange that the other ranks expect next, for a reset or load to announce itself in.
 
         None: they expect none, as after a failed step.
@@ -423,7 +423,9 @@ class Reducer:
         if self.is_inside or not self.connection.is_open:
             return None
         layouts = self.memory.table.layouts()
-        return self._former or Former(self.transport, self.step, layouts, self._sizes, self._sends_everything)
+        return self._expected or Expected(
+            self.transport, self.step, layouts, self._sizes, self._sends_everything
+        )
 
     def _announce_return(self, bucket: Bucket, transport: Transport) -> bool:
         """Notices ranks that were not reset or loaded with this one, at the next bucket.
@@ -437,19 +439,19 @@ class Reducer:
         Raises:
             SettingsMismatchError: a rank was not, or the ranks have loaded different steps.
         """
-        former, self._former = self._former, None
-        if former is None or not former.layouts:
+        expected, self._expected = self._expected, None
+        if expected is None or not expected.layouts:
             return False
-        if not former.exchanges(bucket, transport, self.undoable):
+        if not expected.comes_at_once(bucket, transport, self.undoable):
             return True
         k = bucket.numel
         if self.selector is not None:
-            k, _ = former.sizes.at(self.selector, bucket.index, k, former.step, is_new=False)
+            k, _ = expected.sizes.at(self.selector, bucket.index, k, expected.step, is_new=False)
         context = Context(bucket.index, self.step, RETURNED)
         nothing = replace(bucket, buffer=torch.zeros_like(bucket.buffer))
         memory = NoMemory() if isinstance(self.memory, NoMemory) else ErrorFeedback()
         held, _ = memory.for_bucket(nothing)
-        dense = former.sends_everything or self._goes_dense(bucket.numel, k, transport.world_size)
+        dense = expected.sends_everything or self._goes_dense(bucket.numel, k, transport.world_size)
         route = self._made(memory, held, memory.operands(held, nothing, scale=None), context, k, dense)
         route.correct()
         with transport.uncounted():

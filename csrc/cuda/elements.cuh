@@ -1,4 +1,4 @@
-// One element: decoding, compensation, order of magnitudes. Every operation is rounded on its own (no
+// One element: decoding, correction, order of magnitudes. Every operation is rounded on its own (no
 // contraction to fused multiply-add), so that the bits are those of the CPU library.
 #pragma once
 
@@ -71,7 +71,7 @@ struct Corrected {
   bool bad;  // was not finite: c and v are those of a zero gradient
 };
 
-__device__ inline Corrected compensate(float grad, float residual, float velocity, float factor, float momentum,
+__device__ inline Corrected correct(float grad, float residual, float velocity, float factor, float momentum,
                                        bool has_velocity) {
   const float g = __fmul_rn(grad, factor);
   const float decayed = has_velocity ? __fmul_rn(momentum, velocity) : 0.0f;

@@ -46,7 +46,7 @@ __device__ inline void report_segments(const Operands &op, const Control *contro
 // What the pass finds and where it puts it.
 struct Target {
   Control *control;
-  uint32_t *bitmap;    // nullptr: only compensate
+  uint32_t *bitmap;    // nullptr: only correct
   Candidate *list;     // nullptr: no list
   uint32_t capacity;
   uint32_t floor;      // 0: control->floor

@@ -135,10 +135,10 @@ struct Found {
   uint32_t nonfinite;
 };
 
-// Compensates the 16 elements that a lane has of a tile, the first of which is `base`. kWhole: the tile is
+// Corrects the 16 elements that a lane has of a tile, the first of which is `base`. kWhole: the tile is
 // full, vectors are aligned and no element looks for its segment.
 template <typename G, bool kVelocity, bool kWhole>
-__device__ __forceinline__ void compensate_tile(const Operands &op, int64_t base, bool aligned, float factor,
+__device__ __forceinline__ void correct_tile(const Operands &op, int64_t base, bool aligned, float factor,
                                                 uint32_t floor, SegmentCursor *cursor, Found *found) {
   const int64_t numel = kWhole ? base + kTile : op.numel;
   const bool vectors = kWhole || aligned;
@@ -164,7 +164,7 @@ __device__ __forceinline__ void compensate_tile(const Operands &op, int64_t base
         if (op.rescale != nullptr) r[j][e] = __fmul_rn(cursor->rescale, r[j][e]);
         if (!active) continue;
       }
-      const Corrected x = compensate(g[j][e], r[j][e], kVelocity ? v[j][e] : 0.0f, factor, op.momentum, kVelocity);
+      const Corrected x = correct(g[j][e], r[j][e], kVelocity ? v[j][e] : 0.0f, factor, op.momentum, kVelocity);
       r[j][e] = x.c;
       if (kVelocity) v[j][e] = x.v;
       found->nonfinite += x.bad ? 1u : 0u;
@@ -196,9 +196,9 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kVelocity)
     const int64_t base = tile * kTile + 4 * lane_id();
     Found found;
     if (simple && (tile + 1) * kTile <= op.numel) {
-      compensate_tile<G, kVelocity, true>(op, base, aligned, factor, floor, &cursor, &found);
+      correct_tile<G, kVelocity, true>(op, base, aligned, factor, floor, &cursor, &found);
     } else {
-      compensate_tile<G, kVelocity, false>(op, base, aligned, factor, floor, &cursor, &found);
+      correct_tile<G, kVelocity, false>(op, base, aligned, factor, floor, &cursor, &found);
     }
     nonfinite += found.nonfinite;
     if (target.bitmap == nullptr) continue;

@@ -97,7 +97,7 @@ __device__ void sample_item(const Operands &op, const Sample &sample, int64_t it
     const float velocity = has_velocity ? op.velocity[index] : 0.0f;
     float residual = op.residual[index];
     if (op.rescale != nullptr) residual = __fmul_rn(cursor.rescale, residual);
-    const uint32_t key = key_of(compensate(grad, residual, velocity, factor, op.momentum, has_velocity).c);
+    const uint32_t key = key_of(correct(grad, residual, velocity, factor, op.momentum, has_velocity).c);
     if (key == 0 || (sample.estimate != nullptr && key >= kInfinityKey)) continue;
     atomicAdd(histogram + (key >> kSampleShift), 1u);
   }

@@ -36,19 +36,19 @@ COMMHOOKS_API const char *commhooks_cuda_last_error(void);
 /* Bytes of scratch an operation needs, or -1 when an argument is out of range. Touches no device. */
 COMMHOOKS_API int64_t commhooks_cuda_scratch_bytes(int32_t operation, int64_t numel, int64_t k, int64_t extra);
 
-/* Compensates and takes out the k largest magnitudes; ties go to the lower index, zeros are never taken.
+/* Corrects and takes out the k largest magnitudes; ties go to the lower index, zeros are never taken.
  * `seed` places the sample that guesses a threshold: it changes time, never the result. */
 COMMHOOKS_API commhooks_status commhooks_cuda_select_topk(const commhooks_fused *fused, int64_t k, uint64_t seed,
                                                           float *values, int32_t *indices, commhooks_report *report,
                                                           void *scratch, int64_t scratch_bytes, void *stream);
 
-/* Compensates and takes out elements with |c| > threshold, at most k, in cyclic index order from `start`. */
+/* Corrects and takes out elements with |c| > threshold, at most k, in cyclic index order from `start`. */
 COMMHOOKS_API commhooks_status commhooks_cuda_select_threshold(const commhooks_fused *fused, float threshold, int64_t k,
                                                                int64_t start, float *values, int32_t *indices,
                                                                commhooks_report *report, void *scratch,
                                                                int64_t scratch_bytes, void *stream);
 
-/* Compensates and takes out the elements at `indices` (k, sorted, unique). Inactive: value 0, residual kept.
+/* Corrects and takes out the elements at `indices` (k, sorted, unique). Inactive: value 0, residual kept.
  */
 COMMHOOKS_API commhooks_status commhooks_cuda_select_indices(const commhooks_fused *fused, const int32_t *indices,
                                                              int64_t k, float *values, commhooks_report *report,

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commhooks.bench import child, command, measure
 from commhooks.bench import figure as style
 from commhooks.bench.measure import FOREIGN, OURS, Row, attach, check
-from commhooks.bench.models import GPT, ResNet50, Source, make_job
+from commhooks.bench.models import GPT, ResNet50, Source, make_workload
 from commhooks.native import abi
 
 TINY = Source(numel=2500)
@@ -50,11 +50,11 @@ def measured(rank, size):
     late = command.run(arguments("--numel", "2500", "--seconds", "1e-9", "--schemes", "dense"))
     found = []
     for factor in (1, 2):
-        job = make_job(TINY, rank)
-        ddp = DistributedDataParallel(job.model)
+        workload = make_workload(TINY, rank)
+        ddp = DistributedDataParallel(workload.model)
         ddp.register_comm_hook(None, wrong_hook(factor))
-        found.append(check("dense", ddp, None, job))
-    own = make_job(Source(function="test_bench:own_model"), rank)
+        found.append(check("dense", ddp, None, workload))
+    own = make_workload(Source(function="test_bench:own_model"), rank)
     ddp, state = attach("topk", own, 0.5)
     found.append(check("topk", ddp, state, own))
     state.close()
@@ -137,9 +137,9 @@ def test_the_models_are_what_they_are_called():
     assert sum(p.numel() for p in ResNet50().parameters()) == 25_557_032
     assert 9.5e6 < sum(p.numel() for p in GPT().parameters()) < 10.5e6
     for model in ("resnet50", "gpt-10m"):
-        job = make_job(Source(model=model), 0)
+        workload = make_workload(Source(model=model), 0)
         with torch.no_grad():
-            assert job.loss(job.model).isfinite()
+            assert workload.loss(workload.model).isfinite()
 
 
 @pytest.mark.parametrize(
@@ -159,4 +159,4 @@ def test_bad_arguments(options, message):
 @pytest.mark.parametrize("name", ["nowhere", "nowhere:f", "os:getcwd"])
 def test_a_function_that_makes_no_model(name):
     with pytest.raises(ValueError, match=f"--module.*{name}"):
-        make_job(Source(function=name), 0)
+        make_workload(Source(function=name), 0)

@@ -37,7 +37,7 @@ def _train(rank, size):
     handler.emit = records.append
     logging.getLogger("commhooks.planner").addHandler(handler)
     logging.getLogger("commhooks.planner").setLevel(logging.INFO)
-    import commhooks.planner.job as module
+    import commhooks.planner.measured as module
 
     results = {}
     for name, costs in (("probed", None), ("slow", SLOW), ("fast", FAST)):
@@ -104,7 +104,7 @@ def _with_memory(transport, memory):
 
 def test_a_memory_is_for_either_kind_of_plan(monkeypatch):
     """Momentum is the only one there is, and clipping was asked for: a dense plan keeps both, and drops what has no use."""
-    import commhooks.planner.job as module
+    import commhooks.planner.measured as module
 
     memories = {
         "none": NoMemory,
@@ -128,7 +128,7 @@ def test_a_memory_is_for_either_kind_of_plan(monkeypatch):
 
 def test_adamw_gets_few_bits_and_sgd_a_sparse_scheme(monkeypatch):
     """What is averaged by the chosen state, and that small buckets go densely in either case."""
-    import commhooks.planner.job as module
+    import commhooks.planner.measured as module
 
     monkeypatch.setattr(module, "probe", lambda transport, numel, device: SLOW)
     weights = [torch.nn.Parameter(torch.zeros(3))]
@@ -176,7 +176,7 @@ def test_a_memory_of_ones_own_is_kept():
 
 def _wrapped(rank, size):
     """A model of a small and a large bucket under a plan in which a sparse bucket costs 10 ms and a byte 1 us."""
-    import commhooks.planner.job as module
+    import commhooks.planner.measured as module
 
     timeouts = []
 
@@ -210,7 +210,7 @@ def test_a_wrapped_models_plan_is_for_its_own_buckets_and_sends_small_ones_dense
 
 
 def test_the_slowest_backward_counts(monkeypatch):
-    import commhooks.planner.job as module
+    import commhooks.planner.measured as module
 
     seen = []
     monkeypatch.setattr(module, "probe", lambda transport, numel, device: SLOW)
@@ -220,8 +220,10 @@ def test_the_slowest_backward_counts(monkeypatch):
 
 
 def test_a_plan_without_native_kernels_is_made_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr("commhooks.planner.job.probe", lambda transport, numel, device: SLOW)
-    monkeypatch.setattr("commhooks.planner.job.why_slow", lambda device_type: f"no {device_type} kernels")
+    monkeypatch.setattr("commhooks.planner.measured.probe", lambda transport, numel, device: SLOW)
+    monkeypatch.setattr(
+        "commhooks.planner.measured.why_slow", lambda device_type: f"no {device_type} kernels"
+    )
     for plan in in_process.run(2, lambda t: plan_for(t, Job(10**6))):
         assert plan.scheme != "dense" and "rank 1 has no native kernels" in str(plan)
     assert "no cpu kernels. The plan is for them" in caplog.text

@@ -59,7 +59,7 @@ def test_a_bad_argument_is_one_line_and_status_two(arguments, words, capsys, mon
     def probed(*arguments):
         raise AssertionError("probed for nothing")
 
-    monkeypatch.setattr("commhooks.planner.job.probe", probed)
+    monkeypatch.setattr("commhooks.planner.measured.probe", probed)
     assert main(["plan", *arguments.split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1 and err.startswith("commhooks plan: ")
@@ -97,7 +97,7 @@ def _on_rank_1(device_type):
 
 
 def test_without_native_kernels_plan_refuses_unless_told(monkeypatch):
-    monkeypatch.setattr("commhooks.planner.job.probe", lambda *a: Costs(1e-4, 8e-8, *[1e-9] * 7))
+    monkeypatch.setattr("commhooks.planner.measured.probe", lambda *a: Costs(1e-4, 8e-8, *[1e-9] * 7))
 
     def plan(transport, *more):
         threading.current_thread().name = f"rank {transport.rank}"
@@ -120,7 +120,7 @@ def test_without_native_kernels_plan_refuses_unless_told(monkeypatch):
     monkeypatch.setattr(command, "_transport", over)
     for text, told in in_process.run(2, work):
         assert not isinstance(text, str) or "kernels" not in text  # all ranks have them
-    monkeypatch.setattr("commhooks.planner.job.why_slow", _on_rank_1)
+    monkeypatch.setattr("commhooks.planner.measured.why_slow", _on_rank_1)
     monkeypatch.setattr("commhooks.native.speed.why_slow", _on_rank_1)
     (first, told), (second, other) = in_process.run(2, work)
     assert "not in use on rank 1" in first and second.startswith("no kernels here")
@@ -130,11 +130,11 @@ def test_without_native_kernels_plan_refuses_unless_told(monkeypatch):
 
 _PLAN = """
 import sys
-import commhooks.planner.job as job
+import commhooks.planner.measured as measured
 from commhooks.__main__ import program
 from commhooks.planner import Costs
 if "slow" in sys.argv:
-    job.probe = lambda *arguments: Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
+    measured.probe = lambda *arguments: Costs(1e-4, 8e-8, 1e-4, 1e-9, 3e-8, 1e-9, 1e-9, 1e-9, 1e-4)
 sys.argv[1:] = ["plan", "--numel", "2e6", *(["--json"] if "json" in sys.argv else [])]
 program()
 """

@@ -1,6 +1,6 @@
 // Exact top-k in one pass over memory, by guess and verify.
 //
-// A sample gives a key that more than k elements reach, with a wide margin. One pass compensates and takes
+// A sample gives a key that more than k elements reach, with a wide margin. One pass corrects and takes
 // out every element that reaches it. When at least k did, the k largest are among them, and selecting those
 // is cheap. A guess fails when there are too few elements, or more than there is room for. It costs a second
 // sample and a pass over the new residual. A second failure costs three histogram passes. The result is exact

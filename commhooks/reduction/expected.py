@@ -1,4 +1,4 @@
-"""``Former``: the exchange that would have come next, had a Reducer not been reset or loaded."""
+"""``Expected``: the exchange that would have come next, had a Reducer not been reset or loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sizes import Sizes
 
 
 @dataclass(frozen=True)
-class Former:
+class Expected:
     """What a Reducer knew of its next exchange before ``reset`` or ``load_state_dict``.
 
     A rank that was not reset goes on with that exchange. Its message then has that exchange's size.
@@ -31,7 +31,7 @@ class Former:
     sizes: Sizes
     sends_everything: bool
 
-    def exchanges(self, bucket: Bucket, transport: Transport, undoable: bool) -> bool:
+    def comes_at_once(self, bucket: Bucket, transport: Transport, undoable: bool) -> bool:
         """Whether the bucket would have been exchanged at once, without comparing settings before."""
         keys = self.layouts.get(bucket.index)
         if transport is not self.transport or keys is None or not same_keys(keys, bucket.keys):
