@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -45,19 +46,36 @@ class LowBitMean:
     """The outcome of one exchange.
 
     Attributes:
-        mean: shape ``(n,)``, float32, the same bits on every rank; empty where ``nonfinite``.
         owned: shape ``(m,)``, float32: what the second rounding kept of this rank's chunk. Where
             ``nonfinite`` it has no meaning.
         nonfinite: whether any rank voted non-finite, or a sum overflowed. The same on every rank.
         bits: of the codes.
         sent: this rank's codes of each chunk.
+        codes: of the mean, each chunk's. Empty where ``nonfinite``.
+        bounds: where each chunk begins and ends.
+        inactive: where the parameters begin and end that no rank has a gradient of.
     """
 
-    mean: Tensor
     owned: Tensor
     nonfinite: bool
     bits: int
     sent: Sequence[Tensor]
+    codes: Sequence[Tensor] = ()
+    bounds: Sequence[tuple[int, int]] = ((0, 0),)
+    inactive: Sequence[tuple[int, int]] = ()
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean as a new tensor ``(n,)``, float32; empty where ``nonfinite``."""
+        return self.decode(self.owned.new_empty(self.bounds[-1][1]))
+
+    def decode(self, out: Tensor) -> Tensor:
+        """Overwrites ``out`` ``(n,)``, float32, with the mean, the same bits on every rank, and returns it."""
+        for (start, stop), codes in zip(self.bounds, self.codes, strict=False):
+            decode(codes, self.bits, out[start:stop])
+        for begin, end in self.inactive:
+            out[begin:end] = 0.0
+        return out
 
     def give_back(self, values: Tensor) -> None:
         """Adds what this rank sent to ``values`` ``(n,)``, up to rounding, when a step is thrown away."""
@@ -143,22 +161,23 @@ class LowBit(Aggregator):
             sent = [message[head:] for message in outgoing]
             thrown_away, anywhere = read_heads(incoming, context, numel, parameters)
             if thrown_away:
-                return LowBitMean(values[:0], owned, True, bits, sent)
+                return LowBitMean(owned, True, bits, sent)
             start, stop = bounds[rank]
             total = values.new_empty(stop - start)
             decode(incoming[0, head:], bits, total)
             decode_add(incoming[1:, head:], bits, total)
             total.mul_(1.0 / transport.world_size).add_(owned)
-            mean = self._rounded_again(transport, total, bounds, context)
-        if mean is None:
-            return LowBitMean(values[:0], owned, True, bits, sent)
-        if activity is not None and not all(anywhere):
-            _zero_inactive(mean, total, start, [*zip(activity.offsets, activity.offsets[1:], anywhere)])
-        return LowBitMean(mean, total, False, bits, sent)
+            codes = self._rounded_again(transport, total, bounds, context)
+        if codes is None:
+            return LowBitMean(owned, True, bits, sent)
+        inactive = [] if activity is None else _nowhere(activity.offsets, anywhere)
+        if inactive:
+            _keep_inactive(total, start, inactive, codes[rank], bits)
+        return LowBitMean(total, False, bits, sent, codes, bounds, inactive)
 
     def _rounded_again(
         self, transport: Transport, total: Tensor, bounds: list[tuple[int, int]], context: Context
-    ) -> Tensor | None:
+    ) -> list[Tensor] | None:
         """All-gathers the codes of the owners' chunks.
 
         Args:
@@ -168,7 +187,7 @@ class LowBit(Aggregator):
             context: which exchange this is.
 
         Returns:
-            The decoded vector ``(n,)``. None: a chunk is not finite.
+            The codes of each chunk. None: a chunk is not finite.
         """
         numel, bits, head = bounds[-1][1], self.bits, head_bytes(0)
         largest = max(stop - start for start, stop in bounds)
@@ -180,10 +199,8 @@ class LowBit(Aggregator):
         transport.all_gather(message, gathered, tag=context.tag + 1, what=str(context))
         if read_heads(gathered, context, numel)[0]:
             return None
-        mean = total.new_empty(numel)
-        for (start, stop), row in zip(bounds, gathered, strict=True):
-            decode(row[head : head + code_bytes(stop - start, bits)], bits, mean[start:stop])
-        return mean
+        sizes = [code_bytes(stop - start, bits) for start, stop in bounds]
+        return [row[head : head + size] for row, size in zip(gathered, sizes, strict=True)]
 
     def wire_bytes(self, k: int, world_size: int) -> int:
         """Returns the bytes a rank sends at most for a bucket of ``k`` elements of one parameter."""
@@ -212,20 +229,27 @@ def _to_owners(transport: Transport, outgoing: Sequence[Tensor], context: Contex
     return incoming
 
 
-def _zero_inactive(
-    mean: Tensor, owned: Tensor, start: int, parameters: Sequence[tuple[int, int, bool]]
+def _nowhere(offsets: Sequence[int], anywhere: Sequence[bool]) -> list[tuple[int, int]]:
+    """Returns where the parameters begin and end that no rank has a gradient of."""
+    return [where for where, active in zip(pairwise(offsets), anywhere, strict=True) if not active]
+
+
+def _keep_inactive(
+    owned: Tensor, start: int, inactive: Sequence[tuple[int, int]], codes: Tensor, bits: int
 ) -> None:
-    """Sets the mean of parameters without a gradient on any rank to 0. Its owner keeps what was there.
+    """Leaves what was kept of parameters without a gradient on any rank with its owner: their mean is 0.
 
     Args:
-        mean: shape ``(n,)``, overwritten.
-        owned: shape ``(m,)``, what this rank kept of its chunk, which begins at ``start``; overwritten.
+        owned: shape ``(m,)``, what the rounding kept of this rank's chunk, which begins at ``start``;
+            overwritten.
         start: of the chunk.
-        parameters: where each begins and ends in the vector, and whether any rank has a gradient of it.
+        inactive: where these parameters begin and end in the vector.
+        codes: of this rank's chunk.
+        bits: of the codes.
     """
-    for begin, end, anywhere in parameters:
-        if not anywhere:
-            first, last = max(begin, start), min(end, start + owned.numel())
-            if first < last:
-                owned[first - start : last - start] += mean[first:last]
-            mean[begin:end] = 0.0
+    mean = owned.new_empty(owned.numel())
+    decode(codes, bits, mean)
+    for begin, end in inactive:
+        first, last = max(begin - start, 0), min(end - start, owned.numel())
+        if first < last:
+            owned[first:last] += mean[first:last]

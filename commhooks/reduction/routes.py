@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..exchange import Aggregated, Aggregator, LowBit
@@ -190,7 +191,12 @@ class LowBitRoute(_MemoryRoute):
         """Overwrites ``target`` (n,) with ``share`` times the mean, which is ``factor`` times the sum."""
         assert self._out is not None
         self.held.end(self._flags)
-        self._rounding = write_dense(target, self._out.mean, share, share)
+        if target.dtype == torch.float32 and target.is_contiguous():
+            self._out.decode(target)
+            if share != 1.0:
+                target.mul_(share)
+        else:
+            self._rounding = write_dense(target, self._out.mean, share, share)
 
     def commit(self) -> None:
         """Makes what the second rounding kept this rank's, and adds what rounding kept from the model."""

@@ -14,6 +14,7 @@ COMMANDS = {
     "overlap": ("benchmarks.network.overlap", "how much of the exchange hides behind backward"),
     "auto": ("benchmarks.network.auto", "SparseState.auto beside plain DDP on a link without a limit"),
     "accuracy": ("benchmarks.network.accuracy", "loss against wall-clock across a slow network"),
+    "lowbit": ("benchmarks.network.low_bit", "every element in few bits, across a slow network"),
     "diloco": ("benchmarks.network.diloco", "DiLoCo beside torchft's, across a slow network"),
     "fit": ("benchmarks.network.fit", "costs of the cost model from bare exchanges"),
     "plan-check": ("benchmarks.network.plan_check", "what the planner predicts beside what it takes"),

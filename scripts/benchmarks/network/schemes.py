@@ -16,6 +16,8 @@ from commhooks.schemes import Parts, make_parts
 PEERS = ("dense", "fp16", "bf16", "powersgd1", "powersgd2", "powersgd4")
 OURS = ("topk", "gtopk", "gtopk-tree", "randomk")
 """Of the library's table of schemes (`commhooks.schemes.SCHEMES`), those that are compared."""
+LOW_BIT = "lowbit"
+"""Ours that sends every element in 4 bits; `scripts/bench lowbit` compares it."""
 AUTO = "auto"
 PLAIN = "plain"
 """What the planner gives for "do not compress": ours without selector and memory."""
@@ -35,7 +37,7 @@ class Attached:
 
 def is_ours(scheme: str) -> bool:
     """Whether the scheme is one of commhooks'."""
-    return scheme.removesuffix(MPI_SUFFIX) in (*OURS, AUTO, PLAIN)
+    return scheme.removesuffix(MPI_SUFFIX) in (*OURS, LOW_BIT, AUTO, PLAIN)
 
 
 def attach(
@@ -49,12 +51,12 @@ def attach(
 
     PowerSGD gets one bucket: with more it hangs on gloo. The others get DDP's default layout unless
     `bucket_mb` says otherwise; `auto` then gets the buckets that it chose. `memory` is given to a scheme of
-    ours; None: its own. `auto` and `plain` take neither `density` nor `memory`.
+    ours; None: its own. `auto` and `plain` take neither `density` nor `memory`, and `lowbit` no `density`.
 
     Raises:
         ValueError: an unknown scheme.
     """
-    if scheme not in (*SCHEMES, PLAIN):
+    if scheme not in (*SCHEMES, LOW_BIT, PLAIN):
         raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
     state = _state(scheme, module, density, memory) if is_ours(scheme) else None
     cap = bucket_mb
