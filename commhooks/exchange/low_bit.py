@@ -70,7 +70,7 @@ class LowBitMean:
         return self.decode(self.owned.new_empty(self.bounds[-1][1]))
 
     def decode(self, out: Tensor) -> Tensor:
-        """Overwrites ``out`` ``(n,)``, float32, with the mean, the same bits on every rank, and returns it."""
+        """Overwrites ``out`` ``(n,)``, float32, with the mean, the same bits on all ranks, and returns it."""
         for (start, stop), codes in zip(self.bounds, self.codes, strict=False):
             decode(codes, self.bits, out[start:stop])
         for begin, end in self.inactive:
