@@ -22,10 +22,10 @@ from ..transports.launcher import launched
 from .child import START_S, Task, meeting_place
 from .child import measure as measure_in_child
 from .figure import COLORS, WIDTH, color, figure
-from .measure import FOREIGN, OURS, Row, attach, bytes_sent, check, timed
+from .measure import FOREIGN, OURS, Row, attach, bytes_sent, check, check_repeats, timed
 from .models import MODELS, Source, make_workload
 
-DEFAULT = ("dense", "fp16", "powersgd", "topk", "gtopk")
+DEFAULT = ("dense", "fp16", "powersgd", "topk", "gtopk", "lowbit")
 DESCRIPTION = (
     "Measures schemes on your own network, in a minute: plain DDP, torch's fp16 and PowerSGD hooks, and "
     "ours. "
@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--module",
         metavar="PACKAGE:FUNCTION",
-        help="Your own: the function returns (model, function of the model that returns a loss).",
+        help="Your own: the function returns (model, function of the model that returns a loss). The batch is "
+        "drawn once, in FUNCTION.",
     )
     parser.add_argument(
         "--schemes",
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace) -> Report | None:
 
     Raises:
         ValueError: an argument out of range, a single rank, a rank without native kernels (unless
-            ``--allow-reference``), or a file that rank 0 could not write.
+            ``--allow-reference``), a loss that gives another gradient each time, or a file that rank 0 could
+            not write.
     """
     if not 0 < arguments.density <= 1:
         raise ValueError(f"--density must be in (0, 1], got {arguments.density:g}")
@@ -112,7 +114,9 @@ def run(arguments: argparse.Namespace) -> Report | None:
         source = Source(model, numel, arguments.module)
         begun, budget = time.monotonic(), arguments.seconds / (len(arguments.schemes) + 1)
         workload = make_workload(source, rank)
-        alone_s, _ = timed(attach("dense", workload, 1.0)[0], workload, budget / 2, synchronise=False)
+        dense, _ = attach("dense", workload, 1.0)
+        check_repeats(dense, workload)
+        alone_s, _ = timed(dense, workload, budget / 2, synchronise=False)
         rows = {}
         for scheme in sorted(arguments.schemes, key="powersgd".__eq__):  # it starts a process: last
             late = _over(begun, arguments.seconds)
@@ -129,7 +133,7 @@ def run(arguments: argparse.Namespace) -> Report | None:
 
 def text(report: Report) -> str:
     """Returns the report as text for a terminal."""
-    ours, one_host = f"density {report.density:g}", len(report.hosts) == 1
+    ours, one_host = f"density {report.density:g} (lowbit: 4 bits)", len(report.hosts) == 1
     lines = [
         f"{report.model}: {report.numel:,} parameters, {report.world_size} ranks on {len(report.hosts)} "
         f"host{'' if one_host else 's'}, {ours}",

@@ -21,10 +21,11 @@ from .models import Workload
 
 FOREIGN = ("dense", "fp16", "powersgd")
 """Schemes that are DDP's own or torch's hooks."""
-OURS = tuple(name for name, scheme in SCHEMES.items() if scheme.selector is not None)
-"""Sparse schemes of ``commhooks.schemes.SCHEMES``."""
+OURS = tuple(name for name in SCHEMES if name != "dense")
+"""The schemes of ``commhooks.schemes.SCHEMES`` that compress."""
 MOST_STEPS = 100
 """Steps that are timed at most. The least is 3."""
+_TOLERATED = 1e-4
 _TOLERANCE = {"fp16": 2e-2}
 _ONE_BUCKET_MB = 100_000
 
@@ -69,27 +70,41 @@ def attach(
 def check(scheme: str, ddp: DistributedDataParallel, state: SparseState | None, workload: Workload) -> str:
     """Compares one average with the mean gradient; returns what is wrong, or "". A collective call.
 
-    Ours has to hold ``average + mean residual = mean gradient``, and the same bits on all ranks.
+    Ours has to hold ``average + mean residual = mean gradient``, and the same bits on all ranks. What owners
+    keep in low-bit exchanges counts as residual.
     """
-    with ddp.no_sync():
-        workload.loss(ddp).backward()  # type: ignore[no-untyped-call]
-    wanted = _mean(_gradient(ddp))
-    ddp.zero_grad()
-    workload.loss(ddp).backward()  # type: ignore[no-untyped-call]
-    got = _gradient(ddp)
+    wanted, got = _mean(_gradient(ddp, workload, synchronise=False)), _gradient(ddp, workload)
     ends = torch.stack([got, -got])
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     if not torch.equal(ends[0], -ends[1]):
         return "the ranks hold different averages"
     if state is not None:
-        kept = state.state_dict()["residual"]
         names = [name for name, p in ddp.module.named_parameters() if p.requires_grad]
-        got = got + _mean(torch.cat([kept[name].flatten() for name in names]))
+        got = got + _mean(torch.cat([part.flatten() for part in _kept(state, names)]))
     error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-    allowed = _TOLERANCE.get(scheme, 1e-4)
+    allowed = _TOLERANCE.get(scheme, _TOLERATED)
     return (
         "" if error <= allowed else f"wrong: off by {error:.1e} of the largest element, {allowed:g} allowed"
     )
+
+
+def check_repeats(ddp: DistributedDataParallel, workload: Workload) -> None:
+    """Checks that the loss gives the same gradient twice, which all figures rest on. A collective call.
+
+    Torch's generator is seeded before each, so that dropout and random batches may be drawn from it.
+
+    Raises:
+        ValueError: on all ranks, if it does not on one.
+    """
+    first, second = (_gradient(ddp, workload, synchronise=False) for _ in range(2))
+    differ = float((first - second).abs().max() / first.abs().max().clamp(min=1e-30)) > _TOLERATED
+    found = torch.tensor([int(differ)], dtype=torch.int64, device="cpu")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    if found.item():
+        raise ValueError(
+            f"{workload.name} gives another gradient each time, so no average can be checked: draw the batch "
+            "once, where the model is made, and not in the function that returns the loss"
+        )
 
 
 def timed(
@@ -131,9 +146,22 @@ def _step(ddp: DistributedDataParallel, workload: Workload, synchronise: bool) -
     return time.perf_counter() - begun
 
 
-def _gradient(ddp: DistributedDataParallel) -> Tensor:
+def _gradient(ddp: DistributedDataParallel, workload: Workload, synchronise: bool = True) -> Tensor:
+    """Runs a step on the same random numbers as any other one; returns all gradients as one vector."""
+    torch.manual_seed(dist.get_rank())
+    _step(ddp, workload, synchronise)
     parts: list[Any] = [p for p in ddp.module.parameters() if p.requires_grad]
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts])
+
+
+def _kept(state: SparseState, names: list[str]) -> list[Tensor]:
+    """What the memory holds of each parameter. What this rank owns counts for all ranks."""
+    saved = state.state_dict()
+    kept = [saved["residual"][name].clone() for name in names]
+    for name, part in zip(names, kept, strict=True):
+        for start, owned in saved.get("owned", {}).get(name, {}).items():
+            part.view(-1)[start : start + owned.numel()] += owned * dist.get_world_size()
+    return kept
 
 
 def _mean(vector: Tensor) -> Tensor:

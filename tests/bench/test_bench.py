@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commhooks.bench import child, command, measure
 from commhooks.bench import figure as style
 from commhooks.bench.measure import FOREIGN, OURS, Row, attach, check
-from commhooks.bench.models import GPT, ResNet50, Source, make_workload
+from commhooks.bench.models import GPT, ResNet50, Source, Workload, make_workload
 from commhooks.native import abi
 
 TINY = Source(numel=2500)
@@ -105,12 +105,29 @@ def test_every_scheme_is_checked_and_measured(tmp_path, monkeypatch):
     assert (tmp_path / "report.png").stat().st_size > 1000
 
 
+def test_a_loss_that_gives_another_gradient_each_time_is_refused_before_anything_is_measured():
+    generator = torch.Generator().manual_seed(0)
+
+    def job(rank, size):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 2), torch.nn.Dropout())
+        ddp = DistributedDataParallel(model)
+        measure.check_repeats(ddp, Workload("mine", model, lambda net: net(torch.randn(4, 8)).sum()))
+        own = Workload("mine", model, lambda net: net(torch.randn(4, 8, generator=generator)).sum())
+        fixed = Workload("mine", model, lambda net: net(torch.ones(4, 8)).sum())
+        with pytest.raises(ValueError) as refused:
+            measure.check_repeats(ddp, own if rank == 1 else fixed)  # all ranks learn of it
+        return str(refused.value)
+
+    for said in spawn_gloo(job, 2):
+        assert said.startswith("mine gives another gradient each time") and "draw the batch once" in said
+
+
 def test_the_picture_has_the_colours_of_all_others(tmp_path):
     """Grey is the step alone, and what communication adds has the scheme's colour."""
     colors = pytest.importorskip("matplotlib.colors")
     pyplot = pytest.importorskip("matplotlib.pyplot")
     schemes = [*FOREIGN, *OURS]
-    rows = [Row(scheme, 0.5, 0.3, None, 3) for scheme in schemes] + [Row("lowbit", note="failed")]
+    rows = [Row(scheme, 0.5, 0.3, None, 3) for scheme in schemes] + [Row("powersgd", note="failed")]
     report = command.Report("toy", 10, 2, ["a"], 0.01, 0.2, rows)
     command.save(report, None, str(tmp_path / "report.png"))
     drawn = pyplot.imread(tmp_path / "report.png")
