@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/amp_clipping.py
 
-The state gets the scaler, so that the memory is kept in unscaled units. The clip stands before the memory: what
+The state gets the scaler, so the memory is in unscaled units. The clip stands before the memory: what
 `clip_grad_norm_` cuts off the average after backward would be lost.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commhooks
 from commhooks import AllGather, ErrorFeedback, SparseState, TopK
 
-CLIP = 1.0  # what one process alone would give to clip_grad_norm_
+CLIP = 1.0  # what training without compression would give to clip_grad_norm_
 
 
 def main():
@@ -29,8 +29,9 @@ def main():
     model = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**20)  # too large: the first steps are skipped
-
-    clip_norm = CLIP / math.sqrt(dist.get_world_size())  # the noise of one rank is that much larger
+    clip_norm = CLIP * math.sqrt(
+        dist.get_world_size()
+    )  # the noise of one rank's gradient is that much larger
     memory = ErrorFeedback(momentum=0.9, factor_masking=True, clip_norm=clip_norm)
     state = SparseState(TopK(0.05), AllGather(), memory, grad_scaler=scaler)
     commhooks.register(model, state, optimizer)

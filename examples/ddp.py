@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py
 
-The lines that name commhooks are all that differs from plain DistributedDataParallel. Momentum is in the memory, so the
-optimizer has none.
+The lines that name commhooks are all that differs from plain DistributedDataParallel. Momentum is in the
+memory, so the optimizer has none. `SparseState.for_optimizer` (examples/first.py) makes these parts in one call.
 """
 
 import torch
@@ -33,8 +33,8 @@ def main():
     model = DistributedDataParallel(nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
 
-    density = ExponentialWarmup(0.01, warmup_epochs=2, steps_per_epoch=20)  # the first 40 steps send more
-    state = SparseState(TopK(density), AllGather(), ErrorFeedback(momentum=0.9, factor_masking=True))
+    density = ExponentialWarmup(0.01, warmup_steps=STEPS // 4)  # the first steps send more
+    state = SparseState(TopK(density), AllGather(), ErrorFeedback(momentum=0.9))
     commhooks.register(model, state, optimizer)
 
     for step, (x, y) in zip(range(STEPS), batches(rank)):

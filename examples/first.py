@@ -14,7 +14,7 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 1)))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-# Momentum moves into a memory, beside what is not sent.
+# SGD's momentum becomes 0 and acts inside the hook instead, before values are selected.
 state = commhooks.SparseState.for_optimizer(optimizer, density=0.01, warmup_steps=0)
 commhooks.register(model, state, optimizer)
 torch.manual_seed(dist.get_rank())  # each rank draws its own data

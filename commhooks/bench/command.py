@@ -43,7 +43,8 @@ class Report:
         world_size: number of ranks.
         hosts: names of the ranks' hosts.
         density: share of a gradient that ours sends.
-        alone_s: seconds of a step without communication.
+        alone_s: seconds of a step without communication: the faster of two measurements, before and after
+            the schemes.
         rows: one a scheme.
         slow_rank: a rank without native kernels. None: all have them.
     """
@@ -66,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--module",
         metavar="PACKAGE:FUNCTION",
-        help="Your own: the function returns (model, function of the model that returns a loss). The batch is "
-        "drawn once, in FUNCTION.",
+        help="Your own: the function draws the batch, and returns (model, function of the model that returns "
+        "a loss).",
     )
     parser.add_argument(
         "--schemes",
@@ -116,15 +117,17 @@ def run(arguments: argparse.Namespace) -> Report | None:
         workload = make_workload(source, rank)
         dense, _ = attach("dense", workload, 1.0)
         check_repeats(dense, workload)
-        alone_s, _ = timed(dense, workload, budget / 2, synchronise=False)
+        before_s, _ = timed(dense, workload, budget / 2, synchronise=False)
         rows = {}
         for scheme in sorted(arguments.schemes, key="powersgd".__eq__):  # it starts a process: last
             late = _over(begun, arguments.seconds)
-            note = Row(scheme, note="not run: the time was over")
-            rows[scheme] = note if late else _row(scheme, source, arguments.density, budget, alone_s)
+            note = Row(scheme, note=f"not run: --seconds {arguments.seconds:g} were over, give more")
+            rows[scheme] = note if late else _row(scheme, source, arguments.density, budget)
+        after_s, _ = timed(dense, workload, budget / 4, synchronise=False)
+        alone_s = min(before_s, after_s)
         hosts: list[Any] = [None] * size
         dist.all_gather_object(hosts, socket.gethostname())
-        ordered = [rows[scheme] for scheme in arguments.schemes]
+        ordered = [rows[scheme].beside(alone_s) for scheme in arguments.schemes]
         count = sum(p.numel() for p in workload.model.parameters() if p.requires_grad)
         names, density = sorted(set(hosts)), arguments.density
         report = Report(workload.name, count, size, names, density, alone_s, ordered, slow)
@@ -159,7 +162,12 @@ def text(report: Report) -> str:
         "exposed: step - step inside no_sync, which is what communication adds",
         "sent: by a rank in a step; counted for ours, 2 (P - 1) / P * size for dense and fp16",
         "to dense: step / step of dense; below 1 is faster",
+        "All averages but PowerSGD's were compared with the mean gradient first. PowerSGD is measured last.",
     ]
+    if any((row.exposed_s or 0.0) < 0.0 for row in report.rows):
+        lines.append(
+            "A step without communication took longer than one with it: the machine is busy. Measure again."
+        )
     if report.slow_rank is not None:
         lines.append(f"Rank {report.slow_rank} has no native kernels: ours ran on torch operators there.")
     if one_host:
@@ -206,7 +214,7 @@ def _check_files(json_file: str | None, plot_file: str | None) -> None:
         raise ValueError("; ".join(found[0]))
 
 
-def _row(scheme: str, source: Source, density: float, budget: float, alone_s: float) -> Row:
+def _row(scheme: str, source: Source, density: float, budget: float) -> Row:
     rank, size = dist.get_rank(), dist.get_world_size()
     if scheme == "powersgd":
         host, port = meeting_place()
@@ -216,7 +224,7 @@ def _row(scheme: str, source: Source, density: float, budget: float, alone_s: fl
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         if found is None or not everywhere.item():
             return Row(scheme, note=f"failed, or did not end within {2 * budget + START_S:.0f} s")
-        return Row(scheme, found[0], found[0] - alone_s, None, found[1])
+        return Row(scheme, found[0], steps=found[1])
     workload = make_workload(source, rank)
     ddp, state = attach(scheme, workload, density)
     try:
@@ -225,7 +233,7 @@ def _row(scheme: str, source: Source, density: float, budget: float, alone_s: fl
             return Row(scheme, note=wrong)
         step_s, steps = timed(ddp, workload, budget)
         numel = sum(p.numel() for p in workload.model.parameters() if p.requires_grad)
-        return Row(scheme, step_s, step_s - alone_s, bytes_sent(scheme, state, numel, size), steps)
+        return Row(scheme, step_s, None, bytes_sent(scheme, state, numel, size), steps)
     finally:
         if state is not None:
             state.close()
@@ -289,21 +297,17 @@ def _plot(report: Report, file: Path) -> None:
     with figure(file, figsize=(WIDTH, 0.35 * len(rows) + 1.0)) as (_, axes):
         axis = axes[0][0]
         for row in rows:
-            added = max(0.0, row.exposed_s or 0.0)
-            axis.barh(row.scheme, 1000 * report.alone_s, color=COLORS["none"], lw=0)
-            axis.barh(row.scheme, 1000 * added, left=1000 * report.alone_s, color=color(row.scheme), lw=0)
-            axis.text(
-                1000 * (report.alone_s + added),
-                row.scheme,
-                f" {1000 * (row.step_s or 0.0):,.1f} ms",
-                va="center",
+            step_s = row.step_s or 0.0
+            alone_s = min(report.alone_s, step_s)
+            axis.barh(row.scheme, 1000 * alone_s, color=COLORS["none"], lw=0)
+            axis.barh(
+                row.scheme, 1000 * (step_s - alone_s), left=1000 * alone_s, color=color(row.scheme), lw=0
             )
+            axis.text(1000 * step_s, row.scheme, f" {1000 * step_s:,.1f} ms", va="center")
         axis.invert_yaxis()
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel(
-            "ms a step: forward and backward in light grey, communication in the colour of the scheme"
-        )
+        axis.set_xlabel("ms a step: forward and backward in grey, communication in the colour of the scheme")
         hosts = f"{len(report.hosts)} host{'' if len(report.hosts) == 1 else 's'}"
         axis.set_title(
             f"Measured: {report.model}, {report.world_size} ranks on {hosts}, density {report.density:g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Row:
     Attributes:
         scheme: its name.
         step_s: seconds of a step: of the slowest rank, median over the steps. None if it was not measured.
-        exposed_s: ``step_s`` less that of a step inside ``no_sync``.
+        exposed_s: ``step_s`` less that of a step inside ``no_sync``. Below 0 where other work disturbed one
+            of the two.
         bytes_sent: bytes that rank 0 sends in a step: counted for ours, by formula for DDP's ring all-reduce.
         steps: how many were timed.
         note: what kept the scheme from being measured, or "".
@@ -49,6 +50,10 @@ class Row:
     bytes_sent: int | None = None
     steps: int = 0
     note: str = ""
+
+    def beside(self, alone_s: float) -> Row:
+        """Returns these figures with ``exposed_s``, for a step without communication of ``alone_s``."""
+        return self if self.step_s is None else replace(self, exposed_s=self.step_s - alone_s)
 
 
 def attach(

@@ -38,7 +38,8 @@ class Recipe:
     Args:
         optimizer: the job's optimizer.
         density: final k/n in (0, 1].
-        warmup_steps: steps over which the density falls from 0.25. 0: none.
+        warmup_steps: steps over which the density falls from 0.25. 0: none. May be None with ``"lowbit"``,
+            which has no density.
         scheme: a name of ``SCHEMES`` except ``"dense"``. None: ``"topk"`` for ``torch.optim.SGD``, and
             ``"lowbit"`` for all others, for which sparse gradients were not seen to train.
         clip: ``clip_norm`` and ``norm_over`` of ``ErrorFeedback``; or None.
@@ -52,7 +53,7 @@ class Recipe:
         scheme: the name.
 
     Raises:
-        TypeError: ``optimizer`` has no ``param_groups``.
+        TypeError: ``optimizer`` has no ``param_groups``, or ``warmup_steps`` is missing.
         ValueError: a number out of range, an unknown or dense scheme, or settings that the memory cannot
             have: momentum or ``nesterov`` that differ between the groups, dampening, ``maximize`` with weight
             decay, random-k with momentum.
@@ -63,7 +64,7 @@ class Recipe:
         optimizer: torch.optim.Optimizer,
         density: float,
         *,
-        warmup_steps: int,
+        warmup_steps: int | None,
         scheme: str | None,
         clip: tuple[float, str] | None,
         factor_masking: bool | None = None,
@@ -76,6 +77,12 @@ class Recipe:
         names = [name for name in SCHEMES if name != "dense"]
         if scheme not in names:
             raise ValueError(f"scheme must be one of {', '.join(names)}, got {scheme!r}")
+        if warmup_steps is None and scheme != "lowbit":
+            raise TypeError(
+                f"for_optimizer() needs warmup_steps with scheme {scheme!r}: steps over which the density "
+                "falls from 0.25, such as a quarter of the run's, or 0 for none"
+            )
+        warmup_steps = 0 if warmup_steps is None else warmup_steps
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"warmup_steps must be an integer >= 0, got {warmup_steps!r}")
         self.scheme: str = scheme
@@ -124,7 +131,7 @@ class Recipe:
             if any("momentum_buffer" in state for state in optimizer.state.values()):
                 does += " (what its momentum buffers hold is not taken along)"
             if memory.momentum > 0.0:
-                does += f"; velocity {'' if memory.factor_masking else 'not '}masked where sent"
+                does += f"; factor masking {'on' if memory.factor_masking else 'off'}"
         elif has_second_moment(optimizer):
             does = (
                 f"{name} divides by past magnitudes, and sums that arrive late have others, so no momentum "
@@ -144,7 +151,9 @@ class Recipe:
             if memory.clip_norm is None
             else f"; clip_norm {memory.clip_norm:g} over the {memory.norm_over}"
         )
-        sent = "every element in 4 bits" if self.scheme == "lowbit" else f"density {self.density!r}"
+        sent = f"density {self.density!r}"
+        if self.scheme == "lowbit":
+            sent = "every element in 4 bits: no density and no warm-up"
         rate = "; the residual in units of the parameters" if memory.rescales else ""
         return f"commhooks: {does}; {self.scheme}, {sent}{clip}{rate}"
 

@@ -148,7 +148,7 @@ class SparseState:
         density: float = 0.01,
         transport: str | Transport = "distributed",
         *,
-        warmup_steps: int,
+        warmup_steps: int | None = None,
         scheme: str | None = None,
         clip_norm: float | None = None,
         norm_over: str = "bucket",
@@ -171,7 +171,8 @@ class SparseState:
             optimizer: the job's optimizer.
             density: k/n in (0, 1] after the warm-up.
             transport: ``"distributed"``, ``"mpi"`` or a ``Transport``.
-            warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none.
+            warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none. It must be
+                given, except with ``"lowbit"``, which has no density.
             scheme: a name of ``commhooks.schemes.SCHEMES`` except ``"dense"``. None: ``"topk"`` for
                 ``torch.optim.SGD``, and for all others ``"lowbit"``, which has no density.
             clip_norm: largest norm of this rank's gradient, before the memory.
@@ -183,7 +184,8 @@ class SparseState:
             options: further arguments of this class except ``memory``.
 
         Raises:
-            TypeError: ``optimizer`` is no torch optimizer, or ``memory`` is given.
+            TypeError: ``optimizer`` is no torch optimizer, ``memory`` is given, or ``warmup_steps`` is
+                missing.
             ValueError: a number out of range, or settings of the optimizer that a memory cannot have:
                 momentum that differs between the groups, dampening, ``maximize`` with weight decay, random-k
                 with momentum.

@@ -53,6 +53,15 @@ CLIPPED = (
     "of what this step sent has left the memories and does not reach the model. Switch it off and clip "
     "before the memory: ErrorFeedback(clip_norm=...), or for_optimizer(..., clip_norm=...)"
 )
+UNSCALED = (
+    "the averages that the hook wrote were multiplied by {factor:.3g} before the optimizer's step, which "
+    "looks like a GradScaler that the state does not know: what is withheld is in scaled units, and a change "
+    "of the scale makes it too large or too small. Pass grad_scaler=scaler when making the state. Then clip "
+    "before the memory, by ErrorFeedback(clip_norm=...) or for_optimizer(..., clip_norm=...), if the "
+    "gradients are clipped too"
+)
+_LEAST_CLIP = 2.0**-9
+"""A smaller factor is taken for a GradScaler's, whose scale starts at 65536."""
 _EACH_STEP, _THEN_EVERY = 20, 50
 """The first steps are all looked at for a clip of the average, and then one in so many."""
 
@@ -246,7 +255,8 @@ class StepWatch:
     def _look_for_clip(self, ids: frozenset[int]) -> None:
         """Warns once when averages are clipped: made smaller before the step, by factors that differ.
 
-        A program that multiplies all averages by one constant does not clip.
+        A program that multiplies all averages by one constant does not clip. A factor far below 1 is that of
+        a GradScaler that the state was not given, which is another warning.
 
         Args:
             ids: of the parameters that the optimizer has just stepped with.
@@ -263,7 +273,10 @@ class StepWatch:
             return
         # The program may have unscaled the average or not: the factor closer to 1 is taken.
         factor = min((left, left * scale), key=lambda f: abs(math.log(f)))
-        # A power of two is the scale of a GradScaler that the state was not given.
+        if scale == 1.0 and factor < _LEAST_CLIP:
+            self._tell("unscaled", UNSCALED.format(factor=factor))
+            return
+        # A power of two is the constant of a program, or the small scale of a GradScaler.
         if scale == 1.0 and abs(2 * math.frexp(factor)[0] % 1) < 1e-3:
             return
         if factor < 1.0 - 1e-3:

@@ -334,4 +334,4 @@ def why_not(name: str) -> str | None:
     if not enabled():
         return "COMMHOOKS_NATIVE=0"
     file = path(name)
-    return f"no usable library: {file} {'cannot be loaded here' if file.is_file() else 'does not exist'}"
+    return f"no usable library: {file} {'cannot be loaded here' if file.is_file() else 'was not built'}"

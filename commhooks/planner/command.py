@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +21,8 @@ from ..transports import Transport, make
 from ..transports.launcher import launched, local_rank
 from .cost_model import LOW_BIT
 from .measured import measured_plan, sizes_of, slow_rank
-from .plan import ADAPTIVE, AVERAGING_PERIOD, DENSITIES, SAFE, STEADY, Job, Plan, Prediction
+from .plan import ADAPTIVE, AVERAGING_PERIOD, DENSITIES, MARGIN, SAFE, STEADY, Job, Plan, Prediction
+from .probe import slowest
 
 MAX_NUMEL = 10**13
 DESCRIPTION = (
@@ -76,11 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
 
-def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
+def run(arguments: argparse.Namespace) -> tuple[Plan, str, bool] | None:
     """Measures and decides. A collective call.
 
     Returns:
-        The plan and the transport's name on rank 0; None on the others.
+        The plan, the transport's name, and whether all ranks are on one host, on rank 0; None on the others.
 
     Raises:
         ValueError: an argument out of range, a name that does not exist, a single rank, or a rank without
@@ -103,11 +106,19 @@ def run(arguments: argparse.Namespace) -> tuple[Plan, str] | None:
         if slow is not None and not arguments.allow_reference:
             raise ValueError(speed.refusal(device.type, slow))
         plan, rank, name = measured_plan(transport, job, device), transport.rank, transport.name
-    return None if rank else (plan, name)
+        host = float(zlib.crc32(socket.gethostname().encode()))
+        largest_host, least_host = slowest(transport, [host, -host])
+    return None if rank else (plan, name, largest_host == -least_host)
 
 
-def text(plan: Plan, transport: str) -> str:
-    """Returns the plan as text for a terminal. ``transport`` is the name of the measured transport."""
+def text(plan: Plan, transport: str, one_host: bool = False) -> str:
+    """Returns the plan as text for a terminal.
+
+    Args:
+        plan: what was decided.
+        transport: the name of the measured transport.
+        one_host: whether all ranks are on one host.
+    """
     lines = [
         f"{plan.job.numel:,} parameters, {plan.world_size} ranks over {transport}",
         plan.table(),
@@ -126,6 +137,10 @@ def text(plan: Plan, transport: str) -> str:
     faster = plan.faster_if_allowed()
     if faster is not None:
         lines.append(_not_taken(plan, faster))
+    elif (plan.scheme, plan.density) != (plan.predictions[0].scheme, plan.predictions[0].density):
+        lines.append(f"a row that learns worse is taken only where it is {MARGIN:g} times faster")
+    if one_host:
+        lines.append("all ranks are on one host: this measured its memory, not a network")
     averaging = _averaging(plan)
     return "\n".join([*lines, averaging] if averaging else lines)
 
@@ -160,7 +175,7 @@ def _averaging(plan: Plan) -> str | None:
     )
 
 
-def as_dict(plan: Plan, transport: str) -> dict[str, Any]:
+def as_dict(plan: Plan, transport: str, one_host: bool = False) -> dict[str, Any]:
     """Returns the plan as values that JSON can hold. Times are in seconds."""
     return {
         "scheme": plan.scheme,
@@ -171,6 +186,7 @@ def as_dict(plan: Plan, transport: str) -> dict[str, Any]:
         "numel": plan.job.numel,
         "world_size": plan.world_size,
         "transport": transport,
+        "one_host": one_host,
         "predictions": [asdict(p) for p in plan.predictions],
         "costs": asdict(plan.costs),
     }

@@ -95,7 +95,7 @@ def test_every_scheme_is_checked_and_measured(tmp_path, monkeypatch):
     assert sent["topk"] == sent["gtopk"] == 8 * 250 + 16
     for row in report.rows:
         assert row.steps >= 3 and row.exposed_s == pytest.approx(row.step_s - report.alone_s)
-    assert late.rows[0].note == "not run: the time was over" and "time was over" in command.text(late)
+    assert late.rows[0].note == "not run: --seconds 1e-09 were over, give more" in command.text(late)
     text = command.text(report)
     assert "2,016" in text and "exposed: step - step inside no_sync" in text and "not a network" in text
     files = [str(tmp_path / name) for name in ("report.json", "report.png")]
@@ -120,6 +120,20 @@ def test_a_loss_that_gives_another_gradient_each_time_is_refused_before_anything
 
     for said in spawn_gloo(job, 2):
         assert said.startswith("mine gives another gradient each time") and "draw the batch once" in said
+
+
+def test_a_step_that_was_faster_with_communication_is_said():
+    """Another program ran meanwhile: the figures stand there, and the advice to measure again."""
+    rows = [
+        Row("dense", 0.4).beside(0.5),
+        Row("topk", 0.6).beside(0.5),
+        Row("gtopk", note="failed").beside(0.5),
+    ]
+    assert [row.exposed_s for row in rows] == [pytest.approx(-0.1), pytest.approx(0.1), None]
+    report = command.Report("toy", 10, 2, ["a"], 0.01, 0.5, rows)
+    assert "the machine is busy. Measure again" in command.text(report)
+    report.rows[0] = Row("dense", 0.7).beside(0.5)
+    assert "busy" not in command.text(report)
 
 
 def test_the_picture_has_the_colours_of_all_others(tmp_path):

@@ -169,17 +169,19 @@ def clips(rank, size):
         "values": behind_the_hook(rank, size, lambda ps, _: torch.nn.utils.clip_grad_value_(ps, 1e-3)),
         "loose": behind_the_hook(rank, size, lambda ps, _: torch.nn.utils.clip_grad_norm_(ps, 1e6)),
         "unscaled": behind_the_hook(rank, size, unscale, scale=65536.0),
+        "both": behind_the_hook(rank, size, lambda *a: (unscale(*a), clip(*a)), scale=65536.0),
         "thirds": behind_the_hook(rank, size, thirds),
         "dense": behind_the_hook(rank, size, clip, "dense"),
     }
 
 
 def test_a_clip_of_the_sparse_average_is_warned_of_once():
-    """Not a clip that leaves it, not what a GradScaler or a constant factor does, and not after a dense exchange."""
+    """Not a clip that leaves it, not a constant factor, not after a dense exchange; a GradScaler's has its own warning."""
     for found in spawn_gloo(clips, 2, timeout=90):
         assert {name: len(texts) for name, texts in found.items()} == {
-            "clip": 1, "values": 1, "loose": 0, "unscaled": 0, "thirds": 0, "dense": 0,
+            "clip": 1, "values": 1, "loose": 0, "unscaled": 1, "both": 1, "thirds": 0, "dense": 0,
         }, found  # fmt: skip
+        assert all("Pass grad_scaler=scaler" in found[name][0] for name in ("unscaled", "both"))
         assert "% of what this step sent" in found["clip"][0] and "clip_norm=" in found["clip"][0]
 
 

@@ -76,7 +76,7 @@ def test_it_warms_up_clips_and_masks_as_told(masking, capsys):
     state = SparseState.for_optimizer(
         optimizer, 0.001, warmup_steps=40, scheme="gtopk", clip_norm=2.0, factor_masking=masking
     )
-    assert f"velocity {'' if masking else 'not '}masked where sent" in capsys.readouterr().err
+    assert f"; factor masking {'on' if masking else 'off'};" in capsys.readouterr().err
     memory = state.reducer.memory
     expected = ErrorFeedback(0.9, weight_decay=1e-4, factor_masking=masking, clip_norm=2.0)
     assert memory.settings() == expected.settings()
@@ -100,7 +100,7 @@ def test_the_velocity_is_masked_where_no_warm_up_sends_most_of_it(warmup_steps, 
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1, momentum=0.9)
     state = SparseState.for_optimizer(optimizer, density, warmup_steps=warmup_steps)
     assert state.reducer.memory.factor_masking == masks
-    assert f"velocity {'' if masks else 'not '}masked where sent" in capsys.readouterr().err
+    assert f"; factor masking {'on' if masks else 'off'};" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_second_moments_stay_and_the_line_names_averaging(capsys):
     state = SparseState.for_optimizer(optimizer, warmup_steps=5, clip_norm=1.0)
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "commhooks.averaging.DiLoCo" in line
-    assert "lowbit, every element in 4 bits; clip_norm 1 over the bucket" in line
+    assert "lowbit, every element in 4 bits: no density and no warm-up; clip_norm 1 over the bucket" in line
     assert repr(state.reducer.aggregator) == repr(SparseState.lowbit(4).reducer.aggregator)
     sparse = SparseState.for_optimizer(optimizer, 0.05, warmup_steps=5, scheme="topk")
     assert "0.25->0.05 over 5x1" in repr(sparse.reducer.selector)
@@ -178,7 +178,7 @@ def test_second_moments_stay_and_the_line_names_averaging(capsys):
 def test_all_optimizers_but_sgd_send_every_element(capsys):
     matrix = torch.nn.Linear(4, 3, bias=False)
     for optimizer in (torch.optim.Muon(matrix.parameters()), torch.optim.ASGD(matrix.parameters())):
-        state = SparseState.for_optimizer(optimizer, warmup_steps=5)
+        state = SparseState.for_optimizer(optimizer)
         assert repr(state.reducer.aggregator) == repr(SparseState.lowbit(4).reducer.aggregator)
         assert "stays as it is; lowbit, every element in 4 bits" in capsys.readouterr().err
     state = SparseState.for_optimizer(torch.optim.SGD(matrix.parameters(), lr=0.1), warmup_steps=0)
@@ -192,8 +192,8 @@ def test_it_tells_what_it_did_on_rank_0_once(capsys, monkeypatch, caplog):
 
     make()
     assert capsys.readouterr().err == (
-        "commhooks: momentum=0.9, weight_decay=0 for 2, 0.0005 for 2 moved from SGD into the memory; velocity "
-        "not masked where sent; topk, density 0.25->0.01 over 7x1\n"
+        "commhooks: momentum=0.9, weight_decay=0 for 2, 0.0005 for 2 moved from SGD into the memory; factor "
+        "masking off; topk, density 0.25->0.01 over 7x1\n"
     )
     with caplog.at_level("INFO", logger="commhooks.ddp.recipe"):
         make()
@@ -249,8 +249,10 @@ def test_refusals_of_kinds_and_groups():
     optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="makes the memory"):
         SparseState.for_optimizer(optimizer, warmup_steps=0, memory=ErrorFeedback())
-    with pytest.raises(TypeError, match="warmup_steps"):
+    with pytest.raises(TypeError, match="needs warmup_steps with scheme 'topk': .* a quarter of the run's"):
         SparseState.for_optimizer(optimizer)
+    with pytest.raises(TypeError, match="needs warmup_steps with scheme 'gtopk'"):
+        SparseState.for_optimizer(torch.optim.AdamW(first.parameters()), scheme="gtopk")
 
 
 def test_a_parameter_that_joins_a_run_with_a_decay_of_each_group_is_named():

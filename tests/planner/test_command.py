@@ -144,6 +144,7 @@ def test_plan_under_torchrun():
     done = torchrun(_PLAN, 2, timeout=90)
     assert done.stdout.count("added to a step") == 1
     assert "2,000,000 parameters, 2 ranks over distributed\n" in done.stdout
+    assert done.stdout.count("all ranks are on one host: this measured its memory, not a network\n") == 1
 
 
 def test_plan_as_json():
