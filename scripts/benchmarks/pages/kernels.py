@@ -110,4 +110,24 @@ def apart() -> list[str]:
     return markdown(("momentum", *head), rows)
 
 
-TABLES = {"topk": topk, "target": target, "others": others, "merge": merge, "apart": apart}
+_MOST_LOW_BIT = 1.5
+
+
+def low_bit() -> list[str]:
+    """The low-bit kernels over one pass that reads and writes the vector, and whether that meets the aim."""
+    rows = []
+    for kernel in ("low_bit_encode", "low_bit_decode_add"):
+        for bits in (1, 2, 4, 8):
+            times = [_over(_time(kernel, f"gaussian, {bits} bits", numel, 1.0), "r*=a") for numel in _LARGE]
+            rows.append((kernel, str(bits), *map(number, times), _met(max(times) <= _MOST_LOW_BIT)))
+    return markdown(("kernel", "bits", "25M", "100M", f"at most {_MOST_LOW_BIT:g}"), rows)
+
+
+TABLES = {
+    "topk": topk,
+    "target": target,
+    "others": others,
+    "merge": merge,
+    "apart": apart,
+    "low_bit": low_bit,
+}
