@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ..gradient.bucket import Bucket
 from ..gradient.held import HeldAverage
+from ..gradient.memory_order import flattened
 from .optimizer_steps import listen
 from .written import Record, Written
 
@@ -62,6 +64,8 @@ UNSCALED = (
 )
 _LEAST_CLIP = 2.0**-9
 """A smaller factor is taken for a GradScaler's, whose scale starts at 65536."""
+_LOOKED_AT = 2**18
+"""So many of a bucket's elements are looked at. All of a large bucket would take longer than its exchange."""
 _EACH_STEP, _THEN_EVERY = 20, 50
 """The first steps are all looked at for a clip of the average, and then one in so many."""
 
@@ -99,7 +103,7 @@ class StepWatch:
         self._pass_ended = False  # the last bucket of the last pass is reduced
         self._told: set[str] = set()  # kinds of warnings that were given
         self._steps = 0
-        self._largest: tuple[weakref.ref[Tensor], float, float] | None = None  # see remember_largest()
+        self._largest: tuple[weakref.ref[Tensor], int, float, float] | None = None  # see remember_largest()
         self._factors: list[float] = []  # by which averages were made smaller, a step each
         self.enabled = True
         """False while backward passes are ignored (inside ``passthrough``)."""
@@ -229,9 +233,10 @@ class StepWatch:
             self._tell("discarded", DISCARDED)
 
     def remember_largest(self, bucket: Bucket, scale: float) -> None:
-        """Remembers the largest magnitude of an average, by which a clip of the average is noticed later.
+        """Remembers a large element of an average, by which a clip of the average is noticed later.
 
-        It reads the bucket and waits for the device, so it does nothing at most steps.
+        It looks at the bucket's first elements only, and waits for the device, so it does nothing at most
+        steps.
 
         Args:
             bucket: the average.
@@ -245,12 +250,14 @@ class StepWatch:
             or not bucket.numel
         ):
             return
-        place = int(bucket.buffer.abs().argmax())
+        place = int(bucket.buffer[:_LOOKED_AT].abs().argmax())
         largest = abs(float(bucket.buffer[place]))
-        ends = accumulate(bucket.numels)
-        parameter = next(key for key, end in zip(bucket.keys, ends, strict=True) if place < end)
+        ends = [*accumulate(bucket.numels)]
+        position = bisect_right(ends, place)
+        parameter = bucket.keys[position]
         if isinstance(parameter, Tensor) and 0.0 < largest < math.inf:
-            self._largest = weakref.ref(parameter), largest, scale
+            offset = place - ends[position] + bucket.numels[position]
+            self._largest = weakref.ref(parameter), offset, largest, scale
 
     def _look_for_clip(self, ids: frozenset[int]) -> None:
         """Warns once when averages are clipped: made smaller before the step, by factors that differ.
@@ -264,11 +271,11 @@ class StepWatch:
         parameter = None if self._largest is None else self._largest[0]()
         if self._largest is None or parameter is None or id(parameter) not in ids:
             return
-        _, largest, scale = self._largest
+        _, offset, largest, scale = self._largest
         self._largest = None
         if parameter.grad is None or parameter.grad.is_sparse:
             return
-        left = float(parameter.grad.detach().abs().max()) / largest
+        left = abs(float(flattened(parameter.grad.detach(), parameter)[offset])) / largest
         if not 0.0 < left < math.inf:
             return
         # The program may have unscaled the average or not: the factor closer to 1 is taken.
