@@ -18,16 +18,16 @@ def run_twice(study, n, timeout):
         world = job_launch.World(rank, size, "torchrun", torch.device("cpu"))
         train, ran = trained.train, []
 
-        def stops(world, command):
+        def stops(world, command, *more):
             if len(ran) == 3:
                 raise KeyboardInterrupt
             ran.append(command)
-            return train(world, command)
+            return train(world, command, *more)
 
         trained.train = stops
         with pytest.raises(KeyboardInterrupt):
             study(world)
-        trained.train = lambda world, command: ran.append(command) or train(world, command)
+        trained.train = lambda world, command, *more: ran.append(command) or train(world, command, *more)
         return study(world), ran
 
     results = spawn_gloo(ranks, n, timeout=timeout)

@@ -207,7 +207,7 @@ class Compression:
         named_parameters: Iterable[tuple[str, Tensor]],
         density: float = 0.01,
         *,
-        warmup_steps: int,
+        warmup_steps: int | None = None,
         scheme: str | None = None,
         clip_norm: float | None = None,
         factor_masking: bool | None = None,
@@ -225,7 +225,8 @@ class Compression:
             optimizer: the job's optimizer. Momentum and weight decay of an SGD move into the memory.
             named_parameters: the ones given to ``hvd.DistributedOptimizer``.
             density: k/n in (0, 1] after the warm-up; k is at least 1 for each parameter.
-            warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none.
+            warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none. It must be
+                given.
             scheme: ``"topk"`` or ``"randomk"``. None: ``"topk"``.
             clip_norm: largest norm of this rank's gradient of a parameter, before the memory.
             factor_masking: whether the velocity is set to zero where a value was sent. None: without a
@@ -235,7 +236,8 @@ class Compression:
             options: further arguments of :meth:`topk` or :meth:`randomk` except ``memory``.
 
         Raises:
-            TypeError: ``optimizer`` is no torch optimizer, or ``memory`` is given.
+            TypeError: ``optimizer`` is no torch optimizer, ``memory`` is given, or ``warmup_steps`` is
+                missing.
             ValueError: as :meth:`commhooks.SparseState.for_optimizer`.
         """
         if "memory" in options:
