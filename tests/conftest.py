@@ -32,19 +32,6 @@ MARKERS = {
     "slow": "takes more than 20 s on two cores",
 }
 FOLDER_MARKERS = ("horovod",)
-LONGEST = (
-    "horovod/test_jobs.py",
-    "examples/test_examples.py",
-    "native/test_cuda_emulated.py",
-    "scripts/test_train.py",
-    "transports/test_mpi.py",
-    "scripts/test_gpu_check.py",
-    "native/test_cuda_compiles.py",
-    "test_packaging.py",
-    "scripts/test_demo.py",
-    "ddp/test_failures_gloo.py",
-)
-"""Files that take a minute or more. They come first, so that two processes end at about the same time."""
 _passed: set[str] = set()
 
 
@@ -110,7 +97,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_place)
     for item in items:
         inside = Path(str(item.path)).relative_to(TESTS).parts if TESTS in item.path.parents else ()
         for name in FOLDER_MARKERS:
@@ -118,11 +104,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(name)
         if item.config.getoption("--stress") and "repeats" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(7200))
-
-
-def _place(item: pytest.Item) -> int:
-    file = item.path.relative_to(TESTS).as_posix() if TESTS in item.path.parents else ""
-    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
