@@ -3,7 +3,7 @@
 import argparse
 
 import pytest
-from benchmarks.network import low_bit, step
+from benchmarks.network import exchange, low_bit, step
 from benchmarks.network.models import equal_layers
 from benchmarks.pages import slow_links
 from launch import spawn_gloo
@@ -27,8 +27,8 @@ def test_every_number_of_bits_on_every_network_and_the_steps_at_one():
 
 def test_an_exchange_counts_its_bytes(monkeypatch):
     monkeypatch.setattr(low_bit, "NUMEL", 20_000)
-    monkeypatch.setattr(low_bit, "interface_bytes", lambda: 0)  # loopback has no eth0
-    monkeypatch.setattr(low_bit, "check_crossed", lambda *arguments: None)
+    monkeypatch.setattr(exchange, "interface_bytes", lambda: 0)  # loopback has no eth0
+    monkeypatch.setattr(exchange, "check_crossed", lambda *arguments: None)
 
     def measured(rank, size):
         return [record for bits in low_bit.BITS for record in low_bit.measure({"bits": bits}, rank, size)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
 from commhooks.gradient.sparse_grad import SparseGrad
-from commhooks.transports import make
+from commhooks.transports import Transport, make
 from commhooks.wire.message import Context
 
 from ..harness.namespaces import NETWORKS
@@ -40,23 +40,31 @@ def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
     _, aggregator, _ = parts(case["scheme"], 0.001)
     transport = make(aggregator.requested, timeout_s=60.0)
     pairs = _pairs(case["pairs"], rank if "randomk" not in case["scheme"] else 0)
+
+    def once(context: Context) -> None:
+        aggregator.aggregate(transport, pairs, False, context)
+
+    yield case | {"numel": NUMEL} | timed(transport, once, _REPEATS, case["scheme"])
+    transport.close()
+
+
+def timed(transport: Transport, once: Callable[[Context], None], repeats: int, what: str) -> Record:
+    """Repeats an exchange, after two that do not count; returns the keys of `measure`. A collective call."""
     seconds, counted = [], transport.counters.bytes_sent
     interface = interface_bytes()
-    for step in range(_REPEATS + 2):
+    for step in range(repeats + 2):
         settle()
         begun = time.perf_counter()
-        aggregator.aggregate(transport, pairs, False, Context(0, step))
+        once(Context(0, step))
         seconds.append(time.perf_counter() - begun)
     settle()
     slowest = largest(seconds[2:])
     sent = [transport.counters.bytes_sent - counted, interface_bytes() - interface]
-    check_crossed(*sent, case["scheme"])
-    most = largest([bytes_sent / (_REPEATS + 2) for bytes_sent in sent])
-    transport.close()
-    yield case | {
-        "numel": NUMEL,
+    check_crossed(*sent, what)
+    most = largest([bytes_sent / (repeats + 2) for bytes_sent in sent])
+    return {
         "exchange_s": median(slowest),
-        "repeats": _REPEATS,
+        "repeats": repeats,
         "counted_bytes": most[0],
         "interface_bytes": most[1],
     }

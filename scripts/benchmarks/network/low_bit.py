@@ -8,9 +8,7 @@ small vector.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,11 +21,10 @@ from commhooks.wire.message import Context
 
 from ..harness import study
 from ..harness.namespaces import NETWORKS
-from ..harness.ranks import check_crossed, interface_bytes, largest, settle
 from ..harness.records import Record
 from ..harness.table import columns, number
 from . import step
-from .exchange import NUMEL, over_bound
+from .exchange import NUMEL, over_bound, timed
 from .schemes import LOW_BIT
 
 BITS = (1, 2, 4, 8)
@@ -40,36 +37,20 @@ _TOLERANCE = 1e-5
 
 
 def measure(case: dict[str, Any], rank: int, size: int) -> Iterator[Record]:
-    """Yields one record.
-
-    Keys: `exchange_s` (median over `repeats` exchanges, each the slowest rank's), `counted_bytes` and
-    `interface_bytes` (sent per exchange by the rank that sends most).
-    """
+    """Yields one record, with the keys of `exchange.measure`."""
     exchange, transport = LowBit(case["bits"]), make("distributed", timeout_s=60.0)
     check_conserves(exchange, transport)
-    values = torch.randn(NUMEL, generator=torch.Generator().manual_seed(rank))
-    owned, mean = torch.zeros(_own(NUMEL, transport)), torch.empty(NUMEL)
-    seconds, counted = [], transport.counters.bytes_sent
-    interface = interface_bytes()
-    for number_ in range(_REPEATS + 1):
-        settle()
-        begun = time.perf_counter()
-        out = exchange.mean(transport, values, owned, False, Context(0, number_))
+    values, mean = torch.randn(NUMEL, generator=torch.Generator().manual_seed(rank)), torch.empty(NUMEL)
+    owned = torch.zeros(_own(NUMEL, transport))
+
+    def once(context: Context) -> None:
+        nonlocal owned
+        out = exchange.mean(transport, values, owned, False, context)
         out.decode(mean)
-        seconds.append(time.perf_counter() - begun)
         owned = out.owned
-    settle()
-    sent = [transport.counters.bytes_sent - counted, interface_bytes() - interface]
-    check_crossed(*sent, f"{case['bits']} bits")
-    most = largest([bytes_sent / (_REPEATS + 1) for bytes_sent in sent])
+
+    yield case | {"numel": NUMEL} | timed(transport, once, _REPEATS, f"{case['bits']} bits")
     transport.close()
-    yield case | {
-        "numel": NUMEL,
-        "exchange_s": median(largest(seconds[1:])),
-        "repeats": _REPEATS,
-        "counted_bytes": most[0],
-        "interface_bytes": most[1],
-    }
 
 
 def check_conserves(exchange: LowBit, transport: Transport) -> None:
