@@ -7,16 +7,18 @@ others. Each run is a record as soon as it ends, and a study that is started aga
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from benchmarks.harness import records
 from benchmarks.harness.records import Record
-from training import launch
+from training import launch, loop
 
 from . import trained
 
@@ -24,6 +26,8 @@ STEPS = 1204
 """Steps of a run: whole blocks of 4 and of 14."""
 RATES = (3e-3, 1.5e-3, 6e-3)
 SEEDS = (0, 1, 2)
+CURVE_EVERY, CURVE_WINDOWS = 56, 256
+"""Steps between the points of a run's curve, whole blocks too, and the windows of held-out text they are of."""
 GIVEN = (
     "--model",
     "gpt",
@@ -69,7 +73,6 @@ METHODS = {
     "muon k14": Method("Muon, 1 bit every 14 steps, outer Nesterov 0.5", _wired(14, 0.5, *MUON)),
     "lowbit4 adamw": Method("AdamW, gradients in 4 bits", ("--scheme", "lowbit", *ADAMW)),
     "adamw k4": Method("AdamW (beta2 0.99), 1 bit every 4 steps", _wired(4, 0.0, *ADAMW, "--beta2", 0.99)),
-    "topk adamw": Method("AdamW, top-k gradients, density 0.01", ("--scheme", "topk", *ADAMW)),
 }
 QUICK = ("--text-size", 20_000, "--window", 16, "--batch-size", 1)
 
@@ -128,8 +131,27 @@ def study(
         file,
         {"steps": steps, "rates": list(rates), "seeds": list(seeds)},
         lambda done: left(done, world.size, rates, seeds),
-        lambda labels: trained.train(world, command(labels["method"], labels["lr"], labels["seed"], steps)),
+        lambda labels: one(world, command(labels["method"], labels["lr"], labels["seed"], steps)),
     )
+
+
+def one(world: launch.World, given: Sequence[str]) -> dict[str, Any]:
+    """Trains once: the figures of `trained.train`, and `curve`, the loss every CURVE_EVERY steps and at the end."""
+    curve: list[float | None] = []
+
+    def prepare(run: loop.Run) -> Callable[[int], None]:
+        part = copy.copy(run.task)
+        tokens = CURVE_WINDOWS * part.window + 1
+        part.corpus = replace(part.corpus, test=part.corpus.test[:tokens])
+
+        def after_step(done: int) -> None:
+            if done % CURVE_EVERY == 0 or done == run.total:
+                loss, _, count = run.held_out(part)
+                curve.append(loss / count if math.isfinite(loss) else None)
+
+        return after_step
+
+    return trained.train(world, given, prepare) | {"curve": curve}
 
 
 class Row(NamedTuple):

@@ -26,18 +26,19 @@ BAR = 0.02
 
 
 def train(
-    world: launch.World, command: Sequence[str], prepare: Callable[[loop.Run], None] = lambda run: None
+    world: launch.World,
+    command: Sequence[str],
+    prepare: Callable[[loop.Run], Callable[[int], None] | None] = lambda run: None,
 ) -> Labels:
     """Trains once. The figures are the same on all ranks; a loss that is no number is null.
 
     Args:
         world: the ranks.
         command: options of train.py.
-        prepare: is given the run before it starts.
+        prepare: is given the run before it starts, and returns what is called behind each step, or None.
     """
     run = loop.Run(options.parse(command), world)
-    prepare(run)
-    found = run.train()
+    found = run.train(prepare(run) or (lambda done: None))
     loss = found["test_loss"]
     return {
         "loss": loss if math.isfinite(loss) else None,

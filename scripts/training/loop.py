@@ -6,6 +6,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,12 @@ class Run:
         if not resumed:
             self._describe()
 
-    def train(self) -> dict[str, Any]:
-        """Trains to the end (or to --stop-after) and returns the summary, the same on all ranks."""
+    def train(self, after_step: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+        """Trains to the end (or to --stop-after) and returns the summary, the same on all ranks.
+
+        Args:
+            after_step: is called with the number of steps behind each of them, on all ranks.
+        """
         options = self.options
         title = f"{options.scheme} {options.task}/{options.model}"
         bar = Progress(self.total, self.done, title, self.world.is_main and not options.quiet)
@@ -68,6 +73,7 @@ class Run:
                 self._evaluate()
             if self._due(ends_epoch, end):
                 self._save()
+            after_step(self.done)
         bar.close()
         summary = self._summary(time.perf_counter() - started)
         if self.done == self.total:
@@ -137,12 +143,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Test loss and accuracy with rank 0's buffers (DDP broadcasts them at each forward pass as well)."""
-        with self.strategy.evaluating():
-            for buffer in self.task.model.buffers():
-                dist.broadcast(buffer, 0)
-            self.task.model.eval()
-            loss, correct, count = self.world.sum(self.task.evaluate(self.task.model)).tolist()
-            self.task.model.train()
+        loss, correct, count = self.held_out(self.task)
         self.evaluation = {"test_loss": loss / count, "test_accuracy": correct / count}
         if self.options.task in ("text", "ptb"):
             self.evaluation["test_perplexity"] = math.exp(min(50.0, loss / count))
@@ -150,6 +151,16 @@ class Run:
         train_loss = sum(self._train_loss) / len(self._train_loss)
         self.log.write("epoch", epoch=epoch, step=self.done, train_loss=train_loss, **self.evaluation)
         self._train_loss.clear()
+
+    def held_out(self, task: tasks.Task) -> list[float]:
+        """Summed loss, right answers and their number, of `task`'s held-out data; a collective call."""
+        with self.strategy.evaluating():
+            for buffer in self.task.model.buffers():
+                dist.broadcast(buffer, 0)
+            self.task.model.eval()
+            sums = self.world.sum(task.evaluate(self.task.model)).tolist()
+            self.task.model.train()
+        return list(sums)
 
     def _sample(self) -> dict[str, str]:
         """A text that the trained model writes; a collective call. Nothing where none is asked for."""

@@ -3,26 +3,29 @@
 import argparse
 
 import pytest
-from benchmarks.network import exchange, low_bit, step
+from benchmarks.network import exchange, low_bit, step, training
 from benchmarks.network.models import equal_layers
 from benchmarks.pages import slow_links
 from launch import spawn_gloo
+from training import gpt
 
 from commhooks import LowBit
 from commhooks.transports import make
 
 
 def test_every_number_of_bits_on_every_network_and_the_steps_at_one():
-    jobs = low_bit.jobs(argparse.Namespace(networks=["100mbit", "1gbit"], steps=4))
+    jobs = low_bit.jobs(argparse.Namespace(networks=["100mbit", "1gbit"], steps=4, training=["10mbit"]))
     assert [(job.measurement, job.network) for job in jobs] == [
         ("low_bit", "100mbit"),
         ("low_bit", "1gbit"),
         ("step", "1gbit"),
+        ("training", "10mbit"),
     ]
     assert all([case["bits"] for case in job.cases] == list(low_bit.BITS) for job in jobs[:2])
     assert [(case["scheme"], case["steps"]) for case in jobs[2].cases] == [
         (scheme, 4) for scheme in low_bit.SCHEMES
     ]
+    assert jobs[3].cases == [{"method": method} for method in training.METHODS]
 
 
 def test_an_exchange_counts_its_bytes(monkeypatch):
@@ -69,6 +72,22 @@ def test_a_step_in_few_bits_has_phases(monkeypatch):
         assert found["counted_bytes"] < found["numel"] * 4 / 6 and found["exchange_s"] > 0
 
 
+def test_training_steps_are_timed_in_whole_blocks(monkeypatch):
+    monkeypatch.setattr(training, "interface_bytes", lambda: 0)
+    monkeypatch.setitem(gpt.SIZES, "gpt", (1, 32, 2))
+
+    def timed(rank, size):
+        return [
+            r for name in training.METHODS for r in training.measure({"method": name, "steps": 3}, rank, size)
+        ]
+
+    for found in spawn_gloo(timed, 2, timeout=120):
+        assert {r["method"]: r["steps"] for r in found} == {
+            name: 3 if method.block == 1 else 2 * method.block for name, method in training.METHODS.items()
+        }
+        assert all(r["step_s"] > 0 for r in found)
+
+
 def record(bits, network, seconds):
     return {
         "bench": "low_bit",
@@ -93,4 +112,4 @@ def test_the_page_judges_the_times(monkeypatch):
         "| 1 | 1gbit | 5.0 | 40 | 1.00 |",
     ]
     assert slow_links.steps()[-1] == "| ours, 4 bits | 250 | 4.0 | 2.0 |"
-    assert [line.split(" | ")[-1] for line in slow_links.time_aims()[2:]] == ["yes |", "no |"]
+    assert [line.split(" | ")[-1] for line in slow_links.time_aims()[2:4]] == ["yes |", "no |"]

@@ -31,8 +31,8 @@ from typing import Any, Iterator, Sequence
 
 PREFIX = "chbench"
 MTU = 9000
-NETWORKS = {"100mbit": 100.0, "1gbit": 1000.0, "10gbit": 10_000.0}
-_BURST_BYTES = {100.0: 20_000, 1000.0: 65_536, 10_000.0: 1_310_720}
+NETWORKS = {"10mbit": 10.0, "100mbit": 100.0, "1gbit": 1000.0, "10gbit": 10_000.0}
+_BURST_BYTES = {10.0: 10_000, 100.0: 20_000, 1000.0: 65_536, 10_000.0: 1_310_720}
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 

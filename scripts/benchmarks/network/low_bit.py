@@ -1,8 +1,8 @@
 """`scripts/bench lowbit`: every element in few bits, across a slow network.
 
 Needs root. A bare exchange of ResNet-50's size in 1, 2, 4 and 8 bits beside its bytes over the bandwidth, and
-the steps of ResNet-50's gradients in 4 bits beside dense and fp16. Every number of bits must first conserve a
-small vector.
+the steps of ResNet-50's gradients in 4 bits beside dense and fp16, and steps of a GPT that trains. Every number of
+bits must first conserve a small vector.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..harness import study
 from ..harness.namespaces import NETWORKS
 from ..harness.records import Record
 from ..harness.table import columns, number
-from . import step
+from . import step, training
 from .exchange import NUMEL, over_bound, timed
 from .schemes import LOW_BIT
 
@@ -79,7 +79,7 @@ def _own(numel: int, transport: Transport) -> int:
 def table(records: Sequence[Record]) -> str:
     """Of the records of one job."""
     if records[0]["bench"] != "low_bit":
-        return step.table(records)
+        return (training if records[0]["bench"] == "training" else step).table(records)
     rows = []
     for r in records:
         cells = (str(r["bits"]), r["network"], number(r["exchange_s"] * 1e3), number(over_bound(r)))
@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `scripts/bench lowbit`."""
     study.add_arguments(parser, draws=False)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["100mbit", "1gbit"])
+    parser.add_argument("--training", nargs="*", choices=NETWORKS, default=["10mbit", "100mbit"])
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each scheme at 1 Gbit/s")
 
 
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def jobs(options: argparse.Namespace) -> list[study.Job]:
-    """For each network the bare exchanges, and at 1 Gbit/s the steps, all of one start."""
+    """For each network the bare exchanges, and at 1 Gbit/s the steps, all of one start; then the training steps."""
     cases = [{"bits": bits} for bits in BITS]
     found = []
     for network in options.networks:
@@ -109,4 +110,5 @@ def jobs(options: argparse.Namespace) -> list[study.Job]:
         if network == "1gbit":
             steps = [step.Case(name, "resnet50", 1.0, options.steps).as_json() for name in SCHEMES]
             found.append(study.Job("step", RANKS, network, steps, 500.0))
-    return found
+    trained = [{"method": method} for method in training.METHODS]
+    return found + [study.Job("training", RANKS, network, trained, 500.0) for network in options.training]

@@ -68,7 +68,7 @@ def attach(
     # Every rank starts from the same parameters: on a slow network sending them takes longer than the steps.
     model = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False, **options)
     if state is None:
-        _attach_peer(scheme, model)
+        attach_peer(scheme, model)
     else:
         register(model, state)
     return Attached(model, state)
@@ -91,7 +91,8 @@ def _state(scheme: str, module: torch.nn.Module, density: float, memory: Memory 
     return SparseState(*parts(scheme, density, memory))
 
 
-def _attach_peer(scheme: str, model: DistributedDataParallel) -> None:
+def attach_peer(scheme: str, model: DistributedDataParallel) -> None:
+    """Registers the hook of a name in PEERS, or of `none`. `dense` is DDP without a hook."""
     if scheme == "none":
         model.register_comm_hook(None, _nothing)
     elif scheme in ("fp16", "bf16"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..harness.records import FOLDER, Record, load, measured
 from ..network import accuracy, fit, overlap, step
-from . import slow_links
+from . import time_to_loss
 
 
 def _drawn(plot: Callable[[list[Record], Path], None], name: str, file: Path) -> None:
@@ -20,6 +20,6 @@ PICTURES: dict[Path, Callable[[Path], None]] = {
     FOLDER / "network-timeline.png": partial(_drawn, step.plot_timeline, "network"),
     FOLDER / "network-overlap.png": partial(_drawn, overlap.plot, "overlap"),
     FOLDER / "network-accuracy.png": partial(_drawn, accuracy.plot, "accuracy"),
-    FOLDER / "slow-links.png": lambda file: slow_links.plot(load("slow-links"), file),
+    FOLDER / "slow-links.png": time_to_loss.plot,
     FOLDER / "network-scaling.png": lambda file: fit.plot(load("fit"), file),
 }

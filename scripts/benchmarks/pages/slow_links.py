@@ -1,21 +1,18 @@
-"""The tables and the picture of docs/slow-links.md, from the records of the study of slow links."""
+"""The tables of docs/slow-links.md, from the records of the study of slow links and of `scripts/bench lowbit`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 from studies import slow_links
 from studies.slow_links import METHODS, Row
 
-from ..harness.figure import color, figure
-from ..harness.records import Record, load, one, select
+from ..harness.records import load, one, select
 from ..harness.table import markdown, number, paragraph
 from ..network import exchange, step
 from ..network.schemes import LOW_BIT
-
-_COLORS = {"dense": "dense", "lowbit4": "lowbit", "topk": "topk"}
+from . import time_to_loss
 
 
 def _rows() -> dict[tuple[str, int], Row]:
@@ -106,29 +103,6 @@ def aims() -> list[str]:
     return markdown(("method", "at most", "measured", "met"), lines, left=4)
 
 
-def plot(found: Sequence[Record], file: Path) -> None:
-    """Loss against bytes a step: a point for every run at a method's best rate."""
-    with figure(file, figsize=(7.0, 3.6)) as (_, axes):
-        axis = axes[0, 0]
-        for row in slow_links.rows(found):
-            losses = [loss for loss in row.losses if loss is not None]
-            if row.ranks != 4 or not losses:
-                continue
-            drawn = color(_COLORS.get(row.method.split()[0], "averaging"))
-            axis.plot([row.bytes_sent_per_step] * len(losses), losses, "o", color=drawn)
-            axis.annotate(
-                METHODS[row.method].text,
-                (row.bytes_sent_per_step, max(losses)),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-                color=drawn,
-            )
-        axis.set(xscale="log", xlabel="bytes a rank sends a step", ylabel="loss on held-out text")
-        axis.margins(x=0.3, y=0.2)
-
-
 _NAMES = {"none": "no communication", "dense": "dense", "fp16": "fp16", LOW_BIT: "ours, 4 bits"}
 MOST_OVER_BOUND = 1.3
 """What one exchange in 1 bit at 100 Mbit/s may take beside its bytes over the bandwidth."""
@@ -171,7 +145,8 @@ def time_aims() -> list[str]:
         [
             (*line, number(value), "yes" if good else "no")
             for line, value, good in zip(lines, (bare, faster), met, strict=True)
-        ],
+        ]
+        + time_to_loss.aims(),
         left=4,
     )
 
@@ -182,5 +157,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "aims": aims,
     "exchanges": exchanges,
     "steps": steps,
+    "training": time_to_loss.training,
     "time_aims": time_aims,
 }
