@@ -29,9 +29,8 @@ def main():
     model = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**20)  # too large: the first steps are skipped
-    clip_norm = CLIP * math.sqrt(
-        dist.get_world_size()
-    )  # the noise of one rank's gradient is that much larger
+    # The noise of one rank's gradient is that much larger. With B buckets: CLIP * sqrt(P / B).
+    clip_norm = CLIP * math.sqrt(dist.get_world_size())
     memory = ErrorFeedback(momentum=0.9, factor_masking=True, clip_norm=clip_norm)
     state = SparseState(TopK(0.05), AllGather(), memory, grad_scaler=scaler)
     commhooks.register(model, state, optimizer)
