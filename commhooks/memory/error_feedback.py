@@ -164,7 +164,7 @@ class ErrorFeedback(Memory):
 
     def undo(self, held: BucketMemory, operands: Fused, active: Tensor | None) -> None:
         held.end(torch.zeros_like(held.entered))
-        if held.recall():
+        if self.table.recall(held):
             return
         gradient = _scaled(operands.grad, operands.scale_tensor).mul_(operands.scale)
         gradient[~gradient.isfinite()] = 0.0

@@ -45,9 +45,13 @@ class OwnedChunk:
             factors = rescale.repeat_interleave(self.held.segments.diff())
             self.values = self.values * factors[self.start : self.stop]
 
-    def recall(self) -> None:
-        """Restores the values from before the last step, where it was begun as undoable."""
-        if self._before is not None:
+    def recall(self, step: int | None = None) -> None:
+        """Restores the values from before the last step, where it was begun as undoable.
+
+        Args:
+            step: nothing is restored where the last step was another one. None: whichever it was.
+        """
+        if self._before is not None and step in (None, self._step):
             self.values, self._before = self._before, None
 
     def pieces(self, before: int | None = None) -> Iterator[tuple[Hashable, Piece]]:
@@ -104,6 +108,8 @@ class OwnerMemory:
 
     def __init__(self, loaded: Mapping[str, Mapping[int, Tensor]] | None = None) -> None:
         self._chunks: dict[int, OwnedChunk] = {}
+        # By bucket: the step in which its chunk was given up, the chunk, and the residual from before.
+        self._given_up: dict[int, tuple[int, OwnedChunk, Tensor]] = {}
         self._loose: dict[Hashable, list[Piece]] = defaultdict(list)  # until the parameter's bucket comes
         self._loaded = {
             name: [(start, kept.clone()) for start, kept in found.items()]
@@ -117,6 +123,7 @@ class OwnerMemory:
         bounds: tuple[int, int],
         world_size: int,
         names: Mapping[Hashable, str],
+        undoable_step: int | None = None,
     ) -> OwnedChunk:
         """Returns this rank's chunk of a bucket.
 
@@ -127,10 +134,14 @@ class OwnerMemory:
                 to the residual.
             world_size: P.
             names: the parameters' names. A key that is a text is its own name.
+            undoable_step: the step that :meth:`discard` may be asked to undo. None: none.
         """
+        self._given_up.pop(index, None)
         chunk = self._chunks.get(index)
         if chunk is not None and chunk.held is held and (chunk.start, chunk.stop) == bounds:
             return chunk
+        if chunk is not None and chunk.held is held and undoable_step is not None:
+            self._given_up[index] = undoable_step, chunk, held.residual.clone()
         keys = set(held.keys)
         for other, old in list(self._chunks.items()):
             if other == index or any(key in keys for key in old.held.keys):
@@ -144,10 +155,15 @@ class OwnerMemory:
                 chunk.take(position, piece, world_size)
         return chunk
 
-    def discard(self) -> None:
-        """Restores every chunk from before the last step."""
+    def discard(self, step: int) -> None:
+        """Restores every chunk from before a step, the last one of its bucket. Residuals are restored already."""
         for chunk in self._chunks.values():
-            chunk.recall()
+            chunk.recall(step)
+        for index, (given_up_in, chunk, residual) in self._given_up.items():
+            if given_up_in == step:
+                chunk.held.residual.copy_(residual)
+                self._chunks[index] = chunk
+        self._given_up.clear()
 
     def sort_loaded(self, name: str, order: ElementOrder) -> None:
         """Sorts a parameter's loaded pieces by index. They are in its bucket's order."""

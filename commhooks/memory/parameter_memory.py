@@ -196,12 +196,32 @@ class ParameterMemory:
         self._of_bucket = {i: s for i, s in self._of_bucket.items() if self._owns(s, any)}
         return held
 
-    def discard(self) -> None:
-        """Restores every bucket's memory from before the last step, bit for bit."""
+    def discard(self, step: int) -> None:
+        """Restores the memory from before a step, the last one, bit for bit.
+
+        Buckets that were not in it stay as they are. A new layout stays, and so does what an owner's memory
+        gave to residuals because of it.
+        """
         for held in self._of_bucket.values():
-            held.recall()
-        self.owned.discard()
-        self.last_lr = {key: rate for key, rate in self._lr_before.items() if rate is not None}
+            if held.changed_in(step):
+                self.recall(held)
+        self.owned.discard(step)
+
+    def recall(self, held: BucketMemory) -> bool:
+        """Restores a bucket's memory from before its last pass, with the learning rates that it was scaled for.
+
+        Returns:
+            Whether it could be: the pass was written apart.
+        """
+        if not held.recall():
+            return False
+        for key in held.keys:
+            rate = self._lr_before.get(key)
+            if rate is None:
+                self.last_lr.pop(key, None)
+            else:
+                self.last_lr[key] = rate
+        return True
 
     def _owns(self, held: BucketMemory, how: Callable[[Iterable[bool]], bool]) -> bool:
         """Whether ``all`` or ``any`` of the parameters of ``held`` still have their memory in it."""

@@ -203,8 +203,8 @@ class Reducer:
         if not self._can_discard:
             raise RuntimeError("discard(): there is no step to discard, or it was discarded already")
         self._can_discard = False
-        self.memory.table.discard()
         self.step -= 1
+        self.memory.table.discard(self.step)
 
     def send_everything(self) -> None:
         """Sends the remaining buckets of this step densely, with their residuals.
@@ -473,7 +473,8 @@ class Reducer:
         bounds = chunks(bucket.numel, world_size)[transport.rank]
         if self._goes_dense(bucket.numel, bucket.numel, world_size):
             bounds = (0, 0)
-        return table.owned.of_bucket(bucket.index, held, bounds, world_size, table.names)
+        undoable_step = self.step if self.undoable else None
+        return table.owned.of_bucket(bucket.index, held, bounds, world_size, table.names, undoable_step)
 
     @property
     def _measures_delta(self) -> bool:

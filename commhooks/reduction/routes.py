@@ -186,6 +186,8 @@ class LowBitRoute(_MemoryRoute):
         assert self._out is not None
         self._out.give_back(self.held.residual)
         self.memory.undo(self.held, self.operands, self._active)
+        if self.chunk is not None:
+            self.chunk.recall()  # as the residual, where the step was begun as undoable
 
     def write(self, target: Tensor, factor: float, share: float) -> None:
         """Overwrites ``target`` (n,) with ``share`` times the mean, which is ``factor`` times the sum."""

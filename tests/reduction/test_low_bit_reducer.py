@@ -177,8 +177,12 @@ def test_a_step_with_nan_on_one_rank_is_taken_back(scale):
     assert_same_bits(results[0][0], results[1][0])
 
 
-def test_a_discarded_step_leaves_no_trace():
-    """The step after a discarded one is the step that would have been, bit for bit; rates that changed too."""
+@pytest.mark.parametrize("dense_step", (False, True))
+def test_a_discarded_step_leaves_no_trace(dense_step):
+    """The step after a discarded one is the step that would have been, bit for bit; rates that changed too.
+
+    A step that sends everything moves what the owners kept into the residuals, which is undone as well.
+    """
     given = gradients(3, 4, seed=3)
 
     def work(transport, discards):
@@ -191,6 +195,8 @@ def test_a_discarded_step_leaves_no_trace():
         for step, rate in enumerate((1.0, 1.0, 0.5, 0.25)):
             if step == 2 and discards:
                 optimizer.param_groups[0]["lr"] = 0.125
+                if dense_step:
+                    red.send_everything()
                 red.reduce(Bucket(0, given[0][transport.rank].clone(), (parameter,), (N,)))
                 red.discard()
             optimizer.param_groups[0]["lr"] = rate
@@ -204,6 +210,60 @@ def test_a_discarded_step_leaves_no_trace():
     for (a, _), (b, _) in zip(plain, undone, strict=True):
         assert_same_bits(a, b)
     assert all(torch.equal(kept, undone[0][1][start]) for start, kept in plain[0][1].items())
+
+
+@pytest.mark.parametrize("scheme", ("topk", "lowbit"))
+def test_a_discarded_step_undoes_only_the_buckets_that_were_in_it(scheme):
+    given = gradients(2, 4, seed=5)
+
+    def work(transport):
+        selector, aggregator = (
+            (TopK(0.1), AllGather(transport)) if scheme == "topk" else (None, LowBit(4, transport))
+        )
+        red = Reducer(selector, aggregator, ErrorFeedback(), dense_crossover=False, undoable=True)
+        for step in range(3):
+            red.reduce(Bucket(0, given[step][transport.rank].clone(), ("a",), (N,), is_last=False))
+            red.reduce(Bucket(1, given[step][transport.rank].clone(), ("b",), (N,)))
+        before = red.state_dict()
+        red.reduce(Bucket(0, given[3][transport.rank].clone(), ("a",), (N,)))
+        red.discard()
+        return before, red.state_dict()
+
+    for before, after in in_process.run(2, work):
+        for name in "ab":
+            assert torch.equal(before["residual"][name], after["residual"][name])
+            for start, kept in before.get("owned", {}).get(name, {}).items():
+                assert torch.equal(kept, after["owned"][name][start])
+
+
+@pytest.mark.parametrize("scheme", ("topk", "lowbit"))
+def test_a_step_that_is_left_out_keeps_residual_and_rate_together(scheme):
+    """Where the rate changes in a step with NaN, an undoable state goes on as one that is not undoable."""
+    given = gradients(2, 4, seed=6)
+
+    def work(transport, undoable):
+        parameter = torch.nn.Parameter(torch.zeros(N))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        selector, aggregator = (
+            (TopK(0.1), AllGather(transport)) if scheme == "topk" else (None, LowBit(4, transport))
+        )
+        memory = ErrorFeedback(rescale_with_lr=optimizer)
+        red = Reducer(
+            selector, aggregator, memory, dense_crossover=False, undoable=undoable, nonfinite="skip"
+        )
+        outputs = []
+        for step, rate in enumerate((1.0, 0.5, 0.5, 0.5)):
+            optimizer.param_groups[0]["lr"] = rate
+            buffer = given[step][transport.rank].clone()
+            if step == 1 and transport.rank == 1:
+                buffer[3] = float("nan")
+            red.reduce(Bucket(0, buffer, (parameter,), (N,)))
+            outputs.append(buffer)
+        return torch.cat(outputs)
+
+    plain = in_process.run(2, lambda t: work(t, False))
+    undoable = in_process.run(2, lambda t: work(t, True))
+    torch.testing.assert_close(plain[0], undoable[0], rtol=0, atol=1e-4)
 
 
 def test_in_units_of_parameters_the_owners_part_follows_the_rate_too():
