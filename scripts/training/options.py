@@ -120,6 +120,7 @@ def _add_gradients(group: Any) -> None:
     add = group.add_argument
     add("--scheme", choices=SCHEMES, help="What is sent (topk; under --averaging: dense).")
     add("--density", type=float, default=0.01, help="Share of the gradient that is sent (0.01).")
+    add("--bits", type=int, choices=WIRE_BITS, default=4, help="Bits an element of --scheme lowbit (4).")
     add("--transport", choices=("distributed", "mpi"), default="distributed", help="Network (distributed).")
     add("--momentum", type=float, help="Momentum (0; --averaging restarted and decentralized: 0.9).")
     add(
@@ -323,6 +324,7 @@ USED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda o: has_memory(o) and o.momentum > 0 and o.momentum_in == "memory",
         "a sparse hook with --momentum in its memory",
     ),
+    "bits": (lambda o: o.scheme == "lowbit", "--scheme lowbit"),
     "rescale_with_lr": (has_memory, "a sparse hook with error feedback"),
     "momentum_in": (
         lambda o: o.momentum_in == "optimizer" or has_memory(o),

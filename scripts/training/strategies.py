@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commhooks import ErrorFeedback, ExponentialWarmup, NoMemory, SparseState, register, schemes
+from commhooks import ErrorFeedback, ExponentialWarmup, LowBit, NoMemory, SparseState, register, schemes
 from commhooks.exchange import Aggregator
 from commhooks.memory import Memory
 from commhooks.selection.selectors import Selector
@@ -192,7 +192,10 @@ def scheme_parts(
             clip_norm=options.clip_norm,
             rescale_with_lr=optimizer if options.rescale_with_lr else None,
         )
-    return schemes.make_parts(options.scheme, density, options.transport, seed=options.seed, memory=memory)
+    parts = schemes.make_parts(options.scheme, density, options.transport, seed=options.seed, memory=memory)
+    if options.scheme != "lowbit":
+        return parts
+    return None, LowBit(options.bits, options.transport), memory
 
 
 def sparse_state(

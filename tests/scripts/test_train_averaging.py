@@ -95,8 +95,10 @@ def test_every_kind_trains_and_resumes_bit_for_bit(tmp_path):
     assert summaries["block+topk"]["bytes_sent_per_step"] < summaries["block+topk"]["gradient_bytes"] / 20
 
 
-def test_goes_on_with_another_number_of_ranks(tmp_path):
-    given = [*BASE, *KINDS["block+topk"], "--checkpoint", tmp_path, "--checkpoint-every", 13]
+@pytest.mark.parametrize("kind", ("block+topk", "diloco on a wire"))
+def test_goes_on_with_another_number_of_ranks(tmp_path, kind):
+    options = KINDS.get(kind, ["--averaging", "diloco", "--period", 4, "--wire-bits", 1])
+    given = [*BASE, *options, "--checkpoint", tmp_path, "--checkpoint-every", 13]
     train(2, [*given, "--stop-after", 13])
     ((summary, _),) = train(3, [*given, "--resume"])
     assert summary["ranks"] == 3 and summary["step"] == 14

@@ -156,8 +156,9 @@ def test_it_learns_and_writes_a_text(optimizer, tiny):
 
 
 def every_combination():
-    for scheme in ("dense", "topk", "gtopk", "randomk"):
+    for scheme in ("dense", "topk", "gtopk", "randomk", "lowbit"):
         yield ["--scheme", scheme, "--optimizer", "muon"]
+    yield ["--scheme", "lowbit", "--bits", 2]
     for kind in averaging.KINDS:
         needs_sgd = kind in ("restarted", "decentralized", "stagewise")
         chosen = ["--optimizer", "sgd" if needs_sgd else "muon"]
@@ -166,6 +167,20 @@ def every_combination():
         yield ["--averaging", kind, *([] if kind == "stagewise" else ["--period", 2]), *chosen]
     yield ["--averaging", "local", "--period", 2, "--averaging-start", 2, "--scheme", "gtopk"]
     yield ["--averaging", "diloco", "--period", 2, "--wire-bits", "1", "--optimizer", "muon", "--mu", "0.5"]
+    for kind in ("local", "block", "slowmo"):
+        yield ["--averaging", kind, "--period", 2, "--wire-bits", 1]
+    yield [
+        "--averaging",
+        "local",
+        "--period",
+        2,
+        "--wire-bits",
+        1,
+        "--averaging-start",
+        2,
+        "--scheme",
+        "dense",
+    ]
 
 
 def test_every_scheme_and_averager_resumes_to_the_same_bits(tmp_path, tiny):
@@ -209,6 +224,7 @@ def test_every_scheme_and_averager_resumes_to_the_same_bits(tmp_path, tiny):
         (["--beta2", "1"], "--beta2 1.0 is outside [0, 1)"),
         (["--sample", "-1"], "--sample -1 is negative"),
         (["--hidden", "64"], "--hidden has no effect here"),
+        (["--scheme", "topk", "--bits", "8"], "--bits has no effect here: it needs --scheme lowbit"),
     ],
 )
 def test_refuses_what_could_not_be_meant(given, message, capsys):
