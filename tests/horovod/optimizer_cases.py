@@ -95,7 +95,7 @@ def equals_the_ddp_hook():
     """The same gradients, bucket partition, masks: bitwise the same weights as DDP with the hook."""
     if not dist.is_initialized():
         transports.open_default_group(hvd.global_process_set, 20.0)
-    for name in ("topk", "gtopk", "tree", "randomk"):
+    for name in ("topk", "gtopk", "tree", "randomk", "lowbit"):
         layouts = {}
 
         def spy(state, bucket):

@@ -24,7 +24,7 @@ from commhooks.horovod import DistributedOptimizer
 
 @case()
 def saved_and_loaded_is_as_if_never_stopped():
-    for name in ("topk", "gtopk", "randomk"):
+    for name in ("topk", "gtopk", "randomk", "lowbit"):
 
         def memory():
             return ErrorFeedback(momentum=0.9)
