@@ -223,7 +223,7 @@ class Anchored(Averager):
             return
         raise SettingsMismatchError(
             f"{self._what()}: the ranks differ in starting point: call broadcast_parameters first, or load "
-            f"the averagers' states; this is rank {self.rank} with {self.settings()}"
+            f"the averagers' states; this is rank {self.rank} with {self._shown()}"
         )
 
     def _is_in_place(self) -> bool:

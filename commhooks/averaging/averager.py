@@ -137,6 +137,7 @@ class Averager(ModelAverager):
 
     local = False  # whether a rank exchanges messages with its neighbours only, not with all ranks
     _takes_wire: ClassVar[bool] = False
+    _period_name: ClassVar[str] = "period"  # the argument's name, for settings()
 
     def __init__(
         self, period: Period | None, known: Sequence[Tensor] = (), **options: Unpack[AveragerOptions]
@@ -259,9 +260,13 @@ class Averager(ModelAverager):
         """Whether to synchronise after local step ``step`` (from 1)."""
         return step in self.sync
 
-    @abstractmethod
-    def settings(self) -> str:
-        """The settings that must be the same on all ranks, as text."""
+    def settings(self) -> dict[str, object]:
+        """Returns the settings that must be the same on all ranks, by name, as numbers and text."""
+        plain = self.period is not None and self.sync == Every(self.period)
+        period = {self._period_name: self.period if plain else repr(self.sync)}
+        if self.wire is None:
+            return {**period, "compressed": self.reducer is not None}
+        return {**period, "wire": repr(self.wire)}
 
     def broadcast_parameters(self, params: Parameters, root: int = 0) -> None:
         """Makes all ranks start from rank ``root``'s parameters and persistent buffers, as DDP does.
@@ -306,7 +311,10 @@ class Averager(ModelAverager):
     def __repr__(self) -> str:
         place = f"rank {self.rank} of {self.world_size}, " if self._channel.is_open else ""
         done = f"step {self.step}, {self.synchronisations} synchronisations"
-        return f"<{self.settings()}: {place}{done}>"
+        return f"<{self._shown()}: {place}{done}>"
+
+    def _shown(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.settings().items())})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Averager:
         """A copy with tensors of its own, over the same transport. A reducer cannot be copied with it."""
@@ -368,11 +376,12 @@ class Averager(ModelAverager):
         return {
             "averager": type(self).__name__,
             "step": self.step,
-            "settings": f"{self.settings()}{self._varying()}",
+            **self.settings(),
+            **self._varying(),
             "parameter shapes": shown_layout(self._tensors(numbers)),
             "further tensors": f"{shown_layout(self._also)}; {self._state_layout(moving)}",
             "buffers": self._buffers.layout(),
-            **({} if self.wire is None else {"wire": f"{self.wire!r} of {shown_layout(moving)}"}),
+            **({} if self.wire is None else {"tensors on the wire": shown_layout(moving)}),
         }
 
     def _check_wire(self) -> None:
@@ -442,9 +451,9 @@ class Averager(ModelAverager):
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
         """One averaging by the algorithm; overwrites the tensors."""
 
-    def _varying(self) -> str:
-        """Settings that must be the same on all ranks now but may change during a run, as text."""
-        return ""
+    def _varying(self) -> dict[str, object]:
+        """Returns the settings that must be the same on all ranks now but may change during a run."""
+        return {}
 
     def _divide(self, part: list[int]) -> tuple[list[int], list[int]]:
         """Divides the numbers: those that :meth:`_average` gets, and those averaged plainly."""
@@ -544,10 +553,6 @@ class Averager(ModelAverager):
         with torch.inference_mode(False), torch.no_grad(), reporting(*self._transports()):
             yield
 
-    def _compression(self) -> str:
-        """How the change is compressed, for :meth:`settings`."""
-        return f"compressed={self.reducer is not None}" if self.wire is None else f"wire={self.wire!r}"
-
     def _what(self) -> str:
         return f"{type(self).__name__} after step {self.step}"
 
@@ -581,7 +586,7 @@ class Averager(ModelAverager):
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Takes over a state of this rank at this world size, or one that ``average_checkpoints`` made.
 
-        Where the saved settings differ from this averager's, both are logged, and this averager's are used.
+        Each saved setting that differs from this averager's is logged, and this averager's is used.
         ``strict`` is that of :meth:`~commhooks.Reducer.load_state_dict`.
 
         Raises:
@@ -599,13 +604,26 @@ class Averager(ModelAverager):
         self._load_shared_state(state["shared"])
         self.step, self.synchronisations = state["step"], state["synchronisations"]
         self._fresh = False
-        settings = state.get("settings", self.settings())
-        if settings != self.settings():
-            logger.warning("the state was saved by %s; the run goes on with %s", settings, self.settings())
+        self._compare_saved(state.get("settings", self.settings()))
         if self.reducer is not None and state["reducers"] is not None:
             reducers = state["reducers"]
             self.reducer.load_state_dict(reducers[0] if saved != (None, None) else reducers, strict=strict)
         self._load_own_state(state)
+
+    def _compare_saved(self, saved: dict[str, object] | str) -> None:
+        """Logs what differs between the settings of a saved state and this averager's."""
+        here = self.settings()
+        if isinstance(saved, str):  # of an earlier version, which cannot be compared by name
+            logger.warning("the state was saved by %s; the run goes on with %s", saved, self._shown())
+            return
+        differ = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+        if differ:
+            values = (f"{n}: {saved.get(n, 'nothing')} saved, {here.get(n, 'nothing')} here" for n in differ)
+            logger.warning(
+                "the state was saved with other settings, and this %s goes on with its own: %s",
+                type(self).__name__,
+                "; ".join(values),
+            )
 
     def _own_state(self) -> dict[str, Any]:
         """The part of the state that differs from rank to rank, beside the reducer's, by name."""

@@ -73,9 +73,8 @@ class BlockMomentum(BlockAverager):
         self.mu = check_fraction("mu", mu)
         super().__init__(period, params, reset_optimizer=reset_optimizer, **options)
 
-    def settings(self) -> str:
-        period = self.period if self.period is not None else self.sync
-        return f"BlockMomentum(mu={self.mu!r}, period={period}, {self._compression()})"
+    def settings(self) -> dict[str, object]:
+        return {"mu": self.mu, **super().settings()}
 
     def _move_anchor(self, change: Tensor) -> None:
         self.velocity.mul_(self.mu).add_(change)

@@ -83,9 +83,9 @@ class DecentralizedMomentum(Averager):
         """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return self._moments.options
 
-    def settings(self) -> str:
+    def settings(self) -> dict[str, object]:
         network = f"{self.topology!r} {self.topology.digest:x}"
-        return f"DecentralizedMomentum({self._moments.describe()}) at {self.sync!r} on {network}"
+        return {**self._moments.settings(), "topology": network, **super().settings()}
 
     def average_now(self, params: Parameters) -> None:
         """Overwrites all ranks' parameters, optimizer state and floating buffers with their plain average.

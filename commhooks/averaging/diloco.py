@@ -76,6 +76,8 @@ class DiLoCo(BlockAverager):
         ValueError: no parameters, or one that the outer optimizer lacks; a bad ``sync_every``.
     """
 
+    _period_name = "sync_every"
+
     @says_what_to_write
     def __init__(
         self,
@@ -98,17 +100,16 @@ class DiLoCo(BlockAverager):
             self.outer_optimizer = outer_optimizer(self._make_copies())
         self._point_outer_optimizer()
 
-    def settings(self) -> str:
+    def settings(self) -> dict[str, object]:
         groups = [
             ", ".join(f"{k}={v}" for k, v in group.items() if k not in _UNSAID and v not in _DEFAULT)
             for group in self.outer_optimizer.param_groups
         ]
         outer = f"{type(self.outer_optimizer).__name__}({'; '.join(groups)})"
-        period = self.period if self.period is not None else self.sync
-        return f"DiLoCo({outer}, sync_every={period}, {self._compression()})"
+        return {"outer_optimizer": outer, **super().settings()}
 
-    def _varying(self) -> str:
-        return f" at outer rates {[float(group['lr']) for group in self.outer_optimizer.param_groups]}"
+    def _varying(self) -> dict[str, object]:
+        return {"outer rates": [float(group["lr"]) for group in self.outer_optimizer.param_groups]}
 
     def __enter__(self) -> DiLoCo:
         if self.inner_optimizer is None:

@@ -68,9 +68,6 @@ class LocalSGD(Anchored):
         known = [] if params is None else tensors_of(params)
         super().__init__(period, known, anchored=compressed, **options)
 
-    def settings(self) -> str:
-        return f"LocalSGD({self.sync!r}, {self._compression()})"
-
     def _weight(self) -> float:
         if not isinstance(self.weight, (int, float)) or not 0.0 < self.weight < math.inf:
             raise ValueError(f"weight must be positive and finite, got {self.weight!r}")

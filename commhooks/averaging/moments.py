@@ -53,14 +53,13 @@ class Moments:
         """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return ["II" if group.get("nesterov", False) else "I" for group in self.optimizer.param_groups]
 
-    def describe(self) -> str:
-        """The settings that must be the same on all ranks, as text."""
-        if not self.moves:
-            return f"{type(self.optimizer).__name__}, moments left alone"
-        if not self.is_sgd:
-            return f"{type(self.optimizer).__name__}, moments averaged"
+    def settings(self) -> dict[str, object]:
+        """Returns the settings that must be the same on all ranks, by name."""
+        if not (self.moves and self.is_sgd):
+            moments = "averaged" if self.moves else "left alone"
+            return {"optimizer": type(self.optimizer).__name__, "moments": moments}
         momenta = [group["momentum"] for group in self.optimizer.param_groups]
-        return f"options={self.options}, momentum={momenta}"
+        return {"options": self.options, "momentum": momenta}
 
     def with_momentum(self, tensors: Sequence[Tensor]) -> list[bool]:
         """Whether each of the tensors has state that goes with it.

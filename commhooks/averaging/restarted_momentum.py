@@ -76,9 +76,8 @@ class RestartedMomentum(Anchored):
         """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return self._moments.options
 
-    def settings(self) -> str:
-        compressed = self.reducer is not None
-        return f"RestartedMomentum({self._moments.describe()}, compressed={compressed}) at {self.sync!r}"
+    def settings(self) -> dict[str, object]:
+        return {**self._moments.settings(), **super().settings()}
 
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
         moments = self._moments.of(tensors)

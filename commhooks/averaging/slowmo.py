@@ -72,12 +72,11 @@ class SlowMo(BlockAverager):
             period, params, reset_optimizer=inner_optimizer if reset_optimizer else None, **options
         )
 
-    def settings(self) -> str:
-        period = self.period if self.period is not None else self.sync
-        return f"SlowMo(beta={self.beta!r}, alpha={self.alpha!r}, period={period}, {self._compression()})"
+    def settings(self) -> dict[str, object]:
+        return {"beta": self.beta, "alpha": self.alpha, **super().settings()}
 
-    def _varying(self) -> str:
-        return f" at inner rates {[float(group['lr']) for group in self.inner_optimizer.param_groups]}"
+    def _varying(self) -> dict[str, object]:
+        return {"inner rates": [float(group["lr"]) for group in self.inner_optimizer.param_groups]}
 
     def _move_anchor(self, change: Tensor) -> None:
         assert self._change is not None
