@@ -20,6 +20,7 @@ from ..errors import NonFiniteGradientError
 from ..exchange import LowBit
 from ..memory.ownership import claim
 from ..reduction.checkpoint import complain, withheld
+from ..reduction.step import check_nonfinite
 from ..transports import Transport
 from . import watch
 from .agreement import Gather, Header, Ranks, agree
@@ -145,9 +146,7 @@ class Averager(ModelAverager):
         # not super().__init__: it needs a torch.distributed group, which "mpi" and in_process do not have
         given: dict[str, Any] = {**_DEFAULTS, **options}
         self.sync = as_sync_set(period, given)
-        policy = given["nonfinite"]
-        if policy not in (None, "error", "skip", "propagate"):
-            raise ValueError(f"nonfinite must be 'error', 'skip' or 'propagate', got {policy!r}")
+        policy = None if given["nonfinite"] is None else check_nonfinite(given["nonfinite"])
         self.module, self.buffers, self.reducer = given["module"], given["buffers"], given["reducer"]
         self._buffers = Buffers(self.module, self.buffers)
         self._also = [] if given["also"] is None else tensors_of(given["also"])
