@@ -68,7 +68,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
 }
 """Every scheme by name. ``SparseState``'s named constructors, ``commhooks bench`` and ``scripts/`` read it.
 
-The planner needs no torch, so it has names of its own: rows of this table, or ``lowbit`` and its bits.
+The planner has formulas by names of its own: rows of this table, or ``lowbit`` and its bits.
 """
 
 

@@ -7,6 +7,8 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from commhooks.transports import NAMES
+
 from .averaging import AVERAGING_HELP, KINDS, START_HELP, SYNC_HELP, TOPOLOGIES, WIRE_BITS
 from .averaging import check as check_averaging
 from .data_text import LEVELS
@@ -120,7 +122,7 @@ def _add_gradients(group: Any) -> None:
     add = group.add_argument
     add("--scheme", choices=SCHEMES, help="What is sent (topk; under --averaging: dense).")
     add("--density", type=float, default=0.01, help="Share of the gradient that is sent (0.01).")
-    add("--transport", choices=("distributed", "mpi"), default="distributed", help="Network (distributed).")
+    add("--transport", choices=NAMES, default="distributed", help="Network (distributed).")
     add("--momentum", type=float, help="Momentum (0; --averaging restarted and decentralized: 0.9).")
     add(
         "--momentum-in",
