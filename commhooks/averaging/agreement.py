@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..exchange.agreement import compare, encode
+from ..exchange.agreement import MESSAGE_BYTES, compare, encode, gather_agreed
 
 Gather = Callable[[Tensor], tuple[Tensor, list[int]]]
 """Takes this rank's message ``(n,)`` uint8; returns the messages ``(m, n)`` of m ranks, and these ranks."""
-
-_CHECKSUM_BYTES = 8
-_VOTES = 5  # numbers of 64 bits
-VOTE_BYTES = 8 * _VOTES
 
 
 @dataclass(frozen=True)
@@ -99,15 +95,14 @@ def agree(header: Header, gather: Gather, what: str, rank: int, *, at_once: bool
     Raises:
         SettingsMismatchError: the message names every setting that differs, with both values and ranks.
     """
-    message, votes = encode(header.settings), header.votes()
-    sent = message if at_once else message[:_CHECKSUM_BYTES]
-    gathered, ranks = gather(torch.cat((sent, votes)))
-    settings = gathered[:, : sent.numel()]
     if at_once:
-        compare(settings, rank, what, ranks=ranks)
-    elif not torch.equal(settings, settings[:1].expand_as(settings)):
-        compare(gather(message)[0], rank, what)
-    return _read(gathered[:, sent.numel() :].contiguous().view(torch.int64), ranks)
+        gathered, ranks = gather(torch.cat((encode(header.settings), header.votes())))
+        compare(gathered[:, :MESSAGE_BYTES], rank, what, ranks=ranks)
+        votes = gathered[:, MESSAGE_BYTES:].contiguous()
+    else:
+        votes = gather_agreed(header.settings, header.votes(), lambda own: gather(own)[0], rank, what)
+        ranks = list(range(len(votes)))
+    return _read(votes.view(torch.int64), ranks)
 
 
 def _read(votes: Tensor, ranks: list[int]) -> Ranks:
