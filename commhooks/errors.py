@@ -138,12 +138,12 @@ def _refusal(call: str, name: str, value: Any, known: Sequence[str]) -> str:
 
 
 def environment_choice(name: str, choices: Sequence[str], default: str) -> str:
-    """The value of the environment variable ``name``; ``default`` where it is unset or empty.
+    """Returns the value of the environment variable ``name``, or ``default`` where it is unset or empty.
 
     Raises:
         ValueError: the value is none of ``choices``. The message names the variable and its value.
     """
-    value = os.environ.get(name, "") or default
-    if value not in choices:
+    value = os.environ.get(name, "")
+    if value and value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
+    return value or default

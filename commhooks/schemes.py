@@ -66,7 +66,10 @@ SCHEMES: Final[dict[str, Scheme]] = {
         ErrorFeedback,
     ),
 }
-"""Every scheme by name. ``SparseState``'s named constructors, the planner and ``scripts/`` read it."""
+"""Every scheme by name. ``SparseState``'s named constructors, ``commhooks bench`` and ``scripts/`` read it.
+
+The planner has formulas by names of its own: rows of this table, or ``lowbit`` and its bits.
+"""
 
 
 def make_parts(

@@ -20,6 +20,7 @@ from commhooks import (
     ThresholdTopK,
     TopK,
 )
+from commhooks.planner import cost_model, plan
 from commhooks.schemes import SCHEMES, check_scheme, make_parts
 
 KINDS = {
@@ -66,6 +67,17 @@ def test_short_forms_are_rows_of_the_table():
         reducer = state.reducer
         assert kinds((reducer.selector, reducer.aggregator, reducer.memory)) == KINDS[name], name
     assert states["randomk"].reducer.selector.seed == 4
+
+
+def test_the_planners_names_are_rows_of_the_table():
+    assert set(plan.CANDIDATES) | set(plan.SAFE) | set(plan.ADAPTIVE) <= set(cost_model.SCHEMES)
+    for name in cost_model.SCHEMES:
+        bits = cost_model.LOW_BIT.get(name)
+        if bits is None:
+            assert name in SCHEMES
+        else:
+            assert name == f"lowbit{bits}" and "lowbit" in SCHEMES
+            assert LowBit(bits).bits == bits
 
 
 @pytest.mark.parametrize(

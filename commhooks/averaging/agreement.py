@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..exchange.agreement import compare, encode
+from ..exchange.agreement import MESSAGE_BYTES, compare, encode, gather_agreed
 
 Gather = Callable[[Tensor], tuple[Tensor, list[int]]]
 """Takes this rank's message ``(n,)`` uint8; returns the messages ``(m, n)`` of m ranks, and these ranks."""
-
-_CHECKSUM_BYTES = 8
-_VOTES = 5  # numbers of 64 bits
-VOTE_BYTES = 8 * _VOTES
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Header:
         part: fingerprint of the numbers of the tensors that take part.
         model: fingerprint of the model.
         nonfinite: whether this rank's tensors hold NaN or Inf.
-        spoiled: whether this rank's buffers do.
+        nonfinite_buffers: whether this rank's buffers do.
         weight: this rank's share in averages, relative to the others'.
     """
 
@@ -37,12 +33,12 @@ class Header:
     part: int
     model: int
     nonfinite: bool
-    spoiled: bool
+    nonfinite_buffers: bool
     weight: float
 
     def votes(self) -> Tensor:
-        """All but the settings, as a message ``(40,)`` uint8."""
-        flags = int(self.nonfinite) + 2 * int(self.spoiled)
+        """Returns all but the settings, as a message ``(40,)`` uint8."""
+        flags = int(self.nonfinite) + 2 * int(self.nonfinite_buffers)
         votes = torch.tensor([self.start, self.part, self.model, flags, 0], dtype=torch.int64, device="cpu")
         votes[4:].view(torch.float64)[0] = self.weight
         return votes.view(torch.uint8)
@@ -55,7 +51,7 @@ class Ranks:
     Attributes:
         weights: of the ranks that were heard, by rank.
         nonfinite: ranks whose tensors hold NaN or Inf.
-        spoiled: whether any rank's buffers do.
+        nonfinite_buffers: whether any rank's buffers do.
         starts_differ: whether the ranks' starting points differ.
         part_differs: whether the ranks differ in which tensors take part.
         models_equal: whether all ranks have the same model.
@@ -63,7 +59,7 @@ class Ranks:
 
     weights: dict[int, float]
     nonfinite: tuple[int, ...] = ()
-    spoiled: bool = False
+    nonfinite_buffers: bool = False
     starts_differ: bool = False
     part_differs: bool = False
     models_equal: bool = False
@@ -74,14 +70,14 @@ class Ranks:
         return len(set(self.weights.values())) == 1
 
     def share(self, rank: int) -> float | None:
-        """The rank's share of an average; 0 where the rank is left out; None where all shares are equal."""
+        """Returns the rank's share of an average, 0 where it is left out, or None where all are equal."""
         if self.uniform and not self.nonfinite:
             return None
         left = {r: w for r, w in self.weights.items() if r not in self.nonfinite}
         return left.get(rank, 0.0) / sum(left.values())
 
     def full_share(self, rank: int) -> float | None:
-        """The rank's share of an average that leaves no rank out; None where all shares are equal."""
+        """Returns the rank's share of an average that leaves no rank out, or None where all are equal."""
         return None if self.uniform else self.weights[rank] / sum(self.weights.values())
 
 
@@ -99,15 +95,14 @@ def agree(header: Header, gather: Gather, what: str, rank: int, *, at_once: bool
     Raises:
         SettingsMismatchError: the message names every setting that differs, with both values and ranks.
     """
-    message, votes = encode(header.settings), header.votes()
-    sent = message if at_once else message[:_CHECKSUM_BYTES]
-    gathered, ranks = gather(torch.cat((sent, votes)))
-    settings = gathered[:, : sent.numel()]
     if at_once:
-        compare(settings, rank, what, ranks=ranks)
-    elif not torch.equal(settings, settings[:1].expand_as(settings)):
-        compare(gather(message)[0], rank, what)
-    return _read(gathered[:, sent.numel() :].contiguous().view(torch.int64), ranks)
+        gathered, ranks = gather(torch.cat((encode(header.settings), header.votes())))
+        compare(gathered[:, :MESSAGE_BYTES], rank, what, ranks=ranks)
+        votes = gathered[:, MESSAGE_BYTES:].contiguous()
+    else:
+        votes = gather_agreed(header.settings, header.votes(), lambda own: gather(own)[0], rank, what)
+        ranks = list(range(len(votes)))
+    return _read(votes.view(torch.int64), ranks)
 
 
 def _read(votes: Tensor, ranks: list[int]) -> Ranks:
@@ -116,7 +111,7 @@ def _read(votes: Tensor, ranks: list[int]) -> Ranks:
     return Ranks(
         weights=dict(zip(ranks, weights, strict=True)),
         nonfinite=tuple(r for r, flag in zip(ranks, flags, strict=True) if flag & 1),
-        spoiled=any(flag & 2 for flag in flags),
+        nonfinite_buffers=any(flag & 2 for flag in flags),
         starts_differ=len(set(starts)) > 1,
         part_differs=len(set(parts)) > 1,
         models_equal=len(set(models)) == 1 and models[0] != 0,

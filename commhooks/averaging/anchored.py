@@ -41,7 +41,7 @@ class Anchored(Averager):
         **options: of :class:`Averager`.
 
     Raises:
-        ValueError: no tensor requires a gradient; what :class:`Averager` raises.
+        ValueError: no tensor requires a gradient, or what :class:`Averager` raises.
     """
 
     beside: ClassVar[tuple[str, ...]] = ()
@@ -78,7 +78,7 @@ class Anchored(Averager):
 
     @contextmanager
     def common_model(self) -> Iterator[None]:
-        """Inside the ``with`` block the parameters are the anchor: the model that all ranks have in common.
+        """Makes the parameters the anchor inside the ``with`` block: the model that all ranks have in common.
 
         It is the model to evaluate and to save, since with a wire, and between synchronisations, every rank
         has a model of its own. Afterwards the parameters are as they were before, bit for bit. It takes a
@@ -103,7 +103,7 @@ class Anchored(Averager):
                     tensor.copy_(before)
 
     def _mean_change(self, tensors: list[Tensor], ranks: Ranks) -> Tensor:
-        """The ranks' mean change since the anchor, a new ``(n,)``; by wire or reducer where there is one."""
+        """Returns the ranks' mean change since the anchor, ``(n,)``, by wire or reducer if there is one."""
         change = self._change
         assert change is not None
         if self._wired is not None:
@@ -119,7 +119,7 @@ class Anchored(Averager):
         return mean
 
     def _mean_by_wire(self, wired: WiredChange, tensors: list[Tensor], ranks: Ranks) -> Tensor:
-        """:meth:`_mean_change` by the wire. What this rank did not send waits for :meth:`_restart`."""
+        """Returns :meth:`_mean_change` by the wire. What was not sent waits for :meth:`_restart`."""
         assert self._change is not None
         anchor, left_out = self._change.anchor, self.rank in ranks.nonfinite
         own = torch.zeros_like(anchor) if left_out else self._change.of(tensors)
@@ -135,7 +135,7 @@ class Anchored(Averager):
         return mean
 
     def _restart(self, tensors: list[Tensor]) -> None:
-        """The tensors become the anchor, plus what the wire did not send of this rank's change."""
+        """Makes the tensors the anchor, plus what the wire did not send of this rank's change."""
         assert self._change is not None
         withheld, self._withheld = self._withheld, None
         anchor = self._change.anchor
@@ -223,7 +223,7 @@ class Anchored(Averager):
             return
         raise SettingsMismatchError(
             f"{self._what()}: the ranks differ in starting point: call broadcast_parameters first, or load "
-            f"the averagers' states; this is rank {self.rank} with {self.settings()}"
+            f"the averagers' states; this is rank {self.rank} with {self._shown()}"
         )
 
     def _is_in_place(self) -> bool:

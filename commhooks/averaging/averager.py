@@ -20,6 +20,7 @@ from ..errors import NonFiniteGradientError
 from ..exchange import LowBit
 from ..memory.ownership import claim
 from ..reduction.checkpoint import complain, withheld
+from ..reduction.step import check_nonfinite
 from ..transports import Transport
 from . import watch
 from .agreement import Gather, Header, Ranks, agree
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class AveragerOptions(TypedDict, total=False):
-    """The options that every averager takes; :class:`Averager` says what they mean."""
+    """The options that every averager takes. :class:`Averager` says what they mean."""
 
     transport: str | Transport
     module: torch.nn.Module | None
@@ -94,14 +95,14 @@ class Averager(ModelAverager):
     that was frozen since is averaged once more. Or it requires no gradient and has moved all the same.
 
     Args:
-        period: local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+        period: local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps
             themselves (from 1). ``sync=`` is its old name.
         known: the tensors to average. Empty: the first call of :meth:`average_parameters` gives them.
         transport: ``"distributed"``, ``"mpi"`` or a :class:`~commhooks.transports.base.Transport`.
         module: the model whose persistent buffers (BatchNorm statistics) are averaged or broadcast. None:
             buffers are left alone.
-        buffers: ``"average"`` (default: the floating ones, by the mean over ranks; integers such as
-            ``num_batches_tracked`` stay), ``"broadcast"`` (all become rank 0's) or ``"leave"``.
+        buffers: ``"average"`` (default), ``"broadcast"`` (all become rank 0's) or ``"leave"``. The average
+            is the mean over ranks, of floating buffers. Integers such as ``num_batches_tracked`` stay.
         also: further tensors to average at each synchronisation, uncompressed and without the algorithm's
             momentum: the teacher of a moving average, for instance.
         reducer: compresses what is sent. The model's change since the last synchronisation goes through it,
@@ -112,9 +113,9 @@ class Averager(ModelAverager):
             save. For ``LocalSGD``, ``BlockMomentum``, ``SlowMo`` and ``DiLoCo``, without a reducer.
         nonfinite: what NaN or Inf in any rank's parameters does, alike on all ranks. ``"error"`` (default):
             ``NonFiniteGradientError`` on all ranks, before anything is averaged. ``"skip"``: those ranks are
-            left out and take over the average of the others; with a reducer or a wire they count as not
+            left out and take over the average of the others. With a reducer or a wire they count as not
             moved, and what they had withheld from the wire is lost with their models.
-            ``"propagate"``: the average becomes NaN everywhere. None: ``"error"``; with a reducer
+            ``"propagate"``: the average becomes NaN everywhere. None: ``"error"``, or with a reducer
             ``"propagate"``, so that the reducer's own policy decides. A buffer's element is averaged over the
             ranks where it is finite, unless the policy is ``"propagate"``.
         timeout_s: seconds until a stalled peer is an error, for a transport given by name. None: the process
@@ -131,12 +132,13 @@ class Averager(ModelAverager):
 
     Raises:
         TypeError: an option that does not exist, or a wire that is none.
-        ValueError: an argument out of range, with its name and value; a reducer that another averager or
-            state has; a wire for another averager, beside a reducer, or with a transport of its own.
+        ValueError: an argument out of range, with its name and value. A reducer that another averager or
+            state has. A wire for another averager, beside a reducer, or with a transport of its own.
     """
 
     local = False  # whether a rank exchanges messages with its neighbours only, not with all ranks
     _takes_wire: ClassVar[bool] = False
+    _period_name: ClassVar[str] = "period"  # the argument's name, for settings()
 
     def __init__(
         self, period: Period | None, known: Sequence[Tensor] = (), **options: Unpack[AveragerOptions]
@@ -144,9 +146,7 @@ class Averager(ModelAverager):
         # not super().__init__: it needs a torch.distributed group, which "mpi" and in_process do not have
         given: dict[str, Any] = {**_DEFAULTS, **options}
         self.sync = as_sync_set(period, given)
-        policy = given["nonfinite"]
-        if policy not in (None, "error", "skip", "propagate"):
-            raise ValueError(f"nonfinite must be 'error', 'skip' or 'propagate', got {policy!r}")
+        policy = None if given["nonfinite"] is None else check_nonfinite(given["nonfinite"])
         self.module, self.buffers, self.reducer = given["module"], given["buffers"], given["reducer"]
         self._buffers = Buffers(self.module, self.buffers)
         self._also = [] if given["also"] is None else tensors_of(given["also"])
@@ -154,7 +154,7 @@ class Averager(ModelAverager):
         self.wire = LowBit(16) if given["wire"] is torch.bfloat16 else given["wire"]
         self._check_wire()
         self._nonfinite = policy or ("propagate" if self.reducer is not None else "error")
-        self._heals_buffers = policy != "propagate"  # see average_exactly(spoiled=)
+        self._leaves_out_nonfinite = policy != "propagate"  # see average_exactly(nonfinite=)
         self.process_group = given["process_group"]
         self._channel = Channel(
             given["transport"], given["timeout_s"], self.process_group, given["device_type"]
@@ -192,11 +192,11 @@ class Averager(ModelAverager):
 
     @property
     def period(self) -> int | None:
-        """Local steps between averagings; None where the set of steps is no plain period."""
+        """Local steps between averagings, or None where the set of steps has no period."""
         return self.sync.period if isinstance(self.sync, Every) else None
 
     def average_parameters(self, params: Parameters) -> None:
-        """Counts one local step; after a step of the period averages the parameters, which are overwritten.
+        """Counts one local step, and overwrites the parameters by their average after a step of the period.
 
         Args:
             params: the model's parameters or the optimizer's parameter groups, the same on every call and
@@ -205,7 +205,7 @@ class Averager(ModelAverager):
         Raises:
             ValueError: ``params`` holds no tensor, as a generator that was used before does.
             NonFiniteGradientError: a rank's parameters hold NaN or Inf, and the policy is ``"error"``.
-            PeerTimeoutError, PeerLostError: a peer is stalled or gone; the message names it and the step.
+            PeerTimeoutError, PeerLostError: a peer is stalled or gone. The message names it and the step.
             SettingsMismatchError: ranks disagree on settings, shapes or the number of steps.
             RuntimeError: :meth:`hook` calls it already.
         """
@@ -259,9 +259,13 @@ class Averager(ModelAverager):
         """Whether to synchronise after local step ``step`` (from 1)."""
         return step in self.sync
 
-    @abstractmethod
-    def settings(self) -> str:
-        """The settings that must be the same on all ranks, as text."""
+    def settings(self) -> dict[str, object]:
+        """Returns the settings that must be the same on all ranks, by name, as numbers and text."""
+        plain = self.period is not None and self.sync == Every(self.period)
+        period = {self._period_name: self.period if plain else repr(self.sync)}
+        if self.wire is None:
+            return {**period, "compressed": self.reducer is not None}
+        return {**period, "wire": repr(self.wire)}
 
     def broadcast_parameters(self, params: Parameters, root: int = 0) -> None:
         """Makes all ranks start from rank ``root``'s parameters and persistent buffers, as DDP does.
@@ -277,7 +281,7 @@ class Averager(ModelAverager):
         self._start_from(numbers)
 
     def consensus_distance(self, params: Parameters) -> float:
-        """``sqrt(mean_p ||x_p - mean x||^2)`` over the ranks' parameters; costs one all-reduce."""
+        """Returns ``sqrt(mean_p ||x_p - mean x||^2)`` over the ranks' parameters, by two all-reduces."""
         tensors = trainable(params)
         with self._communicating(tensors):
             own = flatten(tensors, torch.float64)
@@ -286,10 +290,10 @@ class Averager(ModelAverager):
         return float(torch.sqrt(squared))
 
     def stats(self) -> dict[str, Any]:
-        """Figures of this rank so far.
+        """Returns figures of this rank so far.
 
         ``step`` and ``synchronisations`` are counts. ``bytes_sent``, ``bytes_received`` and ``seconds`` are
-        those of all synchronisations, headers included; ``last_seconds`` is that of the last one.
+        those of all synchronisations, headers included. ``last_seconds`` is that of the last one.
         ``distance`` is the L2 norm of this rank's parameters minus the ranks' average, taken before the last
         synchronisation (None before the first).
         """
@@ -306,10 +310,13 @@ class Averager(ModelAverager):
     def __repr__(self) -> str:
         place = f"rank {self.rank} of {self.world_size}, " if self._channel.is_open else ""
         done = f"step {self.step}, {self.synchronisations} synchronisations"
-        return f"<{self.settings()}: {place}{done}>"
+        return f"<{self._shown()}: {place}{done}>"
+
+    def _shown(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.settings().items())})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Averager:
-        """A copy with tensors of its own, over the same transport. A reducer cannot be copied with it."""
+        """Returns a copy with tensors of its own, over the same transport. A reducer cannot be copied."""
         if self.reducer is not None:
             raise TypeError(f"{type(self).__name__} with a reducer cannot be copied: make another one")
         other = copy.copy(self)
@@ -340,7 +347,7 @@ class Averager(ModelAverager):
         logger.debug("%s: synchronised after step %d", type(self).__name__, self.step)
 
     def _agree(self, numbers: list[int], gather: Gather | None = None) -> tuple[Ranks, list[int]]:
-        """Compares settings, shapes and step with the other ranks; returns votes and who takes part."""
+        """Compares settings, shapes and step with the other ranks, and returns votes and who takes part."""
         part = self._members.taking_part(numbers)
         if not (part or self._also or self.synchronisations):
             raise ValueError("params must hold at least one parameter that requires a gradient, got none")
@@ -353,7 +360,7 @@ class Averager(ModelAverager):
             part=digest(part),
             model=digest_of(moving) if first else 0,
             nonfinite=votes and _nonfinite([*self._with_state(self._tensors(part)), *self._also]),
-            spoiled=has_nonfinite(self._buffers.averaged()),
+            nonfinite_buffers=has_nonfinite(self._buffers.averaged()),
             weight=self._weight(),
         )
         ranks = agree(
@@ -364,15 +371,16 @@ class Averager(ModelAverager):
         return ranks, self._unite(numbers, part) if ranks.part_differs else part
 
     def _common(self, numbers: list[int], moving: list[Tensor]) -> dict[str, object]:
-        """What must be the same on all ranks at this synchronisation, by name."""
+        """Returns what must be the same on all ranks at this synchronisation, by name."""
         return {
             "averager": type(self).__name__,
             "step": self.step,
-            "settings": f"{self.settings()}{self._varying()}",
+            **self.settings(),
+            **self._varying(),
             "parameter shapes": shown_layout(self._tensors(numbers)),
             "further tensors": f"{shown_layout(self._also)}; {self._state_layout(moving)}",
             "buffers": self._buffers.layout(),
-            **({} if self.wire is None else {"wire": f"{self.wire!r} of {shown_layout(moving)}"}),
+            **({} if self.wire is None else {"tensors on the wire": shown_layout(moving)}),
         }
 
     def _check_wire(self) -> None:
@@ -413,7 +421,7 @@ class Averager(ModelAverager):
         logger.warning("%s, which are left out of the average", where)
 
     def _unite(self, numbers: list[int], part: list[int]) -> list[int]:
-        """The numbers of the tensors that take part on at least one rank; called where ranks differ."""
+        """Returns the numbers of the tensors that take part on some rank. It is called where ranks differ."""
         votes = torch.tensor([int(n in part) for n in numbers], dtype=torch.int64, device="cpu")
         self._channel.total(votes, f"{self._what()}, who takes part")
         return [n for n, vote in zip(numbers, votes.tolist(), strict=True) if vote > 0]
@@ -433,18 +441,18 @@ class Averager(ModelAverager):
             lambda flat: self._channel.total(flat, what),
             self.world_size,
             ranks.full_share(self.rank),
-            ranks.spoiled and self._heals_buffers,
+            ranks.nonfinite_buffers and self._leaves_out_nonfinite,
         )
 
     # -- what an algorithm overrides -------------------------------------------------------------------------
 
     @abstractmethod
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
-        """One averaging by the algorithm; overwrites the tensors."""
+        """Overwrites the tensors by one averaging of the algorithm."""
 
-    def _varying(self) -> str:
-        """Settings that must be the same on all ranks now but may change during a run, as text."""
-        return ""
+    def _varying(self) -> dict[str, object]:
+        """Returns the settings that must be the same on all ranks now but may change during a run."""
+        return {}
 
     def _divide(self, part: list[int]) -> tuple[list[int], list[int]]:
         """Divides the numbers: those that :meth:`_average` gets, and those averaged plainly."""
@@ -465,7 +473,7 @@ class Averager(ModelAverager):
         self._expect_steps()
 
     def _starting_point(self) -> int:
-        """A fingerprint of the starting point that is still to be compared, or 0."""
+        """Returns a fingerprint of the starting point that is still to be compared, or 0."""
         return self._start
 
     def _start_compared(self) -> None:
@@ -480,7 +488,7 @@ class Averager(ModelAverager):
         )
 
     def _is_in_place(self) -> bool:
-        """Whether the model is as this averager left it; called before the first step of a block.
+        """Whether the model is as this averager left it. It is called before the first step of a block.
 
         This base class does not remember the model and returns True. Before the first averaging it notes the
         fingerprint of the starting point, which the ranks compare.
@@ -493,15 +501,15 @@ class Averager(ModelAverager):
         """Called after a local step that no torch optimizer took which holds a parameter of the model."""
 
     def _with_state(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The tensors, followed by the optimizer state that is averaged with them."""
+        """Returns the tensors, followed by the optimizer state that is averaged with them."""
         return tensors
 
     def _state_layout(self, tensors: list[Tensor]) -> str:
-        """The layout of that state, which must be the same on all ranks."""
+        """Returns the layout of that state, which must be the same on all ranks."""
         return ""
 
     def _weight(self) -> float:
-        """This rank's share in averages, relative to the others'."""
+        """Returns this rank's share in averages, relative to the others'."""
         return 1.0
 
     # -- pieces the algorithms are made of -------------------------------------------------------------------
@@ -516,7 +524,7 @@ class Averager(ModelAverager):
             watch.call_before_step(self, self._before_step)
 
     def _before_step(self) -> None:
-        """Checks whether the model was changed; called before a block's first optimizer step."""
+        """Checks, before a block's first optimizer step, whether the model was changed."""
         fresh, self._fresh = self._fresh, False
         if not fresh or self._is_in_place():
             return
@@ -539,20 +547,16 @@ class Averager(ModelAverager):
 
     @contextmanager
     def _communicating(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Opens the transport for these tensors; in the block autograd is off and errors are reported."""
+        """Opens the transport for these tensors. In the block autograd is off and errors are reported."""
         self._channel.open_for(tensors)
         with torch.inference_mode(False), torch.no_grad(), reporting(*self._transports()):
             yield
-
-    def _compression(self) -> str:
-        """How the change is compressed, for :meth:`settings`."""
-        return f"compressed={self.reducer is not None}" if self.wire is None else f"wire={self.wire!r}"
 
     def _what(self) -> str:
         return f"{type(self).__name__} after step {self.step}"
 
     def _gather(self, own: Tensor) -> tuple[Tensor, list[int]]:
-        """The messages ``(P, n)`` of all ranks, and the rank of each row."""
+        """Gathers the messages ``(P, n)`` of all ranks. Returns them and the rank of each row."""
         messages = own.new_empty((self.world_size, *own.shape))
         self.transport.all_gather(own, messages, tag=TAG, what=f"{self._what()}, agreement on settings")
         return messages, list(range(self.world_size))
@@ -560,7 +564,7 @@ class Averager(ModelAverager):
     # -- state -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state: the counts, the algorithm's own tensors (copies) and the reducer's memory.
+        """Returns this rank's state: the counts, copies of the algorithm's tensors, and the reducer's memory.
 
         Save it with the model's and the optimizer's on every rank. Loaded together at the same world size,
         they continue the run bit for bit. For another world size see
@@ -581,7 +585,7 @@ class Averager(ModelAverager):
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Takes over a state of this rank at this world size, or one that ``average_checkpoints`` made.
 
-        Where the saved settings differ from this averager's, both are logged, and this averager's are used.
+        Each saved setting that differs from this averager's is logged, and this averager's is used.
         ``strict`` is that of :meth:`~commhooks.Reducer.load_state_dict`.
 
         Raises:
@@ -599,23 +603,36 @@ class Averager(ModelAverager):
         self._load_shared_state(state["shared"])
         self.step, self.synchronisations = state["step"], state["synchronisations"]
         self._fresh = False
-        settings = state.get("settings", self.settings())
-        if settings != self.settings():
-            logger.warning("the state was saved by %s; the run goes on with %s", settings, self.settings())
+        self._compare_saved(state.get("settings", self.settings()))
         if self.reducer is not None and state["reducers"] is not None:
             reducers = state["reducers"]
             self.reducer.load_state_dict(reducers[0] if saved != (None, None) else reducers, strict=strict)
         self._load_own_state(state)
 
+    def _compare_saved(self, saved: dict[str, object] | str) -> None:
+        """Logs what differs between the settings of a saved state and this averager's."""
+        here = self.settings()
+        if isinstance(saved, str):  # of an earlier version, which cannot be compared by name
+            logger.warning("the state was saved by %s; the run goes on with %s", saved, self._shown())
+            return
+        differ = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+        if differ:
+            values = (f"{n}: {saved.get(n, 'nothing')} saved, {here.get(n, 'nothing')} here" for n in differ)
+            logger.warning(
+                "the state was saved with other settings, and this %s goes on with its own: %s",
+                type(self).__name__,
+                "; ".join(values),
+            )
+
     def _own_state(self) -> dict[str, Any]:
-        """The part of the state that differs from rank to rank, beside the reducer's, by name."""
+        """Returns the part of the state that differs from rank to rank, beside the reducer's, by name."""
         return {}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`_own_state` returned."""
 
     def _shared_state(self) -> dict[str, Any]:
-        """The part of the state that is the same on every rank, as new tensors and numbers."""
+        """Returns the part of the state that is the same on every rank, as new tensors and numbers."""
         return {}
 
     def _load_shared_state(self, state: dict[str, Any]) -> None:
@@ -635,13 +652,13 @@ def tell_parameters(averager: Averager, params: Parameters) -> None:
 
 
 class StepHook:
-    """An averager's hook on an optimizer; also a context manager that removes it at the end of its block."""
+    """An averager's hook on an optimizer. As a context manager it is removed at the end of its block."""
 
     def __init__(self, handle: RemovableHandle, then: Callable[[], None]) -> None:
         self._handle, self._then = handle, then
 
     def remove(self) -> None:
-        """From now on ``average_parameters`` is called by hand again."""
+        """Removes the hook. From now on ``average_parameters`` is called by hand again."""
         self._handle.remove()
         self._then()
 
@@ -653,6 +670,6 @@ class StepHook:
 
 
 def _nonfinite(tensors: Sequence[Tensor]) -> bool:
-    """Whether NaN or Inf is among the elements; looks at each only where a sum is not finite."""
+    """Whether NaN or Inf is among the elements. Each one is read only where a sum is not finite."""
     parts = [p for t in tensors for p in ([t.real, t.imag] if t.is_complex() else [t])]
     return not all(math.isfinite(float(p.sum())) for p in parts) and has_nonfinite(tensors)

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 class BlockMomentum(BlockAverager):
     """M-AVG: averages the models every ``period`` steps, with momentum on the mean change of a block.
 
-    ``a = mean_p w_p; d = a - w~; v = mu v + d; w~ = w~ + v``; all ranks restart from ``w~``. ``mu=0`` is
+    ``a = mean_p w_p; d = a - w~; v = mu v + d; w~ = w~ + v``. All ranks restart from ``w~``. ``mu=0`` is
     K-AVG.
 
     The local optimizer is free (SGD, momentum SGD, Adam). The paper leaves open what becomes of its own
     momentum at a restart. It is kept here, unless ``reset_optimizer`` names the optimizer.
-    :class:`~commhooks.averaging.DiLoCo` takes any torch optimizer in place of the block momentum; with
+    :class:`~commhooks.averaging.DiLoCo` takes any torch optimizer in place of the block momentum. With
     ``SGD(lr=1, momentum=mu)`` it is this algorithm.
 
     Args:
         mu: block momentum in [0, 1).
-        period: K, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+        period: K, local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps
             themselves (from 1).
         params: the model's parameters at the start of the first block: they are the first ``w~``. They must
-            be the same on every rank; the first synchronisation checks that.
+            be the same on every rank. The first synchronisation checks that.
         reset_optimizer: an optimizer whose state (momentum buffers, Adam's moments) is cleared at every
             restart. None: no state is cleared.
         **options: of :class:`~commhooks.averaging.Averager`. With a reducer ``w_p - w~`` is compressed, and
@@ -54,7 +54,7 @@ class BlockMomentum(BlockAverager):
         velocity: v, ``(n,)``, in parameter units.
 
     Raises:
-        ValueError: ``mu`` or ``period`` out of range; no parameters.
+        ValueError: ``mu`` or ``period`` out of range, or no parameters.
     """
 
     beside = ("velocity",)
@@ -73,9 +73,8 @@ class BlockMomentum(BlockAverager):
         self.mu = check_fraction("mu", mu)
         super().__init__(period, params, reset_optimizer=reset_optimizer, **options)
 
-    def settings(self) -> str:
-        period = self.period if self.period is not None else self.sync
-        return f"BlockMomentum(mu={self.mu!r}, period={period}, {self._compression()})"
+    def settings(self) -> dict[str, object]:
+        return {"mu": self.mu, **super().settings()}
 
     def _move_anchor(self, change: Tensor) -> None:
         self.velocity.mul_(self.mu).add_(change)

@@ -22,7 +22,7 @@ class BlockAverager(Anchored):
     """Base of M-AVG, SlowMo and DiLoCo: after each block a rule moves ``w~`` by ``d = mean_p w_p - w~``.
 
     Args:
-        period: local steps between averagings; a set; or the steps themselves.
+        period: local steps between averagings, a set, or the steps themselves.
         params: the model's parameters, at the common starting point ``w~``.
         reset_optimizer: an optimizer whose state is cleared at every restart.
         **options: of :class:`~commhooks.averaging.Averager`.
@@ -47,7 +47,7 @@ class BlockAverager(Anchored):
 
     @abstractmethod
     def _move_anchor(self, change: Tensor) -> None:
-        """Moves ``anchor`` by the rule; ``change`` (n,) is d, and may be overwritten."""
+        """Moves ``anchor`` by the rule. ``change`` (n,) is d, and may be overwritten."""
 
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
         self._move_anchor(self._mean_change(tensors, ranks))

@@ -38,7 +38,7 @@ class Buffers:
         self.module, self.choice = module, choice
 
     def persistent(self) -> dict[str, Tensor]:
-        """All persistent strided buffers by name, each once, in module order; none with ``"leave"``."""
+        """Returns the persistent strided buffers by name, in module order. None with ``"leave"``."""
         if self.module is None or self.choice == "leave":
             return {}
         temporary: set[str] = set()
@@ -49,24 +49,24 @@ class Buffers:
         return {n: b for n, b in found.items() if b is not None and b.layout == torch.strided}
 
     def averaged(self) -> list[Tensor]:
-        """The buffers that are averaged, as writable views; of an expanded buffer its elements in memory."""
+        """Returns writable views of what is averaged. Of an expanded buffer it has the elements in memory."""
         if self.choice != "average":
             return []
         kept = (b for b in self.persistent().values() if b.is_floating_point() or b.is_complex())
         return [_in_memory(buffer) for buffer in kept]
 
     def broadcast(self) -> list[Tensor]:
-        """The buffers that become rank 0's at each averaging, as writable views."""
+        """Returns the buffers that become rank 0's at each averaging, as writable views."""
         return [_in_memory(b) for b in self.persistent().values()] if self.choice == "broadcast" else []
 
     def layout(self) -> str:
-        """Choice, names and shapes, which must be the same on all ranks, as text."""
+        """Returns choice, names and shapes, which must be the same on all ranks, as text."""
         named = self.persistent()
         return f"{self.choice}: {', '.join(named)}; {shown_layout(list(named.values()))}"
 
 
 def _in_memory(buffer: Tensor) -> Tensor:
-    """A view without the dimensions by which ``expand`` repeats elements."""
+    """Returns a view without the dimensions by which ``expand`` repeats elements."""
     for dimension, (size, stride) in enumerate(zip(buffer.shape, buffer.stride(), strict=True)):
         if stride == 0 and size > 1:
             buffer = buffer.narrow(dimension, 0, 1)
@@ -79,11 +79,11 @@ def has_nonfinite(tensors: Sequence[Tensor]) -> bool:
 
 
 def average_exactly(
-    tensors: Sequence[Tensor], total: Total, world_size: int, share: float | None, spoiled: bool
+    tensors: Sequence[Tensor], total: Total, world_size: int, share: float | None, nonfinite: bool
 ) -> None:
-    """Each element becomes its mean over the ranks, or ``sum_p share_p x_p`` where shares are given.
+    """Makes each element its mean over the ranks, or ``sum_p share_p x_p`` where shares are given.
 
-    Sums are made in float64; those of 64-bit tensors in two halves. So elements that are equal on all ranks
+    Sums are made in float64, those of 64-bit tensors in two halves. So elements that are equal on all ranks
     keep their bits (64-bit ones only in a plain mean). No sum overflows, not even that of a mask of the
     largest finite number.
 
@@ -91,8 +91,8 @@ def average_exactly(
         tensors: overwritten.
         total: the sum over the ranks.
         world_size: P.
-        share: this rank's share; the ranks' shares add up to 1. None: 1 / P each.
-        spoiled: whether any rank has NaN or Inf among its elements. An element is then the mean over the
+        share: this rank's share, where the ranks' add up to 1. None: 1 / P each.
+        nonfinite: whether any rank has NaN or Inf among its elements. An element is then the mean over the
             ranks where it is finite, and stays as it is where it is finite on none, such as a mask of -inf.
     """
     if not tensors:
@@ -100,7 +100,7 @@ def average_exactly(
     scale = 2.0 ** -world_size.bit_length() if share is None else share  # a power of two rounds nothing
     whole = world_size * scale if share is None else 1.0
     own = torch.cat([_halves(tensor) for tensor in tensors])
-    if spoiled:
+    if nonfinite:
         finite = own.isfinite()
         sent = torch.cat((torch.where(finite, own, 0.0), finite.double())).mul_(scale)
         weighted, weight = split(total(sent), [own.numel(), own.numel()])
@@ -121,7 +121,7 @@ def average_exactly(
 
 
 def _halves(tensor: Tensor) -> Tensor:
-    """``(n,)`` float64 of a narrow tensor; of a wide one ``(2 n,)``: upper and lower half of each number."""
+    """Returns float64, ``(n,)`` of a narrow tensor, ``(2 n,)`` of a wide one: each number's two halves."""
     flat = real_view(tensor).reshape(-1).double()
     if tensor.dtype not in _WIDE:
         return flat

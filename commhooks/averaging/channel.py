@@ -34,9 +34,9 @@ class Channel:
 
     Args:
         transport: a name or a ready transport.
-        timeout_s: seconds until a stalled peer is an error; None: the process group's, or 300 s.
-        process_group: whose ranks take part, for ``"distributed"``; None: all.
-        device_type: the device it sends from; None: that of the first tensors that :meth:`open_for` gets.
+        timeout_s: seconds until a stalled peer is an error. None: the process group's, or 300 s.
+        process_group: whose ranks take part, for ``"distributed"``. None: all.
+        device_type: the device it sends from. None: that of the first tensors that :meth:`open_for` gets.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Channel:
 
     @property
     def transport(self) -> Transport:
-        """The open transport; the first use is a collective call that opens it."""
+        """The open transport. The first use is a collective call that opens it."""
         return self._connection.open(
             timeout_s=self._timeout_s,
             process_group=self._process_group,
@@ -70,12 +70,12 @@ class Channel:
         return self.transport
 
     def total(self, flat: Tensor, what: str) -> Tensor:
-        """The sum over ranks of ``flat`` (overwritten)."""
+        """Returns the sum over ranks of ``flat`` (overwritten)."""
         self.transport.all_reduce(flat, tag=TAG + 1, what=what)
         return flat
 
     def mean(self, flat: Tensor, what: str, share: float | None = None) -> Tensor:
-        """The mean over ranks of ``flat`` (overwritten), or ``sum_p share_p * flat_p``.
+        """Returns the mean over ranks of ``flat`` (overwritten), or ``sum_p share_p * flat_p``.
 
         All ranks get the same bits. A share of 0 sends zeros, whatever ``flat`` holds.
         """
@@ -84,7 +84,7 @@ class Channel:
         return self.total(flat.mul_(share) if share != 0.0 else flat.zero_(), what)
 
     def broadcast(self, tensors: Sequence[Tensor], root: int, what: str) -> None:
-        """Overwrites the tensors, of any dtype and device, with rank ``root``'s; batches them."""
+        """Overwrites the tensors, of any dtype and device, with rank ``root``'s, in batches."""
         batch: list[Tensor] = []
         for position, tensor in enumerate(tensors, start=1):
             batch.append(tensor)
@@ -103,5 +103,5 @@ class Channel:
         self._connection.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Channel:
-        """Itself: a connection to other processes cannot be copied."""
+        """Returns itself: a connection to other processes cannot be copied."""
         return self

@@ -20,7 +20,7 @@ def average_checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, A
     ``BlockMomentum``'s ``w~`` and ``v`` are kept, so that its block continues.
 
     Args:
-        checkpoints: one per rank, in order of ranks; mappings with the same keys. A value may be the state
+        checkpoints: one per rank, in order of ranks: mappings with the same keys. A value may be the state
             dict of a model, an optimizer, an averager or an LR scheduler, or a plain value.
 
     Returns:

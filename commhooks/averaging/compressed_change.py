@@ -23,7 +23,7 @@ class CompressedChange:
     the averager itself takes the mean of the ranks' tensors.
 
     Args:
-        reducer: belongs to one averager; it may serve several changes, one bucket each.
+        reducer: belongs to one averager. It may serve several changes, one bucket each.
         tensors: their present values are the anchor.
         numbers: one for each tensor, ascending. The memory's key of a tensor is ``"parameter 3"``.
         kind: the word before the number in that key.
@@ -87,7 +87,7 @@ class CompressedChange:
         return laid
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The change of the tensors, ``(n,)``, a new tensor."""
+        """Returns the change of the tensors, ``(n,)``, a new tensor."""
         return flatten(tensors, self.anchor.dtype).sub_(self.anchor)
 
     def is_at(self, tensors: Sequence[Tensor]) -> bool:
@@ -106,7 +106,7 @@ class CompressedChange:
         """Overwrites ``change`` ``(n,)`` with the mean of what the ranks contributed, and returns it.
 
         Args:
-            change: this rank's; it is the reducer's bucket ``index``.
+            change: this rank's. It is the reducer's bucket ``index``.
             index: of the bucket.
             is_last: whether the reducer's step ends with it.
         """
@@ -119,11 +119,11 @@ class CompressedChange:
         return change
 
     def digest(self) -> int:
-        """A fingerprint of the anchor's bits."""
+        """Returns a fingerprint of the anchor's bits."""
         return digest_of([self.anchor])
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the anchor, and the numbers and sizes of its tensors."""
+        """Returns a copy of the anchor, and the numbers and sizes of its tensors."""
         return {"anchor": self.anchor.clone(), "numbers": list(self.numbers), "numels": list(self._numels)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,14 +146,14 @@ class CompressedChange:
 def reduce_together(
     changes: Sequence[CompressedChange], groups: Sequence[Sequence[Tensor]], unmoved: bool = False
 ) -> None:
-    """Averages several changes in one step of their common reducer; every group ends at its new anchor.
+    """Averages several changes in one step of their reducer, after which every group is at its new anchor.
 
     Each change is one bucket. The anchors move once all buckets are known to be finite. Where one is not, the
     reducer takes what the others had sent back into its memory, and their groups return to their old anchors.
 
     Args:
         changes: of one reducer, in the order of the buckets.
-        groups: the tensors of each; overwritten.
+        groups: the tensors of each, which are overwritten.
         unmoved: this rank counts as not moved, whatever its tensors hold.
 
     Raises:

@@ -39,15 +39,15 @@ class DecentralizedMomentum(Averager):
         optimizer: the optimizer that steps: a ``torch.optim.SGD`` in the paper, whose ``nesterov`` chooses
             the option. ``momentum=0``, or ``moments="leave"`` with any optimizer, is D-PSGD.
         topology: the mixing weights (:mod:`commhooks.averaging.topology`), for exactly the transport's ranks.
-        period: steps between mixings; the paper's is 1.
+        period: steps between mixings, 1 in the paper.
         moments: ``"mix"`` (default for SGD): the state that goes with a parameter is mixed too, of any torch
             optimizer: Adam's moments and step counts. ``"leave"``: it stays local.
         **options: of :class:`~commhooks.averaging.Averager`, but no ``reducer``, which reduces over all
             ranks, and no ``buffers="broadcast"``. ``nonfinite`` looks at a rank and its neighbours only.
 
     Raises:
-        ValueError: the topology's size is not the transport's; a ``reducer`` or ``buffers="broadcast"``; an
-            optimizer that is not SGD without ``moments``; ``dampening``.
+        ValueError: the topology's size is not the transport's, ``reducer``, ``buffers="broadcast"`` or
+            ``dampening`` is given, or an optimizer that is not SGD comes without ``moments``.
     """
 
     local = True
@@ -83,9 +83,9 @@ class DecentralizedMomentum(Averager):
         """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return self._moments.options
 
-    def settings(self) -> str:
+    def settings(self) -> dict[str, object]:
         network = f"{self.topology!r} {self.topology.digest:x}"
-        return f"DecentralizedMomentum({self._moments.describe()}) at {self.sync!r} on {network}"
+        return {**self._moments.settings(), "topology": network, **super().settings()}
 
     def average_now(self, params: Parameters) -> None:
         """Overwrites all ranks' parameters, optimizer state and floating buffers with their plain average.
@@ -100,7 +100,7 @@ class DecentralizedMomentum(Averager):
             super()._synchronise_buffers(ranks)
 
     def _everything(self, tensors: list[Tensor]) -> list[Tensor]:
-        """All tensors that are sent."""
+        """Returns all tensors that are sent."""
         return [*self._with_state(tensors), *self._also, *self._buffers.averaged()]
 
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
@@ -116,14 +116,14 @@ class DecentralizedMomentum(Averager):
             what=self._what(),
         )
         rows = [(w, row) for (peer, w), row in zip(sources, received) if peer not in ranks.nonfinite]
-        spoiled = ranks.spoiled and self._heals_buffers
-        if self.rank in ranks.nonfinite or spoiled:
+        in_buffers = ranks.nonfinite_buffers and self._leaves_out_nonfinite
+        if self.rank in ranks.nonfinite or in_buffers:
             own = _replaced(own, rows, whole=self.rank in ranks.nonfinite)
         mixed = own.clone()
         for weight, row in rows:
             difference = row - own
             difference[row == own] = 0.0  # of equal infinities too
-            if spoiled:
+            if in_buffers:
                 difference[~row.isfinite()] = 0.0
             mixed.add_(difference, alpha=weight)
         n = numel_of(tensors)
@@ -169,7 +169,7 @@ class DecentralizedMomentum(Averager):
 
 
 def _replaced(own: Tensor, rows: list[tuple[float, Tensor]], whole: bool) -> Tensor:
-    """``own`` with its non-finite elements (all with ``whole``) replaced by the rows' weighted mean."""
+    """Returns ``own`` with the rows' weighted mean for its non-finite elements (all with ``whole``)."""
     total, weight = torch.zeros_like(own), torch.zeros_like(own)
     for w, row in rows:
         finite = row.isfinite()

@@ -36,8 +36,8 @@ class DiLoCo(BlockAverager):
     ``SGD(lr=0.7, momentum=0.9, nesterov=True)``, which is ``b = m b + Delta; w~ = w~ - lr (Delta + m b)``.
     Other outer optimizers give other algorithms:
 
-    - ``SGD(lr=1, momentum=mu)``: M-AVG (:class:`~commhooks.averaging.BlockMomentum`), bit for bit;
-    - ``SGD(lr=zeta, momentum=eta, nesterov=True)``: BMUF with Nesterov block momentum and block rate zeta;
+    - ``SGD(lr=1, momentum=mu)``: M-AVG (:class:`~commhooks.averaging.BlockMomentum`), bit for bit.
+    - ``SGD(lr=zeta, momentum=eta, nesterov=True)``: BMUF with Nesterov block momentum and block rate zeta.
     - ``SGD(lr=1)`` with a reducer: SparseLoCo's scheme without its decay.
 
     A parameter that is frozen loses its outer state, and starts without one when it is unfrozen.
@@ -52,7 +52,7 @@ class DiLoCo(BlockAverager):
         params: the model's parameters at the start of the first block: they are the first ``w~``.
         outer_optimizer: a torch optimizer of these parameters, or a function that makes one of a list of
             tensors.
-        sync_every: H, local steps between synchronisations; or a :class:`~commhooks.averaging.SyncSet`; or
+        sync_every: H, local steps between synchronisations, a :class:`~commhooks.averaging.SyncSet`, or
             the steps themselves (from 1).
         inner_optimizer: inside ``with DiLoCo(...):`` each of its steps is followed by
             :meth:`~commhooks.averaging.Averager.average_parameters`.
@@ -73,8 +73,10 @@ class DiLoCo(BlockAverager):
                 optimizer.step()
 
     Raises:
-        ValueError: no parameters, or one that the outer optimizer lacks; a bad ``sync_every``.
+        ValueError: no parameters, one that the outer optimizer lacks, or a bad ``sync_every``.
     """
+
+    _period_name = "sync_every"
 
     @says_what_to_write
     def __init__(
@@ -98,17 +100,16 @@ class DiLoCo(BlockAverager):
             self.outer_optimizer = outer_optimizer(self._make_copies())
         self._point_outer_optimizer()
 
-    def settings(self) -> str:
+    def settings(self) -> dict[str, object]:
         groups = [
             ", ".join(f"{k}={v}" for k, v in group.items() if k not in _UNSAID and v not in _DEFAULT)
             for group in self.outer_optimizer.param_groups
         ]
         outer = f"{type(self.outer_optimizer).__name__}({'; '.join(groups)})"
-        period = self.period if self.period is not None else self.sync
-        return f"DiLoCo({outer}, sync_every={period}, {self._compression()})"
+        return {"outer_optimizer": outer, **super().settings()}
 
-    def _varying(self) -> str:
-        return f" at outer rates {[float(group['lr']) for group in self.outer_optimizer.param_groups]}"
+    def _varying(self) -> dict[str, object]:
+        return {"outer rates": [float(group["lr"]) for group in self.outer_optimizer.param_groups]}
 
     def __enter__(self) -> DiLoCo:
         if self.inner_optimizer is None:
@@ -141,7 +142,7 @@ class DiLoCo(BlockAverager):
     # -- the outer optimizer's tensors: parameters that share the anchor's memory ---------------------------
 
     def _make_copies(self) -> list[Tensor]:
-        """Makes a parameter in the anchor's memory for each of its tensors; existing ones are kept."""
+        """Makes a parameter in the anchor's memory for each of its tensors. Existing ones are kept."""
         assert self._change is not None
         for number, piece in self._change.split(self._change.anchor).items():
             piece = piece.view(real_view(self._members.tensors[number]).shape)

@@ -1,4 +1,4 @@
-"""Packs tensors into one flat message and back; fingerprints of tensors.
+"""Packs tensors into one flat message and back, and makes fingerprints of tensors.
 
 A complex tensor counts as its real and imaginary parts: it has twice as many elements in a message.
 """
@@ -17,7 +17,7 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 def tensors_of(params: Parameters) -> list[Tensor]:
-    """The tensors of ``model.parameters()`` or of an optimizer's ``param_groups``, in order, each once.
+    """Returns the tensors of ``model.parameters()`` or an optimizer's ``param_groups``, in order, each once.
 
     Unlike torch's ``get_params_to_average`` it keeps parameters whose ``grad`` is None. Such a parameter may
     have a gradient on another rank, and the messages of the two ranks would then differ in layout.
@@ -44,18 +44,18 @@ def tensors_of(params: Parameters) -> list[Tensor]:
 
 
 def trainable(params: Parameters) -> list[Tensor]:
-    """Those of :func:`tensors_of` that require a gradient."""
+    """Returns those of :func:`tensors_of` that require a gradient."""
     return [tensor for tensor in tensors_of(params) if tensor.requires_grad]
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """A view without graph; a complex tensor gets a last dimension of 2: real and imaginary part."""
+    """Returns a view without graph. A complex tensor gets a last dimension of 2 for its two parts."""
     tensor = tensor.detach()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def message_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of a message: float64 when any tensor has 64 bits a number, else float32.
+    """Returns the dtype of a message: float64 when any tensor has 64 bits a number, else float32.
 
     Half precision is never used, since its sums round too much.
 
@@ -70,7 +70,7 @@ def message_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """A new contiguous ``(n,)`` tensor with all tensors' numbers in order, on the first tensor's device."""
+    """Returns a new contiguous ``(n,)`` tensor with all numbers in order, on the first tensor's device."""
     if not tensors:
         return torch.empty(0, dtype=dtype, device="cpu")
     device = tensors[0].device
@@ -78,7 +78,7 @@ def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def unflatten_(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    """Overwrites the tensors in place with ``flat`` ``(n,)``, rounded to their dtype; storages stay."""
+    """Overwrites the tensors in place with ``flat`` ``(n,)``, rounded to their dtype. Storages stay."""
     with torch.no_grad():
         for tensor, piece in zip(tensors, pieces(flat, tensors), strict=True):
             target = real_view(tensor)
@@ -96,23 +96,23 @@ def split(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def numel(tensor: Tensor) -> int:
-    """How many numbers a tensor has in a message: a complex element counts as two."""
+    """Returns how many numbers a tensor has in a message: a complex element counts as two."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def numel_of(tensors: Iterable[Tensor]) -> int:
-    """How many numbers all tensors together have in a message."""
+    """Returns how many numbers all tensors together have in a message."""
     return sum(numel(t) for t in tensors)
 
 
 def digest(*parts: object) -> int:
-    """A signed 64-bit fingerprint of the parts' text, equal on every rank and in every process."""
+    """Returns a signed 64-bit fingerprint of the parts' text, equal on every rank and in every process."""
     text = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def digest_of(tensors: Iterable[Tensor]) -> int:
-    """A signed 64-bit fingerprint of the tensors' bits; reads them on the host."""
+    """Returns a signed 64-bit fingerprint of the tensors' bits, which the host reads."""
     state = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         state.update(as_bytes(tensor.cpu()).numpy().data)
@@ -120,19 +120,19 @@ def digest_of(tensors: Iterable[Tensor]) -> int:
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """A number that tells whether the bits of tensors have changed: their sum as integers."""
+    """Returns a number that tells whether the bits of tensors have changed: their sum as integers."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     views = [real_view(tensor) for tensor in tensors]
     return sum(int(v.view(words[v.element_size()]).sum(dtype=torch.int64)) for v in views)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's elements as ``(bytes,)`` uint8, whatever their dtype; a view where it is contiguous."""
+    """Returns the tensor's elements as ``(bytes,)`` uint8, of any dtype. A view where it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def shown_layout(tensors: Sequence[Tensor]) -> str:
-    """A short text of the layout, which ranks must share: counts, and a checksum of shapes and dtypes."""
+    """Returns the layout, which ranks must share, as text: counts and a checksum of shapes and dtypes."""
     layout = ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
     code = hashlib.blake2b(layout.encode(), digest_size=6).hexdigest()
     return f"{sum(t.numel() for t in tensors)} elements in {len(tensors)} tensors (checksum {code})"

@@ -30,11 +30,11 @@ def check_fraction(name: str, value: float) -> float:
 
 
 class ClosedFormLR(LRScheduler, ABC):
-    """Base of schedulers whose rate is a function of the step alone; its state is ``last_epoch``."""
+    """Base of schedulers whose rate is a function of the step alone. Their state is ``last_epoch``."""
 
     @abstractmethod
     def rate(self, step: int) -> float:
-        """Learning rate of optimizer step ``step``, from 0."""
+        """Returns the learning rate of optimizer step ``step``, from 0."""
 
     def get_lr(self) -> list[Any]:
         return [self.rate(self.last_epoch)] * len(self.optimizer.param_groups)
@@ -46,7 +46,7 @@ class LocalSGDLR(ClosedFormLR):
     Args:
         optimizer: the optimizer to drive.
         strong_convexity: mu of the objective.
-        shift: a; see :func:`suggest_shift`.
+        shift: a (see :func:`suggest_shift`).
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class LocalSGDLR(ClosedFormLR):
 
 
 def suggest_shift(condition_number: float, period: int) -> float:
-    """The smallest shift the proof allows, ``max(16 * kappa, H)``.
+    """Returns the smallest shift the proof allows, ``max(16 * kappa, H)``.
 
-    Theorem 2.2 prints ``max(4 kappa, H / mu)``; its own Lemma 3.1 needs ``eta_t <= 1 / (4 L)``, which is 16
+    Theorem 2.2 prints ``max(4 kappa, H / mu)``. Its own Lemma 3.1 needs ``eta_t <= 1 / (4 L)``, which is 16
     kappa.
     """
     if not condition_number >= 1.0:

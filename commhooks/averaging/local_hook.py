@@ -60,7 +60,7 @@ class PostLocalState:
         start: optimizer steps with reduced gradients.
         hook: the hook of those steps, such as ``sparse_hook``. None: DDP's plain average.
         hook_state: the hook's state: a process group (None: the default one), or a ``SparseState``.
-        averager: the averager of the local steps; its step count is used.
+        averager: the averager of the local steps, whose step count is used.
 
     Attributes:
         local: whether the gradients of the last backward pass stayed local.
@@ -103,7 +103,7 @@ class PostLocalState:
         return self._steps + changed
 
     def follow(self, bucket: dist.GradBucket) -> bool:  # type: ignore[name-defined]
-        """Notes a bucket of a backward pass; returns True if its gradient stays local.
+        """Notes a bucket of a backward pass, and returns whether its gradient stays local.
 
         :func:`post_local_hook` calls it.
         """
@@ -155,7 +155,7 @@ class PostLocalState:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and the hook state's ``state_dict``; call it between steps, on every rank.
+        """Returns step count and the hook state's ``state_dict``. Call it between steps, on every rank.
 
         With a ``SparseState`` it has the form of an averager's state, and ``average_checkpoints`` joins it.
         """
@@ -210,5 +210,5 @@ def post_local_hook(
     state: PostLocalState,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> Future[torch.Tensor]:
-    """``state.hook`` for ``state.start`` optimizer steps, :func:`local_hook` after them."""
+    """Runs ``state.hook`` for ``state.start`` optimizer steps, :func:`local_hook` after them."""
     return local_hook(None, bucket) if state.follow(bucket) else state.hook(state.hook_state, bucket)

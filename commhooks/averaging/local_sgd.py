@@ -23,17 +23,17 @@ class LocalSGD(Anchored):
     """Local SGD: after every step of ``period`` each rank's model becomes the (weighted) average of all.
 
     The paper's line 8 averages ``x_t``, its equation 4 the iterates *after* the update. The latter is meant
-    and done here. ``period=1`` is mini-batch SGD; :class:`~commhooks.averaging.OneShot` is one-shot
+    and done here. ``period=1`` is mini-batch SGD. :class:`~commhooks.averaging.OneShot` is one-shot
     averaging. The local optimizer is free, and its state stays local
     (:class:`~commhooks.averaging.RestartedMomentum` averages momentum too).
 
     Args:
-        period: H, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+        period: H, local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps
             themselves (from 1).
         weight: this worker's share in the average, relative to the others', such as its number of samples.
             Positive. It may be changed before any synchronisation. Equal on all ranks with ``reducer``
             or ``wire``.
-        params: the parameters; needed with ``reducer`` or ``wire`` only. Compressed averaging sends the
+        params: the parameters, needed with ``reducer`` or ``wire`` only. Compressed averaging sends the
             change since the last synchronisation, so all ranks must start equal. The first synchronisation
             checks that. Without either it warns of different starts where it knows the parameters: by
             ``params``, ``module``, ``hook`` or ``AveragedOptimizer``.
@@ -48,7 +48,7 @@ class LocalSGD(Anchored):
             averager.average_parameters(model.parameters())
 
     Raises:
-        ValueError: a bad ``period`` or ``weight``; a reducer without ``params``.
+        ValueError: a bad ``period`` or ``weight``, or a reducer or a wire without ``params``.
     """
 
     @says_what_to_write
@@ -67,9 +67,6 @@ class LocalSGD(Anchored):
             raise ValueError(f"params must be given together with a reducer or a wire, got {params!r}")
         known = [] if params is None else tensors_of(params)
         super().__init__(period, known, anchored=compressed, **options)
-
-    def settings(self) -> str:
-        return f"LocalSGD({self.sync!r}, {self._compression()})"
 
     def _weight(self) -> float:
         if not isinstance(self.weight, (int, float)) or not 0.0 < self.weight < math.inf:

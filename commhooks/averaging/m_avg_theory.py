@@ -14,7 +14,7 @@ _MU_STEP = 1e-3
 
 @dataclass(frozen=True)
 class MAvgProblem:
-    """The constants of Assumption 1 and the sizes of a run; evaluates the bound for them.
+    """The constants of Assumption 1 and the sizes of a run, and the bound for them.
 
     Args:
         smoothness: L, of the gradient.
@@ -50,25 +50,25 @@ class MAvgProblem:
             positive_int(name, getattr(self, name))
 
     def largest_delta(self, mu: float) -> float:
-        """The largest delta that Theorem 1 allows, ``1 - (L eta / (1 - mu))^2``: it gives the least bound."""
+        """Returns the largest delta, ``1 - (L eta / (1 - mu))^2``, which gives the least bound."""
         return 1.0 - (self.smoothness * self.rate / (1.0 - mu)) ** 2
 
     def allows(self, mu: float, period: int) -> bool:
         """Whether both conditions of Theorem 1 hold for some delta in (0, 1).
 
-        ``1 >= L^2 eta^2 (K + 1)(K - 2) / (2 (1 - mu)^2) + 2 eta L K / (1 - mu)``; section III.C prints a
+        ``1 >= L^2 eta^2 (K + 1)(K - 2) / (2 (1 - mu)^2) + 2 eta L K / (1 - mu)``. Section III.C prints a
         minus between the two, which the proof does not bear out.
         """
         x = self.smoothness * self.rate / (1.0 - mu)
         return 1.0 >= x**2 * (period + 1) * (period - 2) / 2 + 2 * x * period and self.largest_delta(mu) > 0.0
 
     def bound(self, mu: float, period: int, delta: float | None = None) -> float:
-        """g of equation 3, an upper bound of the mean squared gradient norm over ``N = S / K`` blocks.
+        """Returns g of equation 3, which bounds the mean squared gradient norm over ``N = S / K`` blocks.
 
         Args:
             mu: block momentum.
             period: K.
-            delta: of the theorem, in (0, 1); None: the largest that is allowed.
+            delta: of the theorem, in (0, 1). None: the largest that is allowed.
 
         Raises:
             ValueError: ``mu`` or ``delta`` out of range.
@@ -88,7 +88,7 @@ class MAvgProblem:
         return start + drift + sampling + momentum
 
     def condition_11(self, mu: float, delta: float | None = None) -> tuple[float, float]:
-        """Both sides of condition (11), the same as (12): left > right means ``g(K = 2) < g(K = 1)``.
+        """Returns both sides of condition (11), the same as (12): left > right means ``g(K = 2) < g(K = 1)``.
 
         Then the best period is above 1 (Lemma 5), and by the paper not above that of ``mu = 0`` (Lemma 7).
         """
@@ -102,7 +102,7 @@ class MAvgProblem:
         return left, right
 
     def on(self, world_size: int) -> MAvgProblem:
-        """The same number of samples ``N P B K`` on another number of workers, as in Lemma 6."""
+        """Returns the same number of samples ``N P B K`` on another number of workers, as in Lemma 6."""
         steps = max(1, round(self.total_steps * self.world_size / positive_int("world_size", world_size)))
         return replace(self, world_size=world_size, total_steps=steps)
 
@@ -145,7 +145,7 @@ class BlockAdvice:
 
 
 def suggest_block_period(problem: MAvgProblem, mu: float = 0.0, delta: float | None = None) -> BlockAdvice:
-    """The period with the least bound for this ``mu``, among those that Theorem 1 allows.
+    """Returns the period with the least bound for this ``mu``, among those that Theorem 1 allows.
 
     It is a statement about the bound, for constants that are seldom known. ``docs/averaging.md`` has
     experiments.
@@ -172,7 +172,7 @@ def suggest_block_period(problem: MAvgProblem, mu: float = 0.0, delta: float | N
 
 
 def suggest_mu(problem: MAvgProblem, period: int, delta: float | None = None) -> BlockAdvice:
-    """The block momentum (to 0.001) with the least bound for this period, among those that Theorem 1 allows.
+    """Returns the block momentum, to 0.001, with the least bound for this period that Theorem 1 allows.
 
     By Lemma 6 it grows with the number of workers at an equal number of samples: compare
     ``suggest_mu(problem.on(2 * P), period)``.

@@ -16,9 +16,9 @@ class Members:
 
     A tensor takes part in an averaging when one of these holds:
 
-    - it requires a gradient;
+    - it requires a gradient,
     - it required a gradient at the averaging before, or when it was first seen: a layer that was frozen in
-      between is averaged once more;
+      between is averaged once more,
     - it has moved since, though it requires no gradient: the teacher of a moving average, for instance. A
       checksum of its bits tells.
 
@@ -34,7 +34,7 @@ class Members:
         self._loaded: list[bool] = []  # of a saved state, for tensors not seen yet
 
     def see(self, given: Sequence[Tensor]) -> list[int]:
-        """The numbers of the tensors, ascending; tensors not seen before get new numbers.
+        """Returns the numbers of the tensors, ascending. Tensors not seen before get new numbers.
 
         Tensors that replace known ones, shape by shape (``load_state_dict(..., assign=True)``), take over
         their numbers.
@@ -65,7 +65,7 @@ class Members:
         self.tensors[number] = tensor
 
     def taking_part(self, numbers: Sequence[int]) -> list[int]:
-        """Those of the numbers whose tensors take part now, by the rule of this class."""
+        """Returns those of the numbers whose tensors take part now, by the rule of this class."""
         return [n for n in numbers if self._trained[n] or self.tensors[n].requires_grad or self._moved(n)]
 
     def _moved(self, number: int) -> bool:
@@ -80,11 +80,11 @@ class Members:
             self._left[number] = _checksum_if_frozen(tensor)
 
     def trained(self, numbers: Sequence[int]) -> list[int]:
-        """Those of the numbers that required a gradient when last averaged or first seen."""
+        """Returns those of the numbers that required a gradient when last averaged or first seen."""
         return [n for n in numbers if self._trained[n]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Which tensors required a gradient at the last averaging."""
+        """Returns which tensors required a gradient at the last averaging."""
         return {"trained": list(self._trained)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Members:
 
 
 def _checksum_if_frozen(tensor: Tensor) -> int | None:
-    """A checksum of the bits of a tensor that requires no gradient; None for others, and for integers."""
+    """Returns a checksum of the bits of a tensor without gradient, or None for others and for integers."""
     if tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     return checksum([tensor])

@@ -17,20 +17,20 @@ class Moments:
 
     For ``torch.optim.SGD``, and for optimizers with its ``momentum`` and ``nesterov``, it is the
     ``momentum_buffer``. For any other it is all floating and complex tensors: Adam's ``exp_avg``,
-    ``exp_avg_sq`` and ``step``. A parameter that had no gradient yet on this rank has no state; it gets one
+    ``exp_avg_sq`` and ``step``. A parameter that had no gradient yet on this rank has no state. It gets one
     of zeros.
 
     Args:
         optimizer: the one that steps.
-        choice: ``"average"`` or ``"mix"``, which mean the same here; ``"leave"``: no state goes with a
-            parameter; None: as ``"average"``, for SGD only.
+        choice: ``"average"`` or ``"mix"``, which mean the same here. ``"leave"``: no state goes with a
+            parameter. None: as ``"average"``, for SGD only.
 
     Attributes:
         is_sgd: whether the optimizer has SGD's options. Then its only state is the momentum buffer.
         moves: whether state goes with a parameter.
 
     Raises:
-        ValueError: another choice; None for an optimizer that is not SGD; ``dampening``, which torch leaves
+        ValueError: another choice, None for an optimizer other than SGD, or ``dampening``, which torch leaves
             out of an SGD's first step, so that a zero buffer would not equal a missing one.
     """
 
@@ -53,14 +53,13 @@ class Moments:
         """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return ["II" if group.get("nesterov", False) else "I" for group in self.optimizer.param_groups]
 
-    def describe(self) -> str:
-        """The settings that must be the same on all ranks, as text."""
-        if not self.moves:
-            return f"{type(self.optimizer).__name__}, moments left alone"
-        if not self.is_sgd:
-            return f"{type(self.optimizer).__name__}, moments averaged"
+    def settings(self) -> dict[str, object]:
+        """Returns the settings that must be the same on all ranks, by name."""
+        if not (self.moves and self.is_sgd):
+            moments = "averaged" if self.moves else "left alone"
+            return {"optimizer": type(self.optimizer).__name__, "moments": moments}
         momenta = [group["momentum"] for group in self.optimizer.param_groups]
-        return f"options={self.options}, momentum={momenta}"
+        return {"options": self.options, "momentum": momenta}
 
     def with_momentum(self, tensors: Sequence[Tensor]) -> list[bool]:
         """Whether each of the tensors has state that goes with it.
@@ -81,7 +80,7 @@ class Moments:
         return result
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The state tensors that go with these, in their order; the optimizer gets zeros for missing ones."""
+        """Returns the state tensors of these, in order. The optimizer gets zeros for missing ones."""
         kept = [t for t, has in zip(tensors, self.with_momentum(tensors), strict=True) if has]
         return [value for tensor in kept for value in self._of(tensor)]
 
@@ -101,7 +100,7 @@ class Moments:
 
 
 def _initial_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Any]:
-    """The state that the optimizer would make for a parameter like ``tensor``, with all tensors zero.
+    """Returns the state that the optimizer would make for a parameter like ``tensor``, with all tensors zero.
 
     A copy of the optimizer, without its hooks, takes a step on a zero gradient.
 

@@ -18,7 +18,7 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
     It is torch's ``PostLocalSGDOptimizer`` with support of schedulers, closures, hooks and ``GradScaler``.
 
     Its ``param_groups``, ``state`` and ``defaults`` are the local optimizer's own at all times, also after
-    ``load_state_dict``, which gives an optimizer new groups. Hooks on steps see this optimizer; hooks on
+    ``load_state_dict``, which gives an optimizer new groups. Hooks on steps see this optimizer. Hooks on
     state dicts are the local optimizer's.
 
     A scaler leaves out ``optimizer.step()`` on the rank whose gradients overflowed. With torch's wrapper that
@@ -71,7 +71,7 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
         return self.optim.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One local step (none if the scaler found Inf or NaN), then the averager's count and averaging.
+        """Takes a local step (none if the scaler found Inf or NaN), and calls the averager.
 
         Args:
             closure: for the local optimizer.
@@ -92,7 +92,7 @@ class AveragedOptimizer(PostLocalSGDOptimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state with ``"step"``, as torch's, and the averager's under ``"averager"``."""
+        """Returns the optimizer's state with ``"step"``, as torch's does, and with ``"averager"``."""
         return {
             **self.optim.state_dict(),
             "step": self.averager.step,

@@ -31,7 +31,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Quadratic:
-    """``w_t = (shift + t)**2`` (Local SGD, arXiv:1805.09767, Theorem 2.2; ``shift`` is its a)."""
+    """``w_t = (shift + t)**2`` (Local SGD, arXiv:1805.09767, Theorem 2.2, whose a is ``shift``)."""
 
     shift: float
 
@@ -74,9 +74,9 @@ class OutputAverage:
     taken: the start is one of them, the last iterate is not.
 
     Args:
-        params: the model, or its parameters; kept by reference. A model's parameters are looked up at each
+        params: the model, or its parameters, kept by reference. A model's parameters are looked up at each
             update, so ``load_state_dict(..., assign=True)`` may replace them.
-        weights: of iterate t, from 0; :class:`Quadratic`, :class:`Uniform`, :class:`LastHalf` or any
+        weights: of iterate t, from 0: :class:`Quadratic`, :class:`Uniform`, :class:`LastHalf` or any
             callable.
 
     Example::
@@ -108,7 +108,7 @@ class OutputAverage:
 
     @property
     def mean(self) -> Tensor:
-        """``(n,)`` float64: the running weighted mean of this worker's iterates; zeros before the first."""
+        """``(n,)`` float64: the running weighted mean of this worker's iterates, zeros before the first."""
         sums = [total for total in self._sums if total is not None]
         return torch.cat([total.reshape(-1) for total in sums]) / (self.total_weight or 1.0)
 
@@ -145,11 +145,11 @@ class OutputAverage:
                 _add_scaled(total, real_view(tensor), weight)
 
     def result(self, over: Transport | Averager | None = None) -> Tensor:
-        """The average, ``(n,)`` float64.
+        """Returns the average, ``(n,)`` float64.
 
         Args:
             over: an averager or a transport: average over all its workers too, a collective call. An
-                averager's ``weight``, where it has one, is the worker's weight; workers of a transport count
+                averager's ``weight``, where it has one, is the worker's weight. Workers of a transport count
                 alike. None: this worker alone.
 
         Raises:
@@ -213,10 +213,10 @@ class OutputAverage:
 
         with reporting(transport):
             buffers = Buffers(self.module, "average").averaged()
-            average_exactly(buffers, total, transport.world_size, None, spoiled=False)
+            average_exactly(buffers, total, transport.world_size, None, nonfinite=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running sum and its counts."""
+        """Returns the running sum and its counts."""
         sums = [None if total is None else total.clone() for total in self._sums]
         return {"step": self.step, "total_weight": self.total_weight, "sums": sums}
 
@@ -240,7 +240,7 @@ class OutputAverage:
 
 
 def _add_scaled(total: Tensor, tensor: Tensor, weight: float) -> None:
-    """``total += weight * tensor`` for a float64 total on the tensor's device, in pieces.
+    """Adds in place: ``total += weight * tensor`` for a float64 total on the tensor's device, in pieces.
 
     On a CPU torch converts a whole operand of another dtype into a new tensor first, which takes several
     times as long.

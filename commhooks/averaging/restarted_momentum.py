@@ -29,8 +29,8 @@ class RestartedMomentum(Anchored):
     ``g + beta u``, the paper's ``v``. With ``momentum=0`` only parameters are averaged.
 
     Args:
-        optimizer: the optimizer that steps; a ``torch.optim.SGD`` in the paper.
-        period: I, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+        optimizer: the optimizer that steps, a ``torch.optim.SGD`` in the paper.
+        period: I, local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps
             themselves (from 1).
         moments: ``"average"`` (default for SGD): the state that goes with a parameter is averaged too, of any
             torch optimizer: Adam's moments and step counts. ``"leave"``: it stays local.
@@ -48,8 +48,8 @@ class RestartedMomentum(Anchored):
             averager.average_parameters(model.parameters())
 
     Raises:
-        ValueError: a period that is not a positive integer; an optimizer that is not SGD without ``moments``;
-            ``dampening``.
+        ValueError: a period that is not a positive integer, an optimizer that is not SGD without ``moments``,
+            or ``dampening``.
     """
 
     _takes_wire = False
@@ -76,9 +76,8 @@ class RestartedMomentum(Anchored):
         """The paper's option, ``"I"`` (Polyak) or ``"II"`` (Nesterov), for each of SGD's parameter groups."""
         return self._moments.options
 
-    def settings(self) -> str:
-        compressed = self.reducer is not None
-        return f"RestartedMomentum({self._moments.describe()}, compressed={compressed}) at {self.sync!r}"
+    def settings(self) -> dict[str, object]:
+        return {**self._moments.settings(), **super().settings()}
 
     def _average(self, tensors: list[Tensor], ranks: Ranks) -> None:
         moments = self._moments.of(tensors)

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 class SlowMo(BlockAverager):
     """SlowMo: averages the models every ``period`` steps, with slow momentum in units of the gradient.
 
-    ``u = beta u + (w~ - mean_p w_p) / gamma; w~ = w~ - alpha gamma u``; all ranks restart from ``w~``.
+    ``u = beta u + (w~ - mean_p w_p) / gamma; w~ = w~ - alpha gamma u``. All ranks restart from ``w~``.
     ``gamma`` is the inner optimizer's learning rate at the synchronisation, by parameter group. So the slow
     momentum stays valid when the rate changes. While the rate is constant, this is
     :class:`~commhooks.averaging.DiLoCo` with ``SGD(lr=alpha, momentum=beta)``, and with ``alpha=1``
     :class:`~commhooks.averaging.BlockMomentum`.
 
     Args:
-        inner_optimizer: the optimizer that steps; its parameters are averaged. A group whose rate is 0 at a
+        inner_optimizer: the optimizer that steps. Its parameters are averaged. A group whose rate is 0 at a
             synchronisation keeps its ``u`` and takes no step there: its ``w~`` becomes the mean.
         beta: slow momentum in [0, 1).
-        period: tau, local steps between averagings; or a :class:`~commhooks.averaging.SyncSet`; or the steps
+        period: tau, local steps between averagings, a :class:`~commhooks.averaging.SyncSet`, or the steps
             themselves (from 1).
-        alpha: slow learning rate; 1 in the paper.
+        alpha: slow learning rate, 1 in the paper.
         reset_optimizer: whether the inner optimizer's state is cleared at every restart: the paper's "reset"
             of the fast momentum.
         **options: of :class:`~commhooks.averaging.Averager`.
@@ -72,12 +72,11 @@ class SlowMo(BlockAverager):
             period, params, reset_optimizer=inner_optimizer if reset_optimizer else None, **options
         )
 
-    def settings(self) -> str:
-        period = self.period if self.period is not None else self.sync
-        return f"SlowMo(beta={self.beta!r}, alpha={self.alpha!r}, period={period}, {self._compression()})"
+    def settings(self) -> dict[str, object]:
+        return {"beta": self.beta, "alpha": self.alpha, **super().settings()}
 
-    def _varying(self) -> str:
-        return f" at inner rates {[float(group['lr']) for group in self.inner_optimizer.param_groups]}"
+    def _varying(self) -> dict[str, object]:
+        return {"inner rates": [float(group["lr"]) for group in self.inner_optimizer.param_groups]}
 
     def _move_anchor(self, change: Tensor) -> None:
         assert self._change is not None
@@ -92,7 +91,7 @@ class SlowMo(BlockAverager):
             w.sub_(u, alpha=self.alpha * rate)
 
     def _rates(self) -> dict[int, float]:
-        """The inner learning rate of each tensor, by number."""
+        """Returns the inner learning rate of each tensor, by number."""
         rate_of = {id(p): float(g["lr"]) for g in self.inner_optimizer.param_groups for p in g["params"]}
         assert self._change is not None
         return {n: rate_of[id(self._members.tensors[n])] for n in self._change.numbers}

@@ -32,16 +32,16 @@ class Stagewise:
     the proximal gradient enters the memory with the rest of the gradient, and call :meth:`step` after every
     optimizer step.
 
-    A new stage drops what was withheld, as the paper defines it; :attr:`withheld` records how much.
+    A new stage drops what was withheld, as the paper defines it. :attr:`withheld` records how much.
 
     Args:
         optimizer: SGD without momentum (the memory has it). Its ``lr`` is overwritten at each stage.
         state: the ``SparseState`` of the hook, or a ``Reducer``. Its memory is emptied at the end of each
             stage. None: a dense run.
-        gamma: of the proximal term; below ``1 / c`` for a c-weakly convex F. The theorem takes ``1 / (2 c)``.
+        gamma: of the proximal term, below ``1 / c`` for a c-weakly convex F. The theorem takes ``1 / (2 c)``.
         eta0: learning rate of the first stage.
         stage_steps: T_s as a function of s. None: the smallest that the theorem allows.
-        weak_convexity: c; ``gamma`` is checked against it. None: unknown.
+        weak_convexity: c, against which ``gamma`` is checked. None: unknown.
 
     Attributes:
         stage: s, the stage the next step belongs to.
@@ -57,7 +57,7 @@ class Stagewise:
             stages.step()
 
     Raises:
-        ValueError: an argument out of range; an optimizer with momentum; a stage shorter than the theorem
+        ValueError: an argument out of range, an optimizer with momentum, or a stage shorter than the theorem
             allows.
     """
 
@@ -112,7 +112,7 @@ class Stagewise:
         return steps
 
     def penalty(self) -> Tensor:
-        """``||w - w~_s||^2 / (2 gamma)``, a scalar with a graph; add it to this rank's loss.
+        """Returns ``||w - w~_s||^2 / (2 gamma)``, a scalar with a graph. Add it to this rank's loss.
 
         Leave DDP's ``find_unused_parameters=True`` off: DDP would take parameters that only this term uses
         for unused.
@@ -143,7 +143,7 @@ class Stagewise:
         self._sum = flatten(self.tensors, torch.float64)
 
     def step(self) -> bool:
-        """Counts an optimizer step; at the end of a stage overwrites the parameters with its average.
+        """Counts an optimizer step, and overwrites the parameters at the end of a stage with its average.
 
         It does not communicate: the ranks' parameters are equal, so their averages are too.
 
@@ -179,7 +179,7 @@ class Stagewise:
             group["lr"] = self.rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Stage, step, anchor w~_s, the running sum of iterates and what was dropped so far."""
+        """Returns stage, step, anchor w~_s, the running sum of iterates and what was dropped so far."""
         return {
             "stage": self.stage,
             "stage_step": self.stage_step,
@@ -189,7 +189,7 @@ class Stagewise:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues a saved run; load model, optimizer and hook state as well."""
+        """Continues a saved run. Load model, optimizer and hook state as well."""
         self.stage, self.stage_step = state["stage"], state["stage_step"]
         self.withheld = list(state["withheld"])
         for own, saved in zip(self.anchor, state["anchor"], strict=True):

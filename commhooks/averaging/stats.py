@@ -43,7 +43,7 @@ class Figures:
         self.bytes_received += now_received - received
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures by name."""
+        """Returns all figures by name."""
         return asdict(self)
 
 

@@ -35,7 +35,7 @@ class SyncSet(ABC):
         return False
 
     def gap(self, total_steps: int) -> int:
-        """Largest distance between neighbouring synchronisations up to ``total_steps``, counted from step 0.
+        """Returns the largest distance between neighbouring synchronisations, from step 0 to ``total_steps``.
 
         The distance from the last synchronisation to ``total_steps`` counts as well, as the paper's T is in
         the set.
@@ -112,7 +112,7 @@ class Growing(SyncSet):
     """Often at first, then ever more rarely: the gaps grow geometrically up to ``maximum``.
 
     Gap i is ``first * factor**i``, rounded down, and at most ``maximum``. The paper's section 3 ("adaptive
-    communication frequency") suggests growing gaps and leaves the rule open; this geometric one is ours.
+    communication frequency") suggests growing gaps and leaves the rule open. This geometric one is ours.
     """
 
     first: int
@@ -171,7 +171,7 @@ Period = int | SyncSet | Iterable[int]
 
 
 def as_sync_set(period: Period | None, options: dict[str, Any] | None = None) -> SyncSet:
-    """The set that a ``period=`` argument means.
+    """Returns the set that a ``period=`` argument means.
 
     Args:
         period: a number of steps, a set, or the steps themselves.
@@ -198,7 +198,7 @@ def as_sync_set(period: Period | None, options: dict[str, Any] | None = None) ->
 
 
 def suggest_period(total_steps: int, world_size: int, batch_size: int = 1, scale: float = 1.0) -> int:
-    """The longest period without asymptotic cost: ``H = scale * sqrt(T / (P b))``, at least 1.
+    """Returns the longest period without asymptotic cost: ``H = scale * sqrt(T / (P b))``, at least 1.
 
     Source: arXiv:1805.09767, section 2.2.
 
@@ -206,7 +206,7 @@ def suggest_period(total_steps: int, world_size: int, batch_size: int = 1, scale
         total_steps: T, local steps of each worker.
         world_size: P.
         batch_size: b, samples of each worker's mini-batch.
-        scale: the constant of the O(.); the paper's includes sigma / G.
+        scale: the constant of the O(.). The paper's includes sigma / G.
     """
     for name, value in (("total_steps", total_steps), ("world_size", world_size), ("batch_size", batch_size)):
         positive_int(name, value)
@@ -216,7 +216,7 @@ def suggest_period(total_steps: int, world_size: int, batch_size: int = 1, scale
 
 
 def suggest_restart_period(total_steps: int, world_size: int, *, iid: bool = True, scale: float = 1.0) -> int:
-    """A period for ``RestartedMomentum``, by the paper's main results; at least 1.
+    """Returns a period for ``RestartedMomentum``, by the paper's main results, at least 1.
 
     ``I = scale * T**(1/2) / P**(3/2)`` on i.i.d. data, ``scale * T**(1/4) / P**(3/4)`` otherwise, rounded
     down. Source: arXiv:1905.03817.

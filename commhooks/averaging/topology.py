@@ -28,7 +28,7 @@ class Topology:
 
     Attributes:
         name: for messages.
-        matrices: ``(P, P)`` float64 each; matrix ``i % len(matrices)`` serves the ``i``-th averaging, from 0.
+        matrices: ``(P, P)`` float64 each. Matrix ``i % len(matrices)`` serves the ``i``-th averaging, from 0.
         spectral_gap: ``1 - max(|lambda_2|, |lambda_n|)`` of a symmetric W. Otherwise ``1 - rho**(1 / m)`` for
             m matrices, where rho is the largest singular value of their product away from consensus. Each
             averaging multiplies the consensus distance by at most ``1 - spectral_gap`` (mean over m).
@@ -49,11 +49,11 @@ class Topology:
         return digest_of(self.matrices)
 
     def matrix(self, averaging: int) -> Tensor:
-        """The matrix W of the ``averaging``-th averaging, from 0."""
+        """Returns the matrix W of the ``averaging``-th averaging, from 0."""
         return self.matrices[averaging % len(self.matrices)]
 
     def neighbours(self, rank: int, averaging: int) -> tuple[list[int], list[tuple[int, float]]]:
-        """The ranks that ``rank`` sends to; those it receives from (and itself), with weights. Ascending."""
+        """Returns the ranks it sends to, and those it receives from (and itself) with weights. Ascending."""
         matrix = self.matrix(averaging)
         row, column = matrix[rank].tolist(), matrix[:, rank].tolist()
         sends = [peer for peer, weight in enumerate(row) if weight != 0.0 and peer != rank]
@@ -71,10 +71,10 @@ class Topology:
 def from_matrix(
     matrix: Tensor | Sequence[Sequence[float]] | Any, name: str = "matrix", *, directed: bool = False
 ) -> Topology:
-    """A topology from a mixing matrix, which is checked.
+    """Returns a topology from a mixing matrix, which is checked.
 
     Args:
-        matrix: ``(P, P)``, anything ``torch.as_tensor`` takes; ``W[j, p]`` is the weight of rank j at rank p.
+        matrix: ``(P, P)``, anything ``torch.as_tensor`` takes. ``W[j, p]`` is the weight of rank j at rank p.
         name: for messages.
         directed: W need not be symmetric. It must still be doubly stochastic, or the mixing would not keep
             the mean. The gap is then computed from singular values.
@@ -100,7 +100,7 @@ def from_matrix(
 
 
 def from_edges(world_size: int, edges: Iterable[tuple[int, int]], name: str = "edges") -> Topology:
-    """A topology from an undirected edge list, with Metropolis weights.
+    """Returns a topology from an undirected edge list, with Metropolis weights.
 
     ``W[i, j] = 1 / (1 + max(degree_i, degree_j))`` along edges and the rest on the diagonal: symmetric and
     doubly stochastic for any graph, and each rank needs to know its neighbours' degrees only (Xiao, Boyd, Kim
@@ -108,7 +108,7 @@ def from_edges(world_size: int, edges: Iterable[tuple[int, int]], name: str = "e
 
     Args:
         world_size: P.
-        edges: pairs of ranks; order and repetition do not matter.
+        edges: pairs of ranks. Order and repetition do not matter.
         name: for messages.
 
     Raises:
@@ -130,7 +130,7 @@ def from_edges(world_size: int, edges: Iterable[tuple[int, int]], name: str = "e
 
 
 def ring(world_size: int) -> Topology:
-    """A ring: each rank and its two neighbours have weight 1/3 each (1/2 with two ranks)."""
+    """Returns a ring: each rank and its two neighbours have weight 1/3 each (1/2 with two ranks)."""
     positive_int("world_size", world_size)
     return from_edges(
         world_size, ((i, (i + 1) % world_size) for i in range(world_size) if world_size > 1), "ring"
@@ -138,7 +138,7 @@ def ring(world_size: int) -> Topology:
 
 
 def torus(world_size: int, rows: int | None = None) -> Topology:
-    """A ``rows`` x columns grid that wraps around; without ``rows``, as square as ``world_size`` allows.
+    """Returns a ``rows`` x columns grid that wraps around, by default as square as ``world_size`` allows.
 
     Raises:
         ValueError: ``rows`` does not divide ``world_size``.
@@ -181,7 +181,7 @@ def exponential(world_size: int) -> Topology:
 
 
 def complete(world_size: int) -> Topology:
-    """All ranks with all ranks, ``W = 1/P``: PR-SGD-Momentum with a period of 1."""
+    """Connects all ranks with all ranks, ``W = 1/P``: PR-SGD-Momentum with a period of 1."""
     positive_int("world_size", world_size)
     return from_matrix(
         torch.full((world_size, world_size), 1.0 / world_size, dtype=torch.float64, device="cpu"), "complete"
@@ -189,7 +189,7 @@ def complete(world_size: int) -> Topology:
 
 
 def one_peer_exponential(world_size: int) -> Topology:
-    """Time-varying, one message per rank and averaging: distances 1, 2, 4, ... around the ring in turn.
+    """Returns a time-varying topology with one message per averaging: ring distances 1, 2, 4, ... in turn.
 
     In turn ``j`` each rank sends to the rank ``2**j`` ahead, and averages with the rank ``2**j`` behind. Each
     matrix is doubly stochastic but not symmetric. For P a power of two the ``log2 P`` turns together average
@@ -202,10 +202,10 @@ def one_peer_exponential(world_size: int) -> Topology:
 
 
 def time_varying(matrices: Sequence[Any], name: str = "time_varying") -> Topology:
-    """A topology of matrices that take turns; each doubly stochastic, and connected together.
+    """Returns a topology of matrices that take turns, each doubly stochastic, and connected together.
 
     Args:
-        matrices: ``(P, P)`` each, symmetric or not; anything ``torch.as_tensor`` takes.
+        matrices: ``(P, P)`` each, symmetric or not, anything ``torch.as_tensor`` takes.
         name: for messages.
 
     Raises:

@@ -44,7 +44,7 @@ class WiredChange:
 
         Args:
             transport: connects the ranks.
-            change: this rank's, ``(n,)`` float32; overwritten with what was not sent.
+            change: this rank's, ``(n,)`` float32, which is overwritten with what was not sent.
             step: local steps so far.
             what: names the averaging in the error.
             propagate: where a sum is not finite, return NaN everywhere instead of an error.
@@ -70,7 +70,7 @@ class WiredChange:
         So ``mean_p w_p + owned`` stays as it is. It is called where the layout changes.
 
         Args:
-            tensors: in the present layout; changed in place.
+            tensors: in the present layout, changed in place.
             world_size: P.
         """
         if self.owned.numel():
@@ -83,7 +83,7 @@ class WiredChange:
         self.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of what this rank owns, and where it begins."""
+        """Returns a copy of what this rank owns, and where it begins."""
         return {"start": self.start, "owned": self.owned.clone()}
 
     def load_state_dict(self, state: dict[str, Any], numel: int, rank: int, world_size: int) -> None:
@@ -107,5 +107,5 @@ class WiredChange:
 
 
 def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks' wires as one, which holds every chunk."""
+    """Returns the states of all ranks' wires as one, which holds every chunk."""
     return {"start": 0, "owned": torch.cat([state["owned"].cpu() for state in states])}

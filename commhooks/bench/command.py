@@ -62,13 +62,17 @@ class Report:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``bench`` to ``parser``."""
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", choices=MODELS, default="resnet50", help="Default: resnet50.")
-    what.add_argument("--numel", type=float, metavar="N", help="Square layers with about N parameters.")
+    what.add_argument(
+        "--model", choices=MODELS, default="resnet50", help="The built-in model to train. Default: resnet50."
+    )
+    what.add_argument(
+        "--numel", type=float, metavar="N", help="Train a stack of square layers with about N parameters."
+    )
     what.add_argument(
         "--module",
         metavar="PACKAGE:FUNCTION",
-        help="Your own: the function draws the batch, and returns (model, function of the model that returns "
-        "a loss).",
+        help="Train a model of your own. FUNCTION of PACKAGE draws the batch and returns the model and a function "
+        "of the model that returns a loss.",
     )
     parser.add_argument(
         "--schemes",
@@ -76,13 +80,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*FOREIGN, *OURS),
         default=list(DEFAULT),
         metavar="S",
-        help=f"Of {', '.join((*FOREIGN, *OURS))}. Default: {' '.join(DEFAULT)}.",
+        help=f"The schemes to measure, of {', '.join((*FOREIGN, *OURS))}. Default: {' '.join(DEFAULT)}.",
     )
-    parser.add_argument("--density", type=float, default=0.01, metavar="D", help="Of ours. Default: 0.01.")
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="For all. Default: 60.")
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.01,
+        metavar="D",
+        help="The share of a gradient that our sparse schemes send. Default: 0.01.",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="Seconds that all measurements may take together. Default: 60.",
+    )
     speed.add_option(parser)
-    parser.add_argument("--json", metavar="FILE", help="Write the figures to FILE, times in seconds.")
-    parser.add_argument("--plot", metavar="FILE", help="Draw the figures into FILE. Needs matplotlib.")
+    parser.add_argument(
+        "--json", metavar="FILE", help="Write the figures to FILE, times in seconds. Default: no file."
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="Draw the figures into FILE, with matplotlib. Default: no picture."
+    )
 
 
 def run(arguments: argparse.Namespace) -> Report | None:

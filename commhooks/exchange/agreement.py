@@ -1,14 +1,15 @@
 """Checks that all ranks have the same settings before data is sent, by messages of one fixed size.
 
-:func:`encode` makes a rank's message and :func:`compare` reads the messages of all ranks. :func:`agree`
-gathers and compares in one call that waits. Horovod's compressions may not wait inside backward: they start
+:func:`encode` makes a rank's message and :func:`compare` reads the messages of all ranks.
+:func:`gather_agreed` gathers checksums first, and the messages only where these differ. :func:`agree` does so
+over a transport. Both wait for all ranks. Horovod's compressions may not wait inside backward: they start
 an all-gather of their own there and call :func:`compare` later.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -116,18 +117,50 @@ def agree(
     Raises:
         SettingsMismatchError: as :func:`compare`, on every rank.
     """
-    message, what_for = encode(settings), f"{what}, agreement on settings"
-    mine = torch.cat(
-        (message[:_CHECKSUM_BYTES], torch.tensor([note], dtype=torch.float64, device="cpu").view(torch.uint8))
-    )
-    gathered = mine.new_empty((transport.world_size, mine.numel()))
-    transport.all_gather(mine, gathered, tag=tag, what=what_for)
+
+    def gather(own: Tensor) -> Tensor:
+        gathered = own.new_empty((transport.world_size, own.numel()))
+        transport.all_gather(own, gathered, tag=tag, what=f"{what}, agreement on settings")
+        return gathered
+
+    payload = torch.tensor([note], dtype=torch.float64, device="cpu").view(torch.uint8)
+    notes = gather_agreed(settings, payload, gather, transport.rank, what, advice=advice)
+    return [float(x) for x in notes.view(torch.float64)]
+
+
+def gather_agreed(
+    settings: Settings,
+    payload: Tensor,
+    gather: Callable[[Tensor], Tensor],
+    rank: int,
+    what: str,
+    *,
+    advice: Mapping[str, str] | None = None,
+) -> Tensor:
+    """Gathers the ranks' payloads with a checksum of their settings, and compares the settings.
+
+    Where checksums differ it gathers once more: the messages of :func:`encode`.
+
+    Args:
+        settings: this rank's.
+        payload: ``(n,)`` uint8, of one size on all ranks. It is not compared.
+        gather: takes this rank's message ``(m,)`` uint8; returns those of all P ranks, ``(P, m)``.
+        rank: this rank.
+        what: names the exchange in errors.
+        advice: see :func:`compare`.
+
+    Returns:
+        The payloads ``(P, n)``, in rank order.
+
+    Raises:
+        SettingsMismatchError: as :func:`compare`, on every rank.
+    """
+    message = encode(settings)
+    gathered = gather(torch.cat((message[:_CHECKSUM_BYTES], payload)))
     checksums = gathered[:, :_CHECKSUM_BYTES]
     if not torch.equal(checksums, checksums[:1].expand_as(checksums)):
-        messages = message.new_empty((transport.world_size, MESSAGE_BYTES))
-        transport.all_gather(message, messages, tag=tag, what=what_for)
-        compare(messages, transport.rank, what, advice=advice)
-    return [float(x) for x in gathered[:, _CHECKSUM_BYTES:].contiguous().view(torch.float64)]
+        compare(gather(message), rank, what, advice=advice)
+    return gathered[:, _CHECKSUM_BYTES:].contiguous()
 
 
 def agree_on_context(transport: Transport, context: Context) -> None:

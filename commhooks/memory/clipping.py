@@ -15,9 +15,9 @@ from .parameter_memory import BucketMemory
 OVER = ("bucket", "model")
 _TINY = 1e-3
 _STEPS = 20
-_STANDS_STILL = (
+_CUT_OFF = (
     "clip_norm={bound:g} removed more than 99.9 % of this rank's gradient in {steps} steps running (the "
-    "norm is about {norm:.3g} now): training stands still. Where a GradScaler scales the loss, pass it to "
+    "norm is about {norm:.3g} now): the model hardly changes. Where a GradScaler scales the loss, pass it to "
     "the state: SparseState(..., grad_scaler=scaler). Else raise clip_norm"
 )
 
@@ -81,7 +81,7 @@ class Clip:
         if streak >= _STEPS:
             self._told = True
             norm = self.bound / factor if factor else float("inf")
-            warnings.warn(_STANDS_STILL.format(bound=self.bound, steps=streak, norm=norm), stacklevel=2)
+            warnings.warn(_CUT_OFF.format(bound=self.bound, steps=streak, norm=norm), stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"bound": self.bound, "over": self.over}

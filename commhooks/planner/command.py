@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..native import speed
-from ..transports import Transport, make
+from ..transports import NAMES, OVER_TORCH, Transport, make
 from ..transports.launcher import launched, local_rank
 from .cost_model import LOW_BIT
 from .measured import measured_plan, sizes_of, slow_rank
@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--transport",
-        choices=("distributed", "mpi"),
-        help="How messages travel. Default: distributed under torchrun, mpi under mpiexec.",
+        choices=NAMES,
+        help="How messages travel; gloo and nccl are distributed with that backend required. Default: "
+        "distributed under torchrun, mpi under mpiexec.",
     )
     parser.add_argument(
         "--densities",
@@ -251,9 +252,9 @@ def _transport(name: str | None, device: torch.device) -> Iterator[Transport]:
         raise ValueError(_one_rank())
     if name is None:
         name = "distributed" if "WORLD_SIZE" in os.environ else "mpi"
-    started: Any = name == "distributed" and not dist.is_initialized()
+    started: Any = name in OVER_TORCH and not dist.is_initialized()
     if started:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" and name != "gloo" else "gloo")
     transport = make(name, device_type=device.type)
     try:
         yield transport

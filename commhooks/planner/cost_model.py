@@ -15,8 +15,9 @@ from ..wire.low_bit import BLOCK
 from ..wire.message import HEADER_BYTES
 
 LOW_BIT = {"lowbit1": 1, "lowbit2": 2, "lowbit4": 4, "lowbit8": 8}
-"""The schemes that send every element, and the bits of each."""
+"""The schemes that send every element in few bits, and the bits of each."""
 SCHEMES = ("dense", "topk", "gtopk", "gtopk-tree", "randomk", *LOW_BIT)
+"""The schemes with a formula: rows of ``commhooks.schemes.SCHEMES``, or ``lowbit`` and its bits."""
 _PAIR_BYTES = 8
 _VALUE_BYTES = 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ CODED = ("lowbit8", "lowbit4", "lowbit2")
 """The schemes that send every element in few bits and are predicted for every job."""
 CANDIDATES = (*SPARSE, *CODED)
 SAFE = ("topk", "gtopk")
-"""The schemes that may be chosen for SGD, and untold. Not random-k: it diverges with momentum."""
+"""The schemes that may be chosen for SGD, and by default. Not random-k: it diverges with momentum."""
 ADAPTIVE = ("lowbit8", "lowbit4")
 """The schemes that may be chosen for AdamW, Muon and other optimizers than SGD.
 
@@ -69,12 +70,17 @@ class Job:
             raise ValueError(f"schemes must be among {CANDIDATES}, got {self.schemes!r}")
         check_backward_s(self.backward_s)
 
-    def ladder(self) -> list[tuple[str, float]]:
+    def candidates(self) -> list[tuple[str, float]]:
         """Returns the allowed pairs of scheme and density, those closest to dense training first."""
         densities = sorted(self.densities, reverse=True)
         coded = [(s, 1.0) for s in CODED if s in self.schemes]
         exact = [(s, d) for d in densities for s in ("topk", "gtopk") if s in self.schemes]
         return coded + exact + [("randomk", d) for d in densities if "randomk" in self.schemes]
+
+    def ladder(self) -> list[tuple[str, float]]:
+        """Returns :meth:`candidates`, under its old name."""
+        warnings.warn("Job.ladder is now called candidates", DeprecationWarning, stacklevel=2)
+        return self.candidates()
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class Plan:
 
     def faster_if_allowed(self) -> Prediction | None:
         """Returns the fastest candidate that the job does not allow, if it beats the choice by the margin."""
-        allowed = [("dense", 1.0), *self.job.ladder()]
+        allowed = [("dense", 1.0), *self.job.candidates()]
         taken = next(p for p in self.predictions if (p.scheme, p.density) == (self.scheme, self.density))
         others = (p for p in self.predictions if (p.scheme, p.density) not in allowed)
         return next((p for p in others if self.world_size > 1 and _pays(p, taken)), None)
@@ -181,7 +187,7 @@ class Plan:
 def choose(costs: Costs, job: Job, world_size: int) -> Plan:
     """Makes the plan from the costs of one measurement.
 
-    The choice starts at dense and goes through :meth:`Job.ladder`. Candidates further down learn worse. So a
+    The choice starts at dense and goes through :meth:`Job.candidates`. Later candidates learn worse. So a
     candidate replaces the choice only when it is predicted to be ``MARGIN`` times faster and to save
     ``LEAST_SAVING_S`` seconds. Random-k never replaces another scheme.
 
@@ -190,7 +196,7 @@ def choose(costs: Costs, job: Job, world_size: int) -> Plan:
         job: the job to plan for.
         world_size: P.
     """
-    allowed, densities = job.ladder(), {*job.densities, *PREDICTED_DENSITIES}
+    allowed, densities = job.candidates(), {*job.densities, *PREDICTED_DENSITIES}
     pairs = [*((s, d) for s in SPARSE for d in sorted(densities)), *((s, 1.0) for s in CODED)]
     others = [pair for pair in pairs if pair not in allowed]
     found = {pair: _best(costs, job, world_size, *pair) for pair in [*allowed, *others]}
@@ -218,8 +224,8 @@ def settle(plans: Sequence[Plan]) -> Plan:
     Its scheme must pay by the slowest of its predictions beside the fastest of dense's, and by a factor that
     is as many times larger as the measurements differ. Else the plan is dense.
     """
-    ladder = [("dense", 1.0), *plans[0].job.ladder()]
-    taken = min(plans, key=lambda p: ladder.index((p.scheme, p.density)))
+    candidates = [("dense", 1.0), *plans[0].job.candidates()]
+    taken = min(plans, key=lambda p: candidates.index((p.scheme, p.density)))
     alike = [p for p in plans if (p.scheme, p.density) == (taken.scheme, taken.density)]
     bucket_mb = min((p.bucket_mb for p in alike), key=_size_order)
     taken = replace(next(p for p in alike if p.bucket_mb == bucket_mb), spread=_spread(plans))

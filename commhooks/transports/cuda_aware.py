@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
+
+from ..errors import environment_choice
 
 VARIABLE = "COMMHOOKS_MPI_CUDA_AWARE"
 """``1`` or ``0`` overrides the library's own answer: some libraries are CUDA-aware and do not report it."""
@@ -22,9 +23,7 @@ def is_cuda_aware(mpi: Any) -> bool:
     Raises:
         ValueError: the variable is neither 0 nor 1.
     """
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE} must be 0 or 1, got {wanted!r}")
+    wanted = environment_choice(VARIABLE, ("0", "1"), "")
     return wanted == "1" if wanted else _library_says_so(mpi.__file__)
 
 

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 from gpu.machine import ROOT
 
-VERDICTS = ("pass", "skip", "fail", "timed out", "stopped", "not run")
 STEP = ">>> "  # a program prints this and a name before each of its steps: a hang is told by the last one
 _TO_END_S = 5.0  # of the budget: to end what ran too long, and to write
 _TO_DUMP_S = 2.0  # for a program that is being ended, to print the stacks of its threads

@@ -7,6 +7,8 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from commhooks.transports import NAMES
+
 from .averaging import AVERAGING_HELP, KINDS, START_HELP, SYNC_HELP, TOPOLOGIES, WIRE_BITS
 from .averaging import check as check_averaging
 from .data_text import LEVELS
@@ -121,7 +123,7 @@ def _add_gradients(group: Any) -> None:
     add("--scheme", choices=SCHEMES, help="What is sent (topk; under --averaging: dense).")
     add("--density", type=float, default=0.01, help="Share of the gradient that is sent (0.01).")
     add("--bits", type=int, choices=WIRE_BITS, default=4, help="Bits an element of --scheme lowbit (4).")
-    add("--transport", choices=("distributed", "mpi"), default="distributed", help="Network (distributed).")
+    add("--transport", choices=NAMES, default="distributed", help="Network (distributed).")
     add("--momentum", type=float, help="Momentum (0; --averaging restarted and decentralized: 0.9).")
     add(
         "--momentum-in",

@@ -179,7 +179,7 @@ def test_the_mean_of_wide_numbers_is_as_exact_as_float64():
             transport.all_reduce(flat, tag=1, what="test")
             return flat
 
-        average_exactly(own, total, 3, None, spoiled=False)
+        average_exactly(own, total, 3, None, nonfinite=False)
         return own[0]
 
     for mean in in_process.run(3, work):

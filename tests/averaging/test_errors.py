@@ -10,6 +10,7 @@ from commhooks import Dense, ErrorFeedback, Reducer
 from commhooks.averaging import (
     BlockMomentum,
     DecentralizedMomentum,
+    Every,
     LocalSGD,
     OutputAverage,
     RestartedMomentum,
@@ -25,7 +26,7 @@ from .workers import Pieces, averagers, run_steps, start
 @pytest.mark.parametrize(
     ("sync", "steps", "width", "shown"),
     [
-        ((2, 4), (4, 4), (3, 3), r"disagree on settings: .*=[24],.* here, .*=[24],.* on rank [01]"),
+        ((2, 4), (4, 4), (3, 3), r"disagree on period: [24] here, [24] on rank [01]$"),
         ((2, 2), (4, 6), (3, 3), "disagree on step: . here, . on rank ."),
         ((2, 2), (4, 4), (3, 5), r"disagree on parameter shapes: \d elements"),
     ],
@@ -47,8 +48,26 @@ def test_neighbours_that_disagree_are_told():
         averager = DecentralizedMomentum(optimizer, topology.ring(4), transport=transport)
         run_steps(model, optimizer, averager, lambda p, t, x: x, transport.rank, 1)
 
-    with pytest.raises(SettingsMismatchError, match="disagree on settings"):
+    shown = r"disagree on options: \['II?'\] here, \['II?'\] on ranks? [0-3, ]+$"
+    with pytest.raises(SettingsMismatchError, match=shown):
         in_process.run(4, work, timeout_s=10)
+
+
+def test_each_setting_that_differs_is_told_once():
+    def work(transport):
+        model = Pieces(start())
+        if transport.rank == 0:
+            averager = BlockMomentum(0.5, 2, params=model.parameters(), transport=transport)
+        else:
+            averager = BlockMomentum(0.7, Every(2, 4), params=model.parameters(), transport=transport)
+        with pytest.raises(SettingsMismatchError) as caught:
+            averager.synchronise(model.parameters())
+        return str(caught.value)
+
+    assert in_process.run(2, work, timeout_s=10)[0].endswith(
+        "disagree on mu: 0.5 here, 0.7 on rank 1; "
+        "period: 2 here, Every(period=2, start=4, total_steps=None) on rank 1"
+    )
 
 
 @pytest.mark.parametrize("kind", range(4))

@@ -75,7 +75,7 @@ def test_error_comes_before_the_reducer_too(kind):
 
 
 def test_other_policies_are_refused():
-    with pytest.raises(ValueError, match="nonfinite must be.*'ignore'"):
+    with pytest.raises(ValueError, match="nonfinite must be one of .*'error'.*, got 'ignore'"):
         make("local", parameters(0), in_process.group(1)[0], nonfinite="ignore")
 
 

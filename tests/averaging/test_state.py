@@ -120,6 +120,27 @@ def test_residuals_are_not_dropped_in_silence_by_an_averager_without_a_reducer(k
         assert caplog.text.count("residuals would be lost") == 2
 
 
+def test_a_state_saved_with_other_settings_is_loaded_and_the_difference_logged(caplog):
+    def made(mu):
+        model = Pieces(start())
+        return BlockMomentum(mu, PERIOD, params=model.parameters(), transport=in_process.group(1)[0])
+
+    state = made(0.5).state_dict()
+    assert state["settings"] == {"mu": 0.5, "period": PERIOD, "compressed": False}
+    made(0.5).load_state_dict(state)
+    assert not caplog.records
+    averager = made(0.7)
+    averager.load_state_dict({**state, "step": 2})
+    assert averager.step == 2 and caplog.messages == [
+        "the state was saved with other settings, and this BlockMomentum goes on with its own: "
+        "mu: 0.5 saved, 0.7 here"
+    ]
+    caplog.clear()
+    text = "BlockMomentum(mu=0.5, period=3, compressed=False)"  # as versions before saved it
+    averager.load_state_dict({**state, "step": 1, "settings": text})
+    assert averager.step == 1 and f"saved by {text}; the run goes on with BlockMomentum(mu=0.7" in caplog.text
+
+
 ORDERS = ("bmoa", "mboa", "moba", "baom")  # b: build the averager; m, o, a: load model, optimizer, averager
 
 

@@ -1,4 +1,4 @@
-"""Clipping: by the norm of the whole model, a clip that stands still, and a clip of the average behind the hook."""
+"""Clipping: by the norm of the whole model, a clip that leaves nothing, and a clip of the average behind the hook."""
 
 import contextlib
 import warnings

@@ -127,6 +127,36 @@ def test_a_broken_link_is_found(tmp_path):
     assert list(broken_links(page)) == ["#one", "none.md"]
 
 
+FOLDERS = {p.name for top in (ROOT, ROOT / "commhooks") for p in top.iterdir() if p.is_dir()} - {
+    "build",
+    "dist",
+}
+
+
+def missing_paths(page):
+    """Paths in backticks that begin with a folder of the repository or of the package, and do not exist."""
+    for code in re.findall(r"`([^`\n]*)`", FENCE.sub("", page.read_text())):
+        for word in code.split():
+            folder, slash, rest = word.partition("/")
+            if not slash or folder not in FOLDERS or rest.isupper():  # NAME stands for any
+                continue
+            if not any(rest == "" or list((top / folder).glob(rest)) for top in (ROOT, ROOT / "commhooks")):
+                yield word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_exist(page):
+    assert not list(missing_paths(page))
+
+
+def test_a_missing_path_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`reduction/step.py` `scripts/bench --none` `scripts/none` `docs/*.none` `docs/*.md` `k/n`\n"
+    )
+    assert list(missing_paths(page)) == ["scripts/none", "docs/*.none"]
+
+
 def long_lines(text):
     """Numbers of the lines that could be shorter: not code, tables, rendered blocks, headings or pictures."""
     kept = re.sub(r"<!-- rendered: .*?<!-- end -->", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)

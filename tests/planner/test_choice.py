@@ -147,6 +147,17 @@ def test_random_k_is_not_taken_untold_and_only_when_no_other_pays():
         assert untold.predictions[0].scheme == "randomk" and "randomk" not in untold.reason
 
 
+def test_the_candidates_are_in_order_also_by_their_old_name():
+    job = Job(1000, schemes=("randomk", "gtopk", "topk"), densities=(0.001, 0.01))
+    expected = [(s, d) for d in (0.01, 0.001) for s in ("topk", "gtopk")] + [
+        ("randomk", 0.01),
+        ("randomk", 0.001),
+    ]
+    assert job.candidates() == expected
+    with pytest.warns(DeprecationWarning, match="now called candidates"):
+        assert job.ladder() == expected
+
+
 def test_few_bits_are_for_other_optimizers_than_sgd():
     """Only bytes cost. Of an element 2 ranks send 4 bytes, 1.01 in 8 bits, 0.51 in 4 bits, and 0.08 by top-k."""
     c, numel = free(byte_s=1e-6), 10**6

@@ -1,5 +1,6 @@
 """The commands: what `plan` and `info` print, alone and under each launcher, and what they refuse."""
 
+import argparse
 import contextlib
 import json
 import sys
@@ -25,6 +26,34 @@ def test_one_rank_is_told_how_to_start_more():
     assert "one rank sends nothing" in alone.stderr
     assert "\n  torchrun --nproc-per-node 4 -m commhooks plan --numel 1e5 --densities 0.1\n" in alone.stderr
     assert "\n  mpiexec -n 4 python -m mpi4py -m commhooks plan --numel 1e5 --densities 0.1\n" in alone.stderr
+
+
+@pytest.mark.parametrize(
+    "name, device, backend",
+    [
+        ("distributed", "cpu", "gloo"),
+        ("gloo", "cpu", "gloo"),
+        ("gloo", "cuda", "gloo"),
+        ("nccl", "cuda", "nccl"),
+    ],
+)
+def test_every_name_of_a_transport_over_torch_starts_its_process_group(monkeypatch, name, device, backend):
+    started, made = [], []
+
+    def make(name, device_type):
+        made.append((name, device_type))
+        return in_process.group(1)[0]
+
+    monkeypatch.setattr(command, "launched", lambda: "torchrun")
+    monkeypatch.setattr(command, "make", make)
+    monkeypatch.setattr(command.dist, "init_process_group", started.append)
+    monkeypatch.setattr(command.dist, "destroy_process_group", lambda: started.append("ended"))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = parser.parse_args(["--numel", "10", "--transport", name])
+    with command._transport(options.transport, torch.device(device)):
+        assert started == [backend] and made == [(name, device)]
+    assert started == [backend, "ended"]
 
 
 class Broken(torch.nn.Module):

@@ -15,6 +15,8 @@ from training import launch as job_launch
 from training.log import Log, read, table
 from training.schedules import learning_rate
 
+from commhooks.transports import NAMES
+
 TRAIN = ROOT / "scripts" / "train.py"
 MLP = ["--model", "mlp", "--hidden", "64", "--batch-size", "64", "--quiet"]
 
@@ -438,6 +440,10 @@ def test_options_that_cannot_be_meant_are_refused(given, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         options.parse(given)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_name_of_a_transport_is_an_option():
+    assert [parse("--transport", name).transport for name in NAMES] == list(NAMES)
 
 
 def test_a_task_that_cannot_be_had_is_one_line_and_a_status(tmp_path):

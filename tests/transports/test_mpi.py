@@ -225,7 +225,7 @@ def test_gpu_buffers_are_sent_directly_only_where_the_library_can():
     done = run([sys.executable, "-c", textwrap.dedent(CUDA_AWARE)], timeout=TIMEOUT)
     assert "itself: False cpu" in done.stdout, done.show()
     assert "told yes: True cuda cpu" in done.stdout and "told no: False" in done.stdout
-    assert "said: COMMHOOKS_MPI_CUDA_AWARE must be 0 or 1, got 'perhaps'" in done.stdout
+    assert "said: COMMHOOKS_MPI_CUDA_AWARE must be one of 0, 1, got 'perhaps'" in done.stdout
 
 
 def test_the_streams_of_the_tensors_devices_are_waited_for(monkeypatch):

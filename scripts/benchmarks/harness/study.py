@@ -51,12 +51,13 @@ class Job:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, needs_file: bool = True, draws: bool = True) -> None:
-    """`--json` and, where there is a picture, `--plot`: the same for every study."""
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", required=needs_file, help="write the records there, one a line"
-    )
+    """Adds `--json` and, where there is a picture, `--plot`: the same for every study."""
+    text = "Write the records to FILE, one a line." + (" Required." if needs_file else " Default: no file.")
+    parser.add_argument("--json", type=Path, metavar="FILE", required=needs_file, help=text)
     if draws:
-        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture there")
+        parser.add_argument(
+            "--plot", type=Path, metavar="FILE", help="Draw the picture into FILE. Default: no picture."
+        )
 
 
 def run(
