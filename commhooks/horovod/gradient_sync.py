@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ddp.state import SparseState
 from ..errors import PeerLostError, PeerTimeoutError
-from ..transports import DEFAULT_TIMEOUT_S, finalization
+from ..transports import default_timeout, finalization
 from ..transports.mpi import abort, load_mpi
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
@@ -83,9 +83,10 @@ class GradientSync:
             _close_stale()
             _quietly(state.close)
             state.restart(state.state_dict())  # a new rank asks for agreement on each layout
+        timeout_s = state.reducer.timeout_s or default_timeout()
         try:
             transport, state.process_group = open_transport(
-                connection.requested, self.process_set, state.reducer.timeout_s or DEFAULT_TIMEOUT_S
+                connection.requested, self.process_set, timeout_s
             )
         except (PeerLostError, PeerTimeoutError) as error:
             self._raise(error)

@@ -26,8 +26,7 @@ from ..reduction.checkpoint import check_fits, description, in_units_of
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
 from ..selection.selectors import Selector
-from ..transports import DEFAULT_TIMEOUT_S
-from ..transports.distributed import timeout_of
+from ..transports import check_timeout, default_timeout
 from ..wire.message import Context
 from .api import check_process_set, horovod, wait_for
 from .parameters import SCALER_ORDER, Entry, ParameterTable
@@ -91,15 +90,12 @@ class CompressorCore:
         timeout_s: float | None,
     ) -> None:
         self.step = Step(nonfinite)
-        if timeout_s is None:
-            timeout_s = timeout_of(None) or DEFAULT_TIMEOUT_S
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
+        self.timeout_s = default_timeout() if timeout_s is None else check_timeout(timeout_s)
         memory = ErrorFeedback() if memory is None else memory
         if not isinstance(memory, Memory):
             raise TypeError(f"memory must be a Memory such as ErrorFeedback(), got {type(memory).__name__}")
         self.selector, self.memory = selector, memory
-        self.timeout_s, self._process_set = float(timeout_s), process_set
+        self._process_set = process_set
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})
         self.moved: dict[str, object] | None = None

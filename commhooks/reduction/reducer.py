@@ -20,7 +20,7 @@ from ..memory.resharding import check_states, redistributed
 from ..native.fused import Fused
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
-from ..transports import Connection, Transport
+from ..transports import Connection, Transport, check_timeout
 from ..wire.low_bit import chunks
 from ..wire.message import RETURNED, Context, OutOfStepError
 from .checkpoint import check_fits, description, in_units_of
@@ -92,8 +92,8 @@ class Reducer:
         check_scheme(selector, aggregator)
         if not isinstance(delta_every, int) or delta_every < 0:
             raise ValueError(f"delta_every must be an integer >= 0, got {delta_every!r}")
-        if timeout_s is not None and not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
+        if timeout_s is not None:
+            check_timeout(timeout_s)
         self.selector, self.aggregator = selector, aggregator
         self.connection = Connection(aggregator.requested)
         self.memory = chosen_memory(memory, aggregator)

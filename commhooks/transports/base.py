@@ -21,6 +21,13 @@ Message = tuple[int, Tensor]
 """A peer's rank and the contiguous tensor sent to it or received from it."""
 
 
+def check_timeout(timeout_s: float) -> float:
+    """Returns ``timeout_s`` as a float when it is positive, else raises ``ValueError``."""
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
+    return float(timeout_s)
+
+
 @dataclass
 class Counters:
     """Traffic of one rank since its transport was made.
@@ -83,9 +90,7 @@ class Transport(ABC):
     _deadline: Deadline | None = None
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
-        self.rank, self.world_size, self.timeout_s = rank, world_size, float(timeout_s)
+        self.rank, self.world_size, self.timeout_s = rank, world_size, check_timeout(timeout_s)
         self.counters = Counters()
 
     @contextmanager

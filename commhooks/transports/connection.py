@@ -25,6 +25,17 @@ def check_name(transport: str | Transport) -> str | Transport:
     raise ValueError(f"transport must be one of {NAMES} or a Transport, got {transport!r}")
 
 
+def default_timeout(process_group: Any = None) -> float:
+    """Seconds of a wait that was given no timeout: those of the process group, or 300 without a group.
+
+    Args:
+        process_group: None: the default one.
+    """
+    from .distributed import timeout_of
+
+    return timeout_of(process_group) or DEFAULT_TIMEOUT_S
+
+
 def make(
     transport: str | Transport,
     *,
@@ -53,10 +64,10 @@ def make(
     if isinstance(transport, Transport):
         return transport
     name = check_name(transport)
-    from .distributed import DistributedTransport, backend_for, timeout_of
+    from .distributed import DistributedTransport, backend_for
 
     if timeout_s is None:
-        timeout_s = timeout_of(process_group) or DEFAULT_TIMEOUT_S
+        timeout_s = default_timeout(process_group)
     if name == "mpi":
         from .mpi import MpiTransport
 
