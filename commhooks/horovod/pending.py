@@ -18,13 +18,14 @@ from ..exchange import Aggregated
 from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
-from ..memory import ErrorFeedback, Memory
+from ..memory import Memory
 from ..memory.ownership import claim
 from ..memory.parameter_memory import VERSION
 from ..memory.resharding import check_entries
 from ..reduction.checkpoint import check_fits, description, in_units_of
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
+from ..schemes import UNSET, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import check_timeout, default_timeout
 from ..wire.message import Context
@@ -91,10 +92,7 @@ class CompressorCore:
     ) -> None:
         self.step = Step(nonfinite)
         self.timeout_s = default_timeout() if timeout_s is None else check_timeout(timeout_s)
-        memory = ErrorFeedback() if memory is None else memory
-        if not isinstance(memory, Memory):
-            raise TypeError(f"memory must be a Memory such as ErrorFeedback(), got {type(memory).__name__}")
-        self.selector, self.memory = selector, memory
+        self.selector, self.memory = selector, chosen_memory(UNSET if memory is None else memory)
         self._process_set = process_set
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})

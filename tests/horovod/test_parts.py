@@ -121,7 +121,7 @@ def test_a_memory_of_another_type_is_refused_by_name():
     from commhooks.horovod import Compression
 
     for make in (Compression.topk, Compression.randomk):
-        with pytest.raises(TypeError, match=r"memory must be a Memory such as ErrorFeedback\(\), got float"):
+        with pytest.raises(TypeError, match="memory must be a Memory such as ErrorFeedback.*got float"):
             make(0.1, [("w", torch.nn.Parameter(torch.zeros(2)))], memory=0.9)
 
 
