@@ -40,8 +40,8 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
         sync = self.value.gradient_sync
         sync.reset()
         sync.open()
-        reducer = sync.state.reducer
-        reducer.step = horovod().broadcast_object(reducer.step, root_rank=0, name="commhooks.step")
+        step = horovod().broadcast_object(sync.state.reducer.step, root_rank=0, name="commhooks.step")
+        sync.rewind({**sync.state.state_dict(), "step": step})
         self.save()
 
 

@@ -85,12 +85,10 @@ class GradientSync:
             state.restart(state.state_dict())  # a new rank asks for agreement on each layout
         timeout_s = state.reducer.timeout_s or default_timeout()
         try:
-            transport, state.process_group = open_transport(
-                connection.requested, self.process_set, timeout_s
-            )
+            opened = open_transport(connection.requested, self.process_set, timeout_s)
         except (PeerLostError, PeerTimeoutError) as error:
             self._raise(error)
-        connection.adopt(transport)
+        state.open(given=opened)
         self._session = session()
         self._close_at_exit()
 
@@ -242,14 +240,12 @@ class GradientSync:
             return
         transport = connection.transport
         if transport.is_alive:
-            limit_s, transport.timeout_s = transport.timeout_s, min(transport.timeout_s, _LEAVE_S)
             try:
-                transport.barrier(tag=_LEAVE_TAG, what="leaving")
+                with transport.shorter_timeout(_LEAVE_S):
+                    transport.barrier(tag=_LEAVE_TAG, what="leaving")
             except Exception as error:  # the others are gone already
                 logger.debug("left alone: %s", error)
                 return
-            finally:
-                transport.timeout_s = limit_s
         self._session = None
         _quietly(state.close)
 

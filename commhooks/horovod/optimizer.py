@@ -242,8 +242,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             "term of every rank"
         )
     wrapped = _wrap(optimizer)
-    if isinstance(memory, ErrorFeedback) and memory.optimizer is optimizer:
-        memory.optimizer = wrapped
+    if isinstance(memory, ErrorFeedback):
+        memory.optimizer_was_wrapped(optimizer, wrapped)
     wrapped._sync = None
     if process_set.included():
         trained = [p for p in names if p.requires_grad]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..ddp.recipe import check_moved
 from ..errors import NonFiniteGradientError
-from ..exchange import Aggregated
 from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
@@ -145,8 +144,7 @@ class CompressorCore:
         route = SparseRoute(self.memory, held, operands, context, self.selector, k, entry.mask_key)
         with self.step.figures.phase("select"):
             route.correct()
-        self.step.figures.misses += route.misses
-        self.step.figures.dense_bytes += flat.numel() * flat.element_size()
+        self.step.figures.add(misses=route.misses, dense_bytes=flat.numel() * flat.element_size())
         self._begun.add(entry)
         kept, bits = self.step.keep(None, route.rollback), _bits_at(flat, route.pairs)
         return PendingGradient(entry, tensor.shape, route, kept, flat, bits)
@@ -182,10 +180,10 @@ class CompressorCore:
             pending.kept.settle()
             self._throw_away(pending, result)
         else:
-            route.out = Aggregated(rows, indices, contributed=route.pairs, refused=None, nonfinite=False)
+            route.receive(rows, indices)
             with self.step.figures.phase("write_back"):
                 route.write(result, factor, share)
-            pending.kept.commit = route.commit
+            pending.kept.use(route.commit)
             self._unused.written(pending.entry)
         return result.view(pending.shape)
 
@@ -210,8 +208,7 @@ class CompressorCore:
 
     def count(self, bytes_each_way: int) -> None:
         """Adds traffic to the figures of the step under way."""
-        self.step.figures.bytes_sent += bytes_each_way
-        self.step.figures.bytes_received += bytes_each_way
+        self.step.figures.add(sent=bytes_each_way, received=bytes_each_way)
 
     def settings(self) -> dict[str, object]:
         """All settings that must be the same on all ranks, by name."""

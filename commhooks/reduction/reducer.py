@@ -97,13 +97,12 @@ class Reducer:
         self.selector, self.aggregator = selector, aggregator
         self.connection = Connection(aggregator.requested)
         self.memory = chosen_memory(memory, aggregator)
-        self.undoable = self.memory.table.undoable = bool(undoable)
-        self.average, self.timeout_s = average, timeout_s
+        self.average, self.timeout_s, self.undoable = average, timeout_s, bool(undoable)
         self.dense_crossover, self.delta_every = dense_crossover, delta_every
         self._dense_rule = DenseRule(dense_crossover, aggregator)
         self.step = 0
         self.last_delta: float | None = None
-        self._step = Step(nonfinite)
+        self._step, self.nonfinite = Step(nonfinite), nonfinite
         self._sends_everything = self._can_discard = self.is_inside = False
         self._sizes = Sizes()
         self._expected: Expected | None = None
@@ -149,7 +148,7 @@ class Reducer:
         self.is_inside = True
         with step.figures.phase("select"):
             route.correct()
-        step.figures.misses += route.misses
+        step.figures.add(misses=route.misses)
         with step.figures.phase("exchange", transport.counters):
             thrown_away = self._exchange(route, transport)
         if thrown_away:
@@ -206,17 +205,16 @@ class Reducer:
         self.memory.table.discard()
         self.step -= 1
 
+    def set_average(self, average: bool) -> None:
+        """Makes the result the average over ranks, or their sum. Call it between steps, on all ranks."""
+        self.average = average
+
     def send_everything(self) -> None:
         """Sends the remaining buckets of this step densely, with their residuals.
 
         Between steps it applies to all buckets of the next step.
         """
         self._sends_everything = True
-
-    @property
-    def nonfinite(self) -> str:
-        """The policy on NaN and Inf."""
-        return self._step.nonfinite
 
     @property
     def nonfinite_buckets(self) -> list[int]:
@@ -357,7 +355,7 @@ class Reducer:
     def _route(self, bucket: Bucket, scale: float, transport: Transport) -> Route:
         """Chooses the bucket's route. At a new layout the ranks compare their settings first."""
         buffer, context = bucket.buffer, Context(bucket.index, self.step)
-        self._step.figures.dense_bytes += bucket.numel * buffer.element_size()
+        self._step.figures.add(dense_bytes=bucket.numel * buffer.element_size())
         if not self.remembers and buffer.dtype == torch.float32:
             # Nothing in a plain sum tells the step, and a rank may have discarded the last one alone.
             if self._agreed.get(bucket.index) != bucket.numels or (self.undoable and not self.is_inside):
@@ -367,6 +365,8 @@ class Reducer:
         returned = self._announce_return(bucket, transport)
         selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
+        if self.undoable:
+            memory.table.keep_rates(held)
         chunk = self._owned(bucket, held, transport)  # may add to the residual
         operands = memory.operands(held, bucket, scale=_inverse(scale, buffer))
         k, must_agree = numel, is_new or returned

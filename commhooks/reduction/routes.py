@@ -202,7 +202,7 @@ class LowBitRoute(_MemoryRoute):
         """Makes what the second rounding kept this rank's, and adds what rounding kept from the model."""
         assert self._out is not None
         if self.chunk is not None:
-            self.chunk.values = self._out.owned
+            self.chunk.keep(self._out.owned)
         if self._rounding is not None:
             self.held.residual.add_(self._rounding)
 
@@ -221,10 +221,11 @@ class SparseRoute(_MemoryRoute):
         k: the number of pairs.
         mask_key: makes the random masks of one step's buckets differ; see
             :meth:`~commhooks.selection.selectors.Selector.select`.
-        aggregator: sums the pairs over ranks. None: the caller exchanges ``pairs`` itself and sets ``out``.
+        aggregator: sums the pairs over ranks. None: the caller exchanges ``pairs`` itself and calls
+            :meth:`receive`.
         meter: measures delta; or None.
         pairs: the selected pairs.
-        out: the sum, from ``exchange`` until ``write``.
+        out: the sum, from ``exchange`` or ``receive`` until ``write``.
     """
 
     selector: Selector
@@ -255,6 +256,15 @@ class SparseRoute(_MemoryRoute):
         if self.meter is not None and not out.nonfinite:
             self.meter.add(transport, self.held.residual, out, self.k, self.context.tag)
         return out.nonfinite
+
+    def receive(self, values: Tensor, indices: Tensor) -> None:
+        """Takes the sum that the caller exchanged, in place of :meth:`exchange`.
+
+        Args:
+            values: shape ``(m, k)`` float32, rows to be added.
+            indices: shape ``(m, k)`` int32.
+        """
+        self.out = Aggregated(values, indices, contributed=self.pairs, refused=None, nonfinite=False)
 
     def take_back(self) -> None:
         """Puts the pairs back and takes the gradient out of the memory."""

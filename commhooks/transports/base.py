@@ -106,6 +106,16 @@ class Transport(ABC):
         finally:
             self._deadline = outer
 
+    @contextmanager
+    def shorter_timeout(self, at_most_s: float) -> Iterator[None]:
+        """Lets all waits within the block together take at most ``at_most_s``, or ``timeout_s`` if less."""
+        usual, self.timeout_s = self.timeout_s, min(self.timeout_s, at_most_s)
+        try:
+            with self.one_deadline():
+                yield
+        finally:
+            self.timeout_s = usual
+
     def deadline(self) -> Deadline:
         """The time limit of a wait that begins now: that of :meth:`one_deadline`, or a new one."""
         return self._deadline or self._new_deadline()
