@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from ..memory.owner_memory import OwnedChunk, without_owners
 from ..memory.ownership import claim
 from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
-from ..native.fused import Fused
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import Connection, Transport, check_timeout
@@ -26,7 +24,7 @@ from ..wire.message import RETURNED, Context, OutOfStepError
 from .checkpoint import check_fits, description, in_units_of
 from .dense_rule import Crossover, DenseRule
 from .expected import Expected
-from .routes import DenseRoute, LowBitRoute, PlainRoute, Route, SparseRoute
+from .routes import PlainRoute, Route, route_of
 from .sizes import Sizes
 from .step import Step
 
@@ -382,30 +380,9 @@ class Reducer:
         if self.undoable:
             operands = held.apart(operands, self.step)
         dense = self._goes_dense(numel, k, transport.world_size)
-        route = self._made(memory, held, operands, context, k, dense)
-        if isinstance(route, LowBitRoute):
-            route.chunk = chunk
-        elif isinstance(route, SparseRoute) and self._measures_delta:
-            route.meter = self._step.figures.delta
-        return route
-
-    def _made(
-        self,
-        memory: Memory,
-        held: BucketMemory,
-        operands: Fused,
-        context: Context,
-        k: int,
-        dense: bool,
-    ) -> DenseRoute | LowBitRoute | SparseRoute:
-        """Makes the route of a bucket that has a memory."""
-        selector, aggregator = self.selector, self.aggregator
-        if dense or isinstance(aggregator, Dense):
-            return DenseRoute(memory, held, operands, context)
-        if isinstance(aggregator, LowBit):
-            return LowBitRoute(memory, held, operands, context, aggregator, None)
-        assert selector is not None
-        return SparseRoute(memory, held, operands, context, selector, k, context.bucket, aggregator)
+        meter = self._step.figures.delta if self._measures_delta else None
+        parts = (memory, held, operands, context)
+        return route_of(parts, selector, self.aggregator, k, dense, chunk, meter)
 
     def _exchange(self, route: Route, transport: Transport) -> bool:
         """Runs a route's exchange. Ranks that are out of step compare what each of them exchanges."""
@@ -444,16 +421,9 @@ class Reducer:
             return False
         if not expected.comes_at_once(bucket, transport, self.undoable):
             return True
-        k = bucket.numel
-        if self.selector is not None:
-            k, _ = expected.sizes.at(self.selector, bucket.index, k, expected.step, is_new=False)
-        context = Context(bucket.index, self.step, RETURNED)
-        nothing = replace(bucket, buffer=torch.zeros_like(bucket.buffer))
         memory = NoMemory() if isinstance(self.memory, NoMemory) else ErrorFeedback()
-        held, _ = memory.for_bucket(nothing)
-        dense = expected.sends_everything or self._goes_dense(bucket.numel, k, transport.world_size)
-        route = self._made(memory, held, memory.operands(held, nothing, scale=None), context, k, dense)
-        route.correct()
+        context = Context(bucket.index, self.step, RETURNED)
+        route = expected.zeros(bucket, context, memory, self.selector, self.aggregator, self._goes_dense)
         with transport.uncounted():
             if self._exchange(route, transport):  # zeros are finite, and so no rank that was reset voted
                 raise SettingsMismatchError(

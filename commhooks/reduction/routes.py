@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..exchange import Aggregated, Aggregator, LowBit
+from ..exchange import Aggregated, Aggregator, Dense, LowBit
 from ..exchange.low_bit import Activity, LowBitMean
 from ..exchange.voting_sum import summed
 from ..gradient.sparse_grad import SparseGrad, empty_message, places
@@ -301,6 +301,34 @@ class SparseRoute(_MemoryRoute):
         """Puts back what this rank contributed. Before ``write`` that is all of its pairs."""
         self.held.end(self._flags)
         self.memory.restore(self.held, self._contributed)
+
+
+def route_of(
+    parts: tuple[Memory, BucketMemory, Fused, Context],
+    selector: Selector | None,
+    aggregator: Aggregator,
+    k: int,
+    dense: bool,
+    chunk: OwnedChunk | None = None,
+    meter: DeltaMeter | None = None,
+) -> DenseRoute | LowBitRoute | SparseRoute:
+    """Makes the route of a bucket that has a memory.
+
+    Args:
+        parts: the memory, the bucket's part of it, the operands, and which exchange it is.
+        selector: chooses the pairs of a sparse route.
+        aggregator: sums over ranks.
+        k: the number of pairs of a sparse route.
+        dense: whether the bucket is sent densely whatever the aggregator is.
+        chunk: what this rank keeps as an owner in a low-bit route.
+        meter: measures delta of a sparse route.
+    """
+    if dense or isinstance(aggregator, Dense):
+        return DenseRoute(*parts)
+    if isinstance(aggregator, LowBit):
+        return LowBitRoute(*parts, aggregator, chunk)
+    assert selector is not None
+    return SparseRoute(*parts, selector, k, parts[3].bucket, aggregator, meter)
 
 
 Route = PlainRoute | DenseRoute | LowBitRoute | SparseRoute
