@@ -23,8 +23,8 @@ from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
 from ..memory.clipping import norm_of
 from ..memory.no_memory import NoMemory
-from ..memory.ownership import claim
 from ..memory.resharding import check_entries
+from ..memory.single_user import claim
 from ..reduction.checkpoint import check_units
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, dense_memory, make_parts

@@ -18,9 +18,9 @@ from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
 from ..memory import Memory
-from ..memory.ownership import claim
 from ..memory.parameter_memory import VERSION
 from ..memory.resharding import check_entries
+from ..memory.single_user import claim
 from ..reduction.checkpoint import check_fits, description, in_units_of
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step

@@ -13,9 +13,9 @@ from ..exchange.agreement import STEP_ADVICE, WAS_RETURNED, agree, agree_on_cont
 from ..gradient.bucket import Bucket
 from ..memory import ErrorFeedback, Memory, NoMemory
 from ..memory.owner_memory import OwnedChunk, without_owners
-from ..memory.ownership import claim
 from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
+from ..memory.single_user import claim
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
 from ..transports import Connection, Transport, check_timeout
