@@ -16,7 +16,7 @@ _elastic = importlib.import_module("horovod.torch.elastic.state")
 class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[misc,name-defined]
     """Commits, restores and synchronises our optimizer: each rank keeps its own residuals.
 
-    Commit and restore include the residuals; sync does not change them. A new worker starts with an empty
+    Commit and restore include the residuals. Sync does not change them. A new worker starts with an empty
     residual and takes the step count from rank 0, since warm-up and masks depend on it.
 
     Raises:

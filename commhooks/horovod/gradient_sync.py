@@ -39,7 +39,7 @@ class GradientSync:
         names: by parameter.
         passes: backward passes per step.
         sums: give the sum instead of the average.
-        process_set: whose ranks take part; this rank is one of them.
+        process_set: whose ranks take part. This rank is one of them.
         sparse: whether sparse gradients are ``"refused"`` or ``"taken"``, or are the ``"only"`` ones that the
             optimizer takes (SparseAdam).
     """
@@ -214,7 +214,7 @@ class GradientSync:
                     )
 
     def _raise(self, error: BaseException) -> NoReturn:
-        """Raises the error; under an elastic launcher a lost peer as Horovod's own error type.
+        """Raises the error. Under an elastic launcher a lost peer is Horovod's own error type.
 
         Horovod answers that type by restoring a commit.
         """

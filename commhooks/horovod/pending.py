@@ -44,7 +44,7 @@ class PendingGradient:
         entry: its parameter.
         shape: of the gradient.
         route: gradient, memory and pairs.
-        grad: shape ``(n,)``, the gradient; a view of it where it is contiguous.
+        grad: shape ``(n,)``, the gradient: a view of it where it is contiguous.
         bits: of its elements where pairs were selected, at ``compress``.
         kept: the step's record of it. A gradient that never comes to ``decompress`` is rolled back.
         handle: of the all-gather (top-k), or None.
@@ -63,9 +63,9 @@ class CompressorCore:
     """Selection, memory and bookkeeping of a compression object for ``hvd.DistributedOptimizer``.
 
     Args:
-        selector: what is sent of each parameter's gradient; at least one element of each.
+        selector: what is sent of each parameter's gradient: at least one element of each.
         named_parameters: the ones given to the optimizer.
-        memory: what is withheld; None: ``ErrorFeedback()``.
+        memory: what is withheld. None: ``ErrorFeedback()``.
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.
         process_set: the one given to the optimizer.
         timeout_s: seconds until a missing rank is an error, in the waits of commhooks, not in Horovod's.
@@ -109,7 +109,7 @@ class CompressorCore:
         return check_process_set(self._process_set)
 
     def name_of(self, entry: Entry) -> str:
-        """The name of the operation that exchanges a parameter's pairs.
+        """Returns the name of the operation that exchanges a parameter's pairs.
 
         Two compressions may serve models whose parameters have equal names.
         """
@@ -121,7 +121,7 @@ class CompressorCore:
         A parameter that comes a second time begins a new step, so the step before it is ended here.
 
         Args:
-            tensor: the gradient, dense; not changed.
+            tensor: the gradient, dense. It is not changed.
 
         Raises:
             ValueError: it is sparse, or the gradient of no parameter.
@@ -152,11 +152,11 @@ class CompressorCore:
     def finish(
         self, pending: PendingGradient, rows: Tensor, indices: Tensor, factor: float, share: float, bad: bool
     ) -> Tensor:
-        """The reduced gradient in the parameter's shape.
+        """Returns the reduced gradient in the parameter's shape.
 
         Args:
             pending: from :meth:`begin`.
-            rows: shape ``(m, k)`` float32; the sum of the rows times ``factor`` is the result.
+            rows: shape ``(m, k)`` float32. The sum of the rows times ``factor`` is the result.
             indices: shape ``(m, k)`` int32.
             factor: of the sum.
             share: 1 for an average, P for a sum: the result is so many times the ranks' average. The memory
@@ -211,7 +211,7 @@ class CompressorCore:
         self.step.figures.add(sent=bytes_each_way, received=bytes_each_way)
 
     def settings(self) -> dict[str, object]:
-        """All settings that must be the same on all ranks, by name."""
+        """Returns all settings that must be the same on all ranks, by name."""
         names = sorted((e.name, tuple(e.parameter.shape), str(e.parameter.dtype)) for e in self.table.entries)
         return {
             **self.selector.settings(),
@@ -235,7 +235,7 @@ class CompressorCore:
         return {"step": self.last_step, **self.step.stats(), "residual_norm": residual_norm}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory and step counts by parameter name. Call it between steps; save one per rank."""
+        """Returns this rank's memory and step counts by name. Call it between steps. Save one per rank."""
         self._finish_if_complete()
         moved = {} if self.moved is None else {"moved": dict(self.moved)}
         made_by = description(self.selector, "Horovod", self.memory)
@@ -264,7 +264,7 @@ class CompressorCore:
         self._agreed, self._agreement = False, None
 
     def steps(self) -> dict[str, int]:
-        """Step counts by parameter name."""
+        """Returns the step counts by parameter name."""
         return {entry.name: entry.step for entry in sorted(self.table.entries, key=lambda e: e.name)}
 
     def _finish_if_complete(self) -> None:
@@ -272,7 +272,7 @@ class CompressorCore:
             self.finish_step()
 
     def _start_agreement(self) -> None:
-        """Starts to gather the ranks' settings; :meth:`check_agreement` reads them before any data is used.
+        """Starts to gather the ranks' settings. :meth:`check_agreement` reads them before data is used.
 
         Waiting here, inside backward, could deadlock with collectives of the model's own (SyncBatchNorm).
         """
@@ -301,7 +301,7 @@ def _key(process_set: Any) -> tuple[int, ...]:
 
 
 def _bits_at(grad: Tensor, pairs: SparseGrad) -> Tensor:
-    """The bits of the gradient's elements at the places of ``pairs``.
+    """Returns the bits of the gradient's elements at the places of ``pairs``.
 
     A GradScaler's ``unscale_`` does not count up the gradient's version, so that values are compared.
     """

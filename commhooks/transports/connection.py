@@ -26,7 +26,7 @@ def check_name(transport: str | Transport) -> str | Transport:
 
 
 def default_timeout(process_group: Any = None) -> float:
-    """Seconds of a wait that was given no timeout: those of the process group, or 300 without a group.
+    """Returns the seconds of a wait without a timeout of its own: the process group's, or 300 without one.
 
     Args:
         process_group: None: the default one.
@@ -152,7 +152,7 @@ class Connection:
     def open(
         self, *, timeout_s: float | None = None, process_group: Any = None, device_type: str = "cpu"
     ) -> Transport:
-        """Returns the open transport; opens it first if it is closed, which is collective.
+        """Returns the open transport. Opens it first if it is closed, which is collective.
 
         Arguments and errors are those of :func:`make`.
         """
