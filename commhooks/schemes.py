@@ -116,7 +116,7 @@ class _Unset:
 UNSET: Any = _Unset()
 
 
-def chosen_memory(memory: Memory | None, aggregator: Aggregator) -> Memory:
+def chosen_memory(memory: Memory | None, aggregator: Aggregator | None = None) -> Memory:
     """Returns ``memory``, or the default where it is None or :data:`UNSET`.
 
     The default is ``NoMemory()`` with ``Dense``, which withholds nothing, and else ``ErrorFeedback()``.

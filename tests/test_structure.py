@@ -388,6 +388,62 @@ def test_reaching_in_is_found():
     assert set(reached_into(ast.parse(text))) == {"_b", "_c"}
 
 
+# -- fields -------------------------------------------------------------------------------------------------------
+
+FOREIGN_FIELDS = {
+    "grad": "torch.Tensor's. Buckets and gradients that are on their way have a field of this name too",
+    "param_groups": "torch.optim.Optimizer's",
+}
+"""Fields of other libraries whose names stand in a class of ours too, with the reason."""
+
+
+def fields(tree):
+    """Names that a module's classes declare, or set on ``self`` and ``cls``."""
+    for made in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in made.body:
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+        for node in ast.walk(made):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                yield node.attr
+
+
+def fields_set(tree):
+    """``(name, line)`` of every field that a module sets or deletes on an object other than ``self``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            if not is_self(node.value):
+                yield node.attr, node.lineno
+
+
+def test_a_room_sets_no_fields_of_another():
+    """An owner's method or argument does. The names tell whose field it is.
+
+    A field is seen as another room's where no class of this room has one of its name: types are not followed.
+    """
+    rooms = defaultdict(set)
+    for path, tree in TREES.items():
+        for name in fields(tree):
+            rooms[name].add(unit_of(path))
+    found = {
+        (name, f"{short(path)}:{line}")
+        for path, tree in TREES.items()
+        for name, line in fields_set(tree)
+        if name in rooms and unit_of(path) not in rooms[name]
+    }
+    assert {where for name, where in found if name not in FOREIGN_FIELDS} == set()
+    assert set(FOREIGN_FIELDS) == {name for name, _ in found}, "set by nobody: delete it"
+
+
+def test_a_field_that_is_set_is_found():
+    text = (
+        "class A:\n    a: int\n    b = 1\n    def f(self, o):\n        self.c, o.d = o.e\n        o.g.h += 1\n"
+        "        del o.i\n        o.j[0] = 1\n"
+    )
+    assert set(fields(ast.parse(text))) == {"a", "b", "c"}
+    assert {name for name, _ in fields_set(ast.parse(text))} == {"d", "h", "i"}
+
+
 # -- sizes --------------------------------------------------------------------------------------------------------
 
 MOST_METHODS, MOST_PARAMETERS, MOST_LOOSE, MOST_COLUMNS = 15, 7, 6, 110

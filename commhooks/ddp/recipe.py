@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 MOVED = ("momentum", "nesterov", "weight_decay")
 """The options of ``torch.optim.SGD`` that become ``ErrorFeedback``'s."""
 
-_guards: weakref.WeakSet[_SettingsGuard] = weakref.WeakSet()
+_guards: weakref.WeakKeyDictionary[ErrorFeedback, _SettingsGuard] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []  # one hook serves all guards
 
 
@@ -116,7 +116,7 @@ class Recipe:
         if isinstance(optimizer, torch.optim.SGD):
             for group in optimizer.param_groups:
                 group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
-            self.memory.guard = _SettingsGuard(optimizer, self.memory)
+            _guards[self.memory] = _SettingsGuard(optimizer, self.memory)
         if is_first_rank():
             tell(logger, line)
         settings = self.memory.settings()
@@ -161,7 +161,8 @@ class Recipe:
 class _SettingsGuard:
     """Refuses steps of an optimizer whose settings were moved and are set again.
 
-    Other optimizer objects that hold its parameters are watched too: Horovod makes one of its own.
+    Other optimizer objects that hold its parameters are watched too: Horovod makes one of its own. It lives
+    as long as the memory.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, memory: ErrorFeedback) -> None:
@@ -171,7 +172,6 @@ class _SettingsGuard:
         self._moved = {name: settings[name] for name in MOVED}
         if not _hooks:
             _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _guards.add(self)
 
     def look(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ``ValueError`` when the optimizer holds a watched parameter and one of the settings."""
@@ -194,7 +194,7 @@ class _SettingsGuard:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for guard in list(_guards):
+    for guard in list(_guards.values()):
         guard.look(optimizer)
 
 

@@ -23,8 +23,8 @@ from ..gradient.side_stream import drain, ready_event, stream_after
 from ..memory import Memory
 from ..memory.clipping import norm_of
 from ..memory.no_memory import NoMemory
-from ..memory.ownership import claim
 from ..memory.resharding import check_entries
+from ..memory.single_user import claim
 from ..reduction.checkpoint import check_units
 from ..reduction.reducer import Reducer
 from ..schemes import UNSET, dense_memory, make_parts
@@ -478,19 +478,26 @@ class SparseState:
             self._steps_seen = 0  # its parameters may be others: some may have been unfrozen
         # Weakly: DDP's C++ part holds this state, and a cycle through C++ would never be collected.
         self._owner = weakref.ref(owner)
-        self.reducer.average, self._steps_all = average, steps_all
+        self.reducer.set_average(average)
+        self._steps_all = steps_all
 
-    def open(self, device_type: str | None = None) -> None:
+    def open(self, device_type: str | None = None, *, given: tuple[Transport, Any] | None = None) -> None:
         """Opens the transport if it is not open yet. A collective call, which the first bucket makes too.
 
         Args:
             device_type: where gradients live. None: ``"cuda"`` when the process group runs NCCL, else
                 ``"cpu"``.
+            given: an open transport, which is taken instead and closed by :meth:`close`, and its process
+                group or None.
 
         Raises:
             ValueError: the world sizes of transport and process group differ, or no process group was named
                 and this rank is in several.
         """
+        if given is not None:
+            transport, self.process_group = given
+            self.reducer.connection.adopt(transport)
+            return
         check_group(self.process_group, self.reducer.connection)
         if device_type is None:
             nccl = dist.is_available() and backend_for(self.process_group, "cuda") == "nccl"

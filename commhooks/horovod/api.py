@@ -15,10 +15,10 @@ _POLL_S = 2e-4
 
 
 def horovod() -> Any:
-    """The module ``horovod.torch``.
+    """Imports and returns ``horovod.torch``.
 
     Raises:
-        ImportError: it is absent or was built for another torch; the message says what to do.
+        ImportError: it is absent or was built for another torch. The message says what to do.
     """
     try:
         return importlib.import_module("horovod.torch")
@@ -50,7 +50,7 @@ def _version() -> str:
 
 
 def session() -> object:
-    """An object that identifies the current Horovod session; an elastic reset replaces it."""
+    """Returns an object that identifies the current Horovod session. An elastic reset replaces it."""
     return importlib.import_module("horovod.torch.mpi_ops")._handle_map
 
 
@@ -60,7 +60,7 @@ def is_elastic() -> bool:
 
 
 def check_process_set(process_set: Any) -> Any:
-    """``process_set``, or the global one for None.
+    """Returns ``process_set``, or the global one for None.
 
     Raises:
         ValueError: Horovod is not initialized, or the process set is not registered.

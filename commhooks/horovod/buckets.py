@@ -22,7 +22,7 @@ class FusedBucket:
         buffer: shape ``(n,)``, the parameters' dtype.
         views: by parameter, its part of the buffer in the parameter's shape and order of memory, as in DDP.
         missing: parameters whose gradient has not arrived yet.
-        future: of the exchange; None before it was started.
+        future: of the exchange. None before it was started.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -53,13 +53,13 @@ def partition(parameters: Sequence[Tensor], bucket_cap_mb: float, groups: Any) -
 
     Args:
         parameters: all that require gradients, in the model's order, the same on all ranks.
-        bucket_cap_mb: largest size in MiB; of the first bucket at most 1 MiB. A parameter larger than that
-            has a bucket of its own.
-        groups: None; or a number of buckets; or a list of lists of parameters, each a bucket, exchanged in
-            this order. Parameters that no list names follow in buckets by size.
+        bucket_cap_mb: largest size in MiB. The first bucket has at most 1 MiB. A parameter larger than
+            that has a bucket of its own.
+        groups: None, a number of buckets, or a list of lists of parameters, each a bucket, exchanged in this
+            order. Parameters that no list names follow in buckets by size.
 
     Raises:
-        ValueError: ``bucket_cap_mb`` is not positive; a group holds something else than one of the
+        ValueError: ``bucket_cap_mb`` is not positive, or a group holds something else than one of the
             parameters, holds one twice, or mixes dtypes or devices.
     """
     if not bucket_cap_mb > 0:
@@ -92,7 +92,7 @@ def _trains(parameter: Any) -> bool:
 
 
 def _uniform(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The parameters divided by dtype and device, in order of first appearance."""
+    """Divides the parameters by dtype and device, in order of first appearance."""
     parts: dict[Any, list[Tensor]] = {}
     for p in parameters:
         parts.setdefault((p.dtype, p.device), []).append(p)

@@ -38,7 +38,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
 
     @abstractmethod
     def compress(self, tensor: Tensor) -> tuple[Tensor, PendingGradient]:
-        """Selects what is sent; returns what Horovod is to all-reduce, and what :meth:`decompress` needs.
+        """Selects what is sent. Returns what Horovod is to all-reduce, and what :meth:`decompress` needs.
 
         Args:
             tensor: ``p.grad`` itself, dense, not a copy of it. It is not changed.
@@ -53,7 +53,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
 
     @abstractmethod
     def decompress(self, tensor: Tensor, ctx: PendingGradient) -> Tensor:
-        """The reduced gradient, a new tensor in the gradient's shape and dtype.
+        """Returns the reduced gradient, a new tensor in the gradient's shape and dtype.
 
         Args:
             tensor: Horovod's result for what :meth:`compress` returned.
@@ -67,7 +67,7 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals, velocities and step counts by parameter name. Each rank saves its own."""
+        """Returns this rank's residuals, velocities and step counts by name. Each rank saves its own."""
         return self.core.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
@@ -79,11 +79,11 @@ class SparseCompressor(horovod().compression.Compressor, ABC):  # type: ignore[m
         return self.core.stats()
 
     def _marker(self) -> float:
-        """3 on rank 0, 1 elsewhere: so sum, average, minimum, maximum and product differ."""
+        """Returns 3 on rank 0, 1 elsewhere: so sum, average, minimum, maximum and product differ."""
         return 3.0 if self.core.process_set.rank() == 0 else 1.0
 
     def _read_marker(self, reduced: float) -> tuple[bool, bool]:
-        """Reads (some rank voted, all ranks took part) off the reduced marker; the first call learns op."""
+        """Reads (some rank voted, all ranks took part) off the reduced marker. The first call learns op."""
         world_size = self.core.process_set.size()
         for averages in (True, False) if self._averages is None else (self._averages,):
             total = round(reduced * world_size if averages else reduced)
@@ -180,17 +180,17 @@ class Compression:
         process_set: Any = None,
         timeout_s: float | None = None,
     ) -> SparseCompressor:
-        """Random-k with a mask all ranks share; Horovod all-reduces ``k + 1`` floats per parameter.
+        """Makes random-k with a mask all ranks share: Horovod all-reduces ``k + 1`` floats per parameter.
 
         It works with tensor groups, ``backward_passes_per_step``, process sets, op Average and Sum,
         ``gradient_predivide_factor``, and ``hvd.join()``. Adasum and ``sparse_as_dense`` are a ``ValueError``
         at the first gradient.
 
         Args:
-            density: k/n in (0, 1], or a schedule; k is at least 1 for each parameter.
+            density: k/n in (0, 1], or a schedule. k is at least 1 for each parameter.
             named_parameters: the ones given to the optimizer.
             seed: of the masks, the same on all ranks.
-            memory: None: ``ErrorFeedback()``; ``NoMemory()`` for none. One object per compression.
+            memory: None: ``ErrorFeedback()``. ``NoMemory()`` for none. One object per compression.
             nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``, as for :class:`commhooks.SparseState`.
             process_set: the one given to the optimizer.
             timeout_s: seconds until a missing rank is an error, in the waits of commhooks. None: the default
@@ -224,7 +224,7 @@ class Compression:
         Args:
             optimizer: the job's optimizer. Momentum and weight decay of an SGD move into the memory.
             named_parameters: the ones given to ``hvd.DistributedOptimizer``.
-            density: k/n in (0, 1] after the warm-up; k is at least 1 for each parameter.
+            density: k/n in (0, 1] after the warm-up. k is at least 1 for each parameter.
             warmup_steps: steps over which the density falls from 0.25 to ``density``. 0: none. It must be
                 given.
             scheme: ``"topk"`` or ``"randomk"``. None: ``"topk"``.
@@ -272,7 +272,7 @@ class Compression:
         process_set: Any = None,
         timeout_s: float | None = None,
     ) -> SparseCompressor:
-        """Exact top-k of each rank and parameter; a named all-gather starts as soon as a gradient is ready.
+        """Makes exact top-k of each rank and parameter, all-gathered as soon as a gradient is ready.
 
         Horovod's own all-reduce carries one element. It works where :meth:`randomk` does, except with
         ``hvd.join()``, which Horovod itself refuses beside an all-gather. The arguments are those of

@@ -16,7 +16,7 @@ _elastic = importlib.import_module("horovod.torch.elastic.state")
 class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[misc,name-defined]
     """Commits, restores and synchronises our optimizer: each rank keeps its own residuals.
 
-    Commit and restore include the residuals; sync does not change them. A new worker starts with an empty
+    Commit and restore include the residuals. Sync does not change them. A new worker starts with an empty
     residual and takes the step count from rank 0, since warm-up and masks depend on it.
 
     Raises:
@@ -40,8 +40,8 @@ class SparseOptimizerHandler(_elastic.OptimizerStateHandler):  # type: ignore[mi
         sync = self.value.gradient_sync
         sync.reset()
         sync.open()
-        reducer = sync.state.reducer
-        reducer.step = horovod().broadcast_object(reducer.step, root_rank=0, name="commhooks.step")
+        step = horovod().broadcast_object(sync.state.reducer.step, root_rank=0, name="commhooks.step")
+        sync.rewind({**sync.state.state_dict(), "step": step})
         self.save()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ddp.state import SparseState
 from ..errors import PeerLostError, PeerTimeoutError
-from ..transports import DEFAULT_TIMEOUT_S, finalization
+from ..transports import default_timeout, finalization
 from ..transports.mpi import abort, load_mpi
 from .api import horovod, is_elastic, session
 from .buckets import FusedBucket
@@ -39,7 +39,7 @@ class GradientSync:
         names: by parameter.
         passes: backward passes per step.
         sums: give the sum instead of the average.
-        process_set: whose ranks take part; this rank is one of them.
+        process_set: whose ranks take part. This rank is one of them.
         sparse: whether sparse gradients are ``"refused"`` or ``"taken"``, or are the ``"only"`` ones that the
             optimizer takes (SparseAdam).
     """
@@ -83,13 +83,12 @@ class GradientSync:
             _close_stale()
             _quietly(state.close)
             state.restart(state.state_dict())  # a new rank asks for agreement on each layout
+        timeout_s = state.reducer.timeout_s or default_timeout()
         try:
-            transport, state.process_group = open_transport(
-                connection.requested, self.process_set, state.reducer.timeout_s or DEFAULT_TIMEOUT_S
-            )
+            opened = open_transport(connection.requested, self.process_set, timeout_s)
         except (PeerLostError, PeerTimeoutError) as error:
             self._raise(error)
-        connection.adopt(transport)
+        state.open(given=opened)
         self._session = session()
         self._close_at_exit()
 
@@ -215,7 +214,7 @@ class GradientSync:
                     )
 
     def _raise(self, error: BaseException) -> NoReturn:
-        """Raises the error; under an elastic launcher a lost peer as Horovod's own error type.
+        """Raises the error. Under an elastic launcher a lost peer is Horovod's own error type.
 
         Horovod answers that type by restoring a commit.
         """
@@ -241,14 +240,12 @@ class GradientSync:
             return
         transport = connection.transport
         if transport.is_alive:
-            limit_s, transport.timeout_s = transport.timeout_s, min(transport.timeout_s, _LEAVE_S)
             try:
-                transport.barrier(tag=_LEAVE_TAG, what="leaving")
+                with transport.shorter_timeout(_LEAVE_S):
+                    transport.barrier(tag=_LEAVE_TAG, what="leaving")
             except Exception as error:  # the others are gone already
                 logger.debug("left alone: %s", error)
                 return
-            finally:
-                transport.timeout_s = limit_s
         self._session = None
         _quietly(state.close)
 

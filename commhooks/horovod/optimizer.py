@@ -58,7 +58,7 @@ class SparseOptimizer:
     def synchronize(self) -> None:
         """Waits until all gradients are averaged, and overwrites them with the averages.
 
-        They may be clipped afterwards; then call ``step()`` inside :meth:`skip_synchronize`. Clipping here
+        They may be clipped afterwards. Then call ``step()`` inside :meth:`skip_synchronize`. Clipping here
         loses mass: what is cut off an average is in nobody's residual. ``clip_norm`` of ``ErrorFeedback``
         clips before the memory.
 
@@ -72,7 +72,7 @@ class SparseOptimizer:
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """Inside the ``with`` block ``step()`` does not synchronize: for use after ``synchronize()``."""
+        """Keeps ``step()`` inside the ``with`` block from synchronizing: for use after ``synchronize()``."""
         self._should_synchronize = False
         try:
             yield
@@ -80,7 +80,7 @@ class SparseOptimizer:
             self._should_synchronize = True
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """The optimizer's own ``zero_grad``.
+        """Calls the optimizer's own ``zero_grad``.
 
         Raises:
             RuntimeError: gradients are being exchanged, and zeroing them would race with the exchange.
@@ -93,7 +93,7 @@ class SparseOptimizer:
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
 
     def discard(self) -> None:
-        """Undoes the last backward pass, as ``SparseState.discard``; call ``zero_grad()`` afterwards.
+        """Undoes the last backward pass, as ``SparseState.discard``. Call ``zero_grad()`` afterwards.
 
         Waits until its exchange is complete, so all ranks must call it. ``synchronize()`` and ``zero_grad()``
         alone would lose what the pass sent.
@@ -139,16 +139,20 @@ class SparseOptimizer:
             self._sync.leave()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, and under ``"commhooks"`` this rank's residuals: each rank saves its own."""
+        """Returns the optimizer's state, and under ``"commhooks"`` this rank's residuals.
+
+        Each rank saves its own.
+        """
         state: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         if self._sync is not None:
             state["commhooks"] = self._sync.state.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
-        """Loads what ``state_dict`` gave; ``"commhooks"`` may be the list of all ranks of any world size.
+        """Loads what ``state_dict`` gave.
 
-        ``strict`` as for ``SparseState.load_state_dict``.
+        ``"commhooks"`` may be the list of all ranks of any world size. ``strict`` is that of
+        ``SparseState.load_state_dict``.
         """
         state_dict = dict(state_dict)
         residuals = state_dict.pop("commhooks", None)
@@ -193,7 +197,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
     Gradients are copied into fused buckets of a fixed order. The state's thread exchanges each full bucket
     while backward goes on. The exchange runs beside Horovod: over MPI when MPI started the job, else over a
-    gloo group that is opened here. This is a collective call of the process set; under an elastic launcher
+    gloo group that is opened here. This is a collective call of the process set. Under an elastic launcher
     the first exchange is, instead.
 
     Example:
@@ -201,17 +205,17 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         >>> optimizer = DistributedOptimizer(optimizer, model.named_parameters(), state=state)
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; the result shares its parameter groups and its state.
+        optimizer: any ``torch.optim.Optimizer``. The result shares its parameter groups and its state.
         named_parameters: the model's. The names appear in ``state_dict`` and messages. None: numbered names.
         state: scheme and memory, one for each optimizer. The launcher decides between MPI and gloo.
         compression: must be None (or ``hvd.Compression.none``): the state is the compression.
         backward_passes_per_step: gradients accumulate locally (as a sum) over so many backward passes.
         op: ``hvd.Average`` (default) or ``hvd.Sum``.
         gradient_predivide_factor: must be 1: the average is divided once, in float32.
-        num_groups: deprecated by Horovod; like ``groups``.
+        num_groups: deprecated by Horovod, and the same as ``groups``.
         groups: a number of buckets, or a list of lists of parameters, each a bucket, exchanged in this order.
-        sparse_as_dense: accept sparse gradients (``nn.Embedding(sparse=True)``); they come back sparse.
-        process_set: ranks that take part; on other ranks ``step()`` stays local.
+        sparse_as_dense: accept sparse gradients (``nn.Embedding(sparse=True)``). They come back sparse.
+        process_set: ranks that take part. On other ranks ``step()`` stays local.
         bucket_cap_mb: largest bucket in MiB.
 
     Returns:
@@ -220,7 +224,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         ``hvd.elastic.TorchState`` take it.
 
     Raises:
-        ValueError: an option that is not supported, or a bad value; the message names it.
+        ValueError: an option that is not supported, or a bad value. The message names it.
         TypeError: ``optimizer`` or ``state`` is of another type.
         RuntimeError: Horovod is not 0.28.x.
     """
@@ -242,8 +246,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             "term of every rank"
         )
     wrapped = _wrap(optimizer)
-    if isinstance(memory, ErrorFeedback) and memory.optimizer is optimizer:
-        memory.optimizer = wrapped
+    if isinstance(memory, ErrorFeedback):
+        memory.optimizer_was_wrapped(optimizer, wrapped)
     wrapped._sync = None
     if process_set.included():
         trained = [p for p in names if p.requires_grad]
@@ -261,7 +265,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
 
 def _wrap(optimizer: torch.optim.Optimizer) -> Any:
-    """An instance of a subclass of the optimizer's own class that shares all its attributes.
+    """Makes an instance of a subclass of the optimizer's own class that shares all its attributes.
 
     ``hvd.broadcast_optimizer_state`` recognises Horovod's optimizers by their ``__module__``. It then
     initialises the state by the parent class's ``step``, without communication. So our class has the same

@@ -51,7 +51,7 @@ class ParameterTable:
         self._start = 0
 
     def find(self, tensor: Tensor) -> Entry:
-        """The entry of the parameter whose gradient ``tensor`` is.
+        """Finds the entry of the parameter whose gradient ``tensor`` is.
 
         Raises:
             ValueError: there is none. The message names the option of Horovod's optimizer that leads here.
@@ -86,7 +86,7 @@ class ParameterTable:
 
 
 def check_named(named_parameters: Any) -> list[tuple[str, Tensor]]:
-    """``named_parameters`` as a list.
+    """Returns ``named_parameters`` as a list.
 
     Raises:
         ValueError: it is empty, holds something else than (name, Tensor), or holds a name twice.
@@ -109,5 +109,5 @@ def check_named(named_parameters: Any) -> list[tuple[str, Tensor]]:
 
 
 def mask_key_of(name: str) -> int:
-    """63 bits of a hash of the name, the same on all ranks."""
+    """Returns 63 bits of a hash of the name, the same on all ranks."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1

@@ -14,20 +14,19 @@ from torch import Tensor
 
 from ..ddp.recipe import check_moved
 from ..errors import NonFiniteGradientError
-from ..exchange import Aggregated
 from ..exchange.agreement import MESSAGE_BYTES, compare, encode
 from ..gradient.bucket import Bucket
 from ..gradient.sparse_grad import SparseGrad
-from ..memory import ErrorFeedback, Memory
-from ..memory.ownership import claim
+from ..memory import Memory
 from ..memory.parameter_memory import VERSION
 from ..memory.resharding import check_entries
+from ..memory.single_user import claim
 from ..reduction.checkpoint import check_fits, description, in_units_of
 from ..reduction.routes import SparseRoute
 from ..reduction.step import Kept, Step
+from ..schemes import UNSET, chosen_memory
 from ..selection.selectors import Selector
-from ..transports import DEFAULT_TIMEOUT_S
-from ..transports.distributed import timeout_of
+from ..transports import check_timeout, default_timeout
 from ..wire.message import Context
 from .api import check_process_set, horovod, wait_for
 from .parameters import SCALER_ORDER, Entry, ParameterTable
@@ -45,7 +44,7 @@ class PendingGradient:
         entry: its parameter.
         shape: of the gradient.
         route: gradient, memory and pairs.
-        grad: shape ``(n,)``, the gradient; a view of it where it is contiguous.
+        grad: shape ``(n,)``, the gradient: a view of it where it is contiguous.
         bits: of its elements where pairs were selected, at ``compress``.
         kept: the step's record of it. A gradient that never comes to ``decompress`` is rolled back.
         handle: of the all-gather (top-k), or None.
@@ -64,9 +63,9 @@ class CompressorCore:
     """Selection, memory and bookkeeping of a compression object for ``hvd.DistributedOptimizer``.
 
     Args:
-        selector: what is sent of each parameter's gradient; at least one element of each.
+        selector: what is sent of each parameter's gradient: at least one element of each.
         named_parameters: the ones given to the optimizer.
-        memory: what is withheld; None: ``ErrorFeedback()``.
+        memory: what is withheld. None: ``ErrorFeedback()``.
         nonfinite: ``"propagate"``, ``"skip"`` or ``"error"``: see :class:`commhooks.Reducer`.
         process_set: the one given to the optimizer.
         timeout_s: seconds until a missing rank is an error, in the waits of commhooks, not in Horovod's.
@@ -91,15 +90,9 @@ class CompressorCore:
         timeout_s: float | None,
     ) -> None:
         self.step = Step(nonfinite)
-        if timeout_s is None:
-            timeout_s = timeout_of(None) or DEFAULT_TIMEOUT_S
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
-        memory = ErrorFeedback() if memory is None else memory
-        if not isinstance(memory, Memory):
-            raise TypeError(f"memory must be a Memory such as ErrorFeedback(), got {type(memory).__name__}")
-        self.selector, self.memory = selector, memory
-        self.timeout_s, self._process_set = float(timeout_s), process_set
+        self.timeout_s = default_timeout() if timeout_s is None else check_timeout(timeout_s)
+        self.selector, self.memory = selector, chosen_memory(UNSET if memory is None else memory)
+        self._process_set = process_set
         self.table = ParameterTable(named_parameters)
         self.memory.table.names.update({entry.parameter: entry.name for entry in self.table.entries})
         self.moved: dict[str, object] | None = None
@@ -116,7 +109,7 @@ class CompressorCore:
         return check_process_set(self._process_set)
 
     def name_of(self, entry: Entry) -> str:
-        """The name of the operation that exchanges a parameter's pairs.
+        """Returns the name of the operation that exchanges a parameter's pairs.
 
         Two compressions may serve models whose parameters have equal names.
         """
@@ -128,7 +121,7 @@ class CompressorCore:
         A parameter that comes a second time begins a new step, so the step before it is ended here.
 
         Args:
-            tensor: the gradient, dense; not changed.
+            tensor: the gradient, dense. It is not changed.
 
         Raises:
             ValueError: it is sparse, or the gradient of no parameter.
@@ -151,8 +144,7 @@ class CompressorCore:
         route = SparseRoute(self.memory, held, operands, context, self.selector, k, entry.mask_key)
         with self.step.figures.phase("select"):
             route.correct()
-        self.step.figures.misses += route.misses
-        self.step.figures.dense_bytes += flat.numel() * flat.element_size()
+        self.step.figures.add(misses=route.misses, dense_bytes=flat.numel() * flat.element_size())
         self._begun.add(entry)
         kept, bits = self.step.keep(None, route.rollback), _bits_at(flat, route.pairs)
         return PendingGradient(entry, tensor.shape, route, kept, flat, bits)
@@ -160,11 +152,11 @@ class CompressorCore:
     def finish(
         self, pending: PendingGradient, rows: Tensor, indices: Tensor, factor: float, share: float, bad: bool
     ) -> Tensor:
-        """The reduced gradient in the parameter's shape.
+        """Returns the reduced gradient in the parameter's shape.
 
         Args:
             pending: from :meth:`begin`.
-            rows: shape ``(m, k)`` float32; the sum of the rows times ``factor`` is the result.
+            rows: shape ``(m, k)`` float32. The sum of the rows times ``factor`` is the result.
             indices: shape ``(m, k)`` int32.
             factor: of the sum.
             share: 1 for an average, P for a sum: the result is so many times the ranks' average. The memory
@@ -188,10 +180,10 @@ class CompressorCore:
             pending.kept.settle()
             self._throw_away(pending, result)
         else:
-            route.out = Aggregated(rows, indices, contributed=route.pairs, refused=None, nonfinite=False)
+            route.receive(rows, indices)
             with self.step.figures.phase("write_back"):
                 route.write(result, factor, share)
-            pending.kept.commit = route.commit
+            pending.kept.use(route.commit)
             self._unused.written(pending.entry)
         return result.view(pending.shape)
 
@@ -216,11 +208,10 @@ class CompressorCore:
 
     def count(self, bytes_each_way: int) -> None:
         """Adds traffic to the figures of the step under way."""
-        self.step.figures.bytes_sent += bytes_each_way
-        self.step.figures.bytes_received += bytes_each_way
+        self.step.figures.add(sent=bytes_each_way, received=bytes_each_way)
 
     def settings(self) -> dict[str, object]:
-        """All settings that must be the same on all ranks, by name."""
+        """Returns all settings that must be the same on all ranks, by name."""
         names = sorted((e.name, tuple(e.parameter.shape), str(e.parameter.dtype)) for e in self.table.entries)
         return {
             **self.selector.settings(),
@@ -244,7 +235,7 @@ class CompressorCore:
         return {"step": self.last_step, **self.step.stats(), "residual_norm": residual_norm}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory and step counts by parameter name. Call it between steps; save one per rank."""
+        """Returns this rank's memory and step counts by name. Call it between steps. Save one per rank."""
         self._finish_if_complete()
         moved = {} if self.moved is None else {"moved": dict(self.moved)}
         made_by = description(self.selector, "Horovod", self.memory)
@@ -273,7 +264,7 @@ class CompressorCore:
         self._agreed, self._agreement = False, None
 
     def steps(self) -> dict[str, int]:
-        """Step counts by parameter name."""
+        """Returns the step counts by parameter name."""
         return {entry.name: entry.step for entry in sorted(self.table.entries, key=lambda e: e.name)}
 
     def _finish_if_complete(self) -> None:
@@ -281,7 +272,7 @@ class CompressorCore:
             self.finish_step()
 
     def _start_agreement(self) -> None:
-        """Starts to gather the ranks' settings; :meth:`check_agreement` reads them before any data is used.
+        """Starts to gather the ranks' settings. :meth:`check_agreement` reads them before data is used.
 
         Waiting here, inside backward, could deadlock with collectives of the model's own (SyncBatchNorm).
         """
@@ -310,7 +301,7 @@ def _key(process_set: Any) -> tuple[int, ...]:
 
 
 def _bits_at(grad: Tensor, pairs: SparseGrad) -> Tensor:
-    """The bits of the gradient's elements at the places of ``pairs``.
+    """Returns the bits of the gradient's elements at the places of ``pairs``.
 
     A GradScaler's ``unscale_`` does not count up the gradient's version, so that values are compared.
     """

@@ -38,7 +38,7 @@ def open_transport(requested: str | Transport, process_set: Any, timeout_s: floa
         The transport, and the torch process group it uses (None for MPI).
 
     Raises:
-        ValueError: ``"mpi"`` in a job that MPI did not start; ``"nccl"``; a ready transport of other ranks;
+        ValueError: ``"mpi"`` in a job that MPI did not start, ``"nccl"``, a ready transport of other ranks,
             or, on all ranks of the set, an overlap of process sets that gloo cannot do.
         PeerTimeoutError: over gloo, a rank of the set has not called this after ``timeout_s`` seconds.
         PeerLostError: gloo's connections could not be made.
@@ -119,7 +119,10 @@ def _open_gloo(process_set: Any, timeout_s: float) -> tuple[Transport, Any]:
 
 
 def _default_group_ranks() -> list[int] | None:
-    """Horovod's ranks in torch's default group; None: no group; empty: the user's, numbered otherwise."""
+    """Returns Horovod's ranks in torch's default group.
+
+    None: there is no group. Empty: the user made it, and numbered its ranks otherwise.
+    """
     if not dist.is_initialized():
         return None
     if _opened is not None:
@@ -185,7 +188,7 @@ def close_default_group() -> None:
 
 
 def _host() -> str:
-    """An address of this machine that the other ranks can reach."""
+    """Returns an address of this machine that the other ranks can reach."""
     hvd = horovod()
     if hvd.local_size() == hvd.size():
         return "127.0.0.1"

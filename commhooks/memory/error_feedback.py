@@ -66,8 +66,6 @@ class ErrorFeedback(Memory):
         TypeError: ``rescale_with_lr`` is not an optimizer.
     """
 
-    guard: object = None
-    """Refuses optimizer steps with settings that moved into the memory. It lives as long as the memory."""
     norm_over: str = "bucket"
     _clip: Clip | None = None
     nesterov: bool = False
@@ -103,6 +101,11 @@ class ErrorFeedback(Memory):
         self.optimizer, self.rescales = rescale_with_lr, rescale_with_lr is not None
         self.table = self.new_table()
 
+    def optimizer_was_wrapped(self, optimizer: torch.optim.Optimizer, wrapped: torch.optim.Optimizer) -> None:
+        """Reads learning rates off ``wrapped`` from now on, where they were read off ``optimizer``."""
+        if self.optimizer is optimizer:
+            self.optimizer = wrapped
+
     def new_table(self) -> ParameterMemory:
         return ParameterMemory(with_velocity=self.momentum > 0.0)
 
@@ -120,7 +123,7 @@ class ErrorFeedback(Memory):
     def __getstate__(self) -> dict[str, Any]:
         # Parameters are never pickled.
         decay = None if isinstance(self.weight_decay, Mapping) else self.weight_decay
-        given: dict[str, Any] = {"optimizer": None, "guard": None, "weight_decay": decay, "_places": {}}
+        given: dict[str, Any] = {"optimizer": None, "weight_decay": decay, "_places": {}}
         return {**super().__getstate__(), **given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

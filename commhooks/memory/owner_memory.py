@@ -45,6 +45,10 @@ class OwnedChunk:
             factors = rescale.repeat_interleave(self.held.segments.diff())
             self.values = self.values * factors[self.start : self.stop]
 
+    def keep(self, values: Tensor) -> None:
+        """Replaces the values by what the step's exchange kept."""
+        self.values = values
+
     def recall(self, step: int | None = None) -> None:
         """Restores the values from before the last step, where it was begun as undoable.
 

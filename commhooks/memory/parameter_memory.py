@@ -154,7 +154,6 @@ class ParameterMemory:
     Attributes:
         names: the parameters' names, for state dicts and messages.
         last_lr: per parameter, the learning rate that its residual was last scaled for (``rescale_with_lr``).
-        undoable: whether learning rates are kept for :meth:`discard`.
         owned: what this rank keeps as an owner in low-bit exchanges.
     """
 
@@ -162,7 +161,6 @@ class ParameterMemory:
         self.with_velocity, self.with_residual = with_velocity, with_residual
         self.names: dict[Hashable, str] = {}
         self.last_lr: dict[Hashable, float] = {}
-        self.undoable = False
         self.owned = OwnerMemory()
         self._lr_before: dict[Hashable, float | None] = {}
         self._of_bucket: dict[int, BucketMemory] = {}
@@ -180,9 +178,11 @@ class ParameterMemory:
         is_new = held is None or not same_keys(held.keys, bucket.keys) or not self._owns(held, all)
         if held is None or is_new:
             held = self._laid_anew(bucket)
-        if self.undoable:
-            self._lr_before.update((key, self.last_lr.get(key)) for key in held.keys)
         return held, is_new
+
+    def keep_rates(self, held: BucketMemory) -> None:
+        """Keeps a bucket's learning rates of the step before, for :meth:`discard`."""
+        self._lr_before.update((key, self.last_lr.get(key)) for key in held.keys)
 
     def _laid_anew(self, bucket: Bucket) -> BucketMemory:
         """Makes the bucket's memory anew and copies its parameters' residuals and velocities into it."""

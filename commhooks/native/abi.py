@@ -86,11 +86,11 @@ class Messages(ctypes.Structure):
 
 
 def operands(fused: Fused, active: Tensor | None = None) -> Operands:
-    """The C struct of ``fused``. It holds addresses: the tensors must outlive it.
+    """Returns the C struct of ``fused``. It holds addresses: the tensors must outlive it.
 
     Args:
         fused: the operands.
-        active: output for which segments are active, bool ``(s,)``; None when it is not wanted.
+        active: output for which segments are active, bool ``(s,)``. None when it is not wanted.
     """
     return Operands(
         fused.grad.data_ptr(),
@@ -111,13 +111,13 @@ def operands(fused: Fused, active: Tensor | None = None) -> Operands:
 
 
 def rows(values: Tensor, indices: Tensor) -> Rows:
-    """The C struct of ``values`` and ``indices``, both ``(m, k)`` with contiguous rows."""
+    """Returns the C struct of ``values`` and ``indices``, both ``(m, k)`` with contiguous rows."""
     m, k = values.shape
     return Rows(values.data_ptr(), indices.data_ptr(), m, k, values.stride(0), indices.stride(0))
 
 
 def messages(rows: Tensor, bits: int) -> Messages:
-    """The C struct of low-bit messages, uint8 ``(m, size)`` with contiguous rows."""
+    """Returns the C struct of low-bit messages, uint8 ``(m, size)`` with contiguous rows."""
     count, size = rows.shape
     return Messages(rows.data_ptr(), count, size, rows.stride(0), bits)
 
@@ -197,7 +197,7 @@ def enabled() -> bool:
 
 
 def path(name: str) -> Path:
-    """The file of the library ``name`` ("cpu" or "cuda"), or where it is expected.
+    """Returns the file of the library ``name`` ("cpu" or "cuda"), or where it is expected.
 
     After ``pip install .`` a checkout in the working directory is imported instead of the installed package
     but holds no libraries. Then those of the first other copy of the package on ``sys.path`` are used.
@@ -218,7 +218,7 @@ def path(name: str) -> Path:
 
 @functools.cache
 def cpu() -> ctypes.CDLL | None:
-    """The CPU library with its prototypes set; None when it is switched off, missing or unusable.
+    """Loads the CPU library with its prototypes. None: it is switched off, missing or unusable.
 
     Raises:
         ValueError: an environment variable has an invalid value.
@@ -240,7 +240,7 @@ def cpu() -> ctypes.CDLL | None:
 
 @functools.cache
 def cuda() -> ctypes.CDLL | None:
-    """The CUDA library with its prototypes set; None when it is switched off, missing or unusable."""
+    """Loads the CUDA library with its prototypes. None: it is switched off, missing or unusable."""
     loaded = _load("cuda")
     return None if loaded is None else declare_cuda(loaded)
 
@@ -291,7 +291,7 @@ def _load(name: str) -> ctypes.CDLL | None:
 
 
 def isa() -> str | None:
-    """Instruction set of the CPU library: "avx512", "avx2", "neon" or "scalar"; None without the library."""
+    """Returns the CPU library's instruction set: "avx512", "avx2", "neon", "scalar". None: no library."""
     loaded = cpu()
     if loaded is None:
         return None
@@ -300,7 +300,7 @@ def isa() -> str | None:
 
 
 def use_isa(name: str | None) -> None:
-    """Switches the CPU library to instruction set ``name`` (None: the best); for tests and benchmarks.
+    """Switches the CPU library to instruction set ``name`` (None: the best), for tests and benchmarks.
 
     Raises:
         ValueError: this machine or library does not have it.
@@ -311,7 +311,7 @@ def use_isa(name: str | None) -> None:
 
 
 def describe() -> dict[str, str]:
-    """Which kernels, libraries and versions are in use, as label and text, for ``commhooks info``."""
+    """Tells which kernels, libraries and versions are in use, as label and text, for ``commhooks info``."""
     native_cpu, native_cuda = cpu(), cuda()
     return {
         "cpu kernels": f"native ({isa()})"

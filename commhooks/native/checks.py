@@ -83,7 +83,7 @@ def fused_operands(fused: Fused) -> None:
 
 
 def inputs(fused: Fused) -> list[tuple[str, Tensor]]:
-    """Name and tensor of the operands that the pass only reads."""
+    """Yields name and tensor of the operands that the pass only reads."""
     named = [
         ("grad", fused.grad),
         ("scale_tensor", fused.scale_tensor),
@@ -98,7 +98,7 @@ def inputs(fused: Fused) -> list[tuple[str, Tensor]]:
 
 
 def overwritten(fused: Fused) -> list[tuple[str, Tensor]]:
-    """Name and tensor of the operands that the pass overwrites."""
+    """Yields name and tensor of the operands that the pass overwrites."""
     named = [
         ("residual", fused.residual) if fused.residual_out is None else ("residual_out", fused.residual_out),
         ("velocity", fused.velocity) if fused.velocity_out is None else ("velocity_out", fused.velocity_out),
@@ -133,7 +133,7 @@ def outputs(
 
 
 def segment_offsets(segments: Tensor, device: torch.device) -> None:
-    """Checks dtype, layout and size of ``segments``; :func:`segment_order` checks the offsets."""
+    """Checks dtype, layout and size of ``segments``. :func:`segment_order` checks the offsets."""
     array("segments", segments, (torch.int64,), device)
     if segments.numel() < 2:
         raise ValueError(f"segments must hold at least 2 offsets, got {segments.numel()}")
@@ -184,7 +184,7 @@ def no_overlap(written: list[tuple[str, Tensor]], read: list[tuple[str, Tensor]]
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The address range of a tensor: its first byte, and the first byte after it."""
+    """Returns the address range of a tensor: its first byte, and the first byte after it."""
     start = tensor.data_ptr()
     if tensor.is_contiguous():
         return start, start + tensor.nbytes
@@ -193,7 +193,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def low_bits(bits: object) -> int:
-    """``bits`` as an int; raises unless it is 1, 2, 4 or 8."""
+    """Returns ``bits`` as an int. Raises unless it is 1, 2, 4 or 8."""
     number = integer("bits", bits)
     if number not in (1, 2, 4, 8):
         raise ValueError(f"bits must be 1, 2, 4 or 8, got {number}")
@@ -264,18 +264,18 @@ def low_bit_contents(messages: Tensor, bits: int, numel: int) -> None:
 
 
 def low_bit_scales(message: Tensor, blocks: int) -> Tensor:
-    """The scales of one message as the bits of bfloat16: int16 ``(blocks,)``, a copy."""
+    """Returns the scales of one message as the bits of bfloat16: int16 ``(blocks,)``, a copy."""
     return message[: 2 * blocks].clone().view(torch.int16)
 
 
 def low_bit_scale_valid(scales: Tensor) -> Tensor:
-    """Bool: which scales (bits of bfloat16 as int16) are 0, NaN or in [2**-100, 2**100]."""
+    """Tells, as bool, which scales (bits of bfloat16 as int16) are 0, NaN or in [2**-100, 2**100]."""
     in_range = (scales >= _LEAST_SCALE) & (scales <= _LARGEST_SCALE)
     return (scales == 0) | in_range | ((scales & 0x7FFF) > _INFINITE_SCALE)
 
 
 def integer(name: str, value: object) -> int:
-    """``value`` as an int. Whatever Python accepts as an index will do, numpy's integers too, but no bool."""
+    """Returns ``value`` as an int. What Python accepts as an index will do, numpy's too, but no bool."""
     if not isinstance(value, bool):
         try:
             return operator.index(value)  # type: ignore[arg-type]
@@ -285,7 +285,7 @@ def integer(name: str, value: object) -> int:
 
 
 def places(k: object, numel: int) -> int:
-    """``k`` as an int; raises unless it is in [0, numel]."""
+    """Returns ``k`` as an int. Raises unless it is in [0, numel]."""
     number = integer("k", k)
     if not 0 <= number <= numel:
         raise ValueError(f"k must be in [0, {numel}], got {number}")
@@ -293,7 +293,7 @@ def places(k: object, numel: int) -> int:
 
 
 def thread_count(threads: object) -> int | None:
-    """``threads`` as an int, or None; raises when it is below 1 or above 4096."""
+    """Returns ``threads`` as an int, or None. Raises when it is below 1 or above 4096."""
     if threads is None:
         return None
     number = integer("threads", threads)
@@ -305,7 +305,7 @@ def thread_count(threads: object) -> int | None:
 
 
 def pairs(suffix: str, values: Tensor, indices: Tensor, device: torch.device) -> None:
-    """Checks the arrays of one sparse gradient; :func:`index_order` checks the contents of the indices.
+    """Checks the arrays of one sparse gradient. :func:`index_order` checks the contents of the indices.
 
     ``suffix`` ends the names of both in messages.
     """
@@ -330,7 +330,7 @@ def index_order(name: str, indices: Tensor, numel: int | None) -> None:
 
 
 def row_order(indices: Tensor, numel: int) -> None:
-    """:func:`index_order` for every row of ``indices`` ``(m, k)``."""
+    """Does :func:`index_order` for every row of ``indices`` ``(m, k)``."""
     for row in indices:
         index_order("indices", row, numel)
 

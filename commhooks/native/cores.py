@@ -29,7 +29,7 @@ def is_pinned() -> bool:
 
 @functools.cache
 def _places() -> frozenset[int]:
-    """The cores of the OpenMP library's places; empty when it pins no threads or is not libgomp."""
+    """Reads the cores of the OpenMP library's places. Empty: it pins no threads or is not libgomp."""
     if not hasattr(os, "sched_setaffinity"):
         return frozenset()
     try:

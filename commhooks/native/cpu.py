@@ -198,7 +198,7 @@ def contains(wanted: Tensor, among: Tensor) -> Tensor:
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:
-    """See :func:`commhooks.native.ops.scatter_add`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    """See :func:`commhooks.native.ops.scatter_add`. ``values`` and ``indices`` have shape ``(m, k)``."""
     pointers = dense.data_ptr(), dense.numel(), abi.rows(values, indices), scale
     _call("scatter_add", *pointers, explain=lambda: checks.row_order(indices, dense.numel()))
 
@@ -206,7 +206,7 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
 def write_back(
     out: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0, threads: int | None = None
 ) -> None:
-    """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    """See :func:`commhooks.native.ops.write_back`. ``values`` and ``indices`` have shape ``(m, k)``."""
     target = out.data_ptr(), abi.DTYPES[out.dtype], out.numel()
     rows = abi.rows(values, indices)
     explain = functools.partial(checks.row_order, indices, out.numel())
@@ -223,12 +223,12 @@ def low_bit_encode(
 
 
 def low_bit_decode(message: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
-    """See :func:`commhooks.native.ops.low_bit_decode`; ``message`` has shape ``(1, size)``."""
+    """See :func:`commhooks.native.ops.low_bit_decode`. ``message`` has shape ``(1, size)``."""
     _decode("low_bit_decode", message, bits, out, threads)
 
 
 def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
-    """See :func:`commhooks.native.ops.low_bit_decode_add`; ``messages`` has shape ``(rows, size)``."""
+    """See :func:`commhooks.native.ops.low_bit_decode_add`. ``messages`` has shape ``(rows, size)``."""
     _decode("low_bit_decode_add", messages, bits, out, threads)
 
 

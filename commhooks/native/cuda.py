@@ -78,7 +78,7 @@ def _select(name: str, fused: Fused, k: int, out: Selected | None, *numbers: obj
 def select_topk(
     fused: Fused, k: int, seed: int = 0, threads: int | None = None, out: Selected | None = None
 ) -> Selected:
-    """See :func:`commhooks.native.ops.select_topk`; ``threads`` has no meaning here."""
+    """See :func:`commhooks.native.ops.select_topk`. ``threads`` has no meaning here."""
     return _select("select_topk", fused, k, out, k, seed & abi.MASK64)
 
 
@@ -90,14 +90,14 @@ def select_threshold(
     threads: int | None = None,
     out: Selected | None = None,
 ) -> Selected:
-    """See :func:`commhooks.native.ops.select_threshold`; ``threads`` has no meaning here."""
+    """See :func:`commhooks.native.ops.select_threshold`. ``threads`` has no meaning here."""
     return _select("select_threshold", fused, k, out, threshold, k, start)
 
 
 def select_indices(
     fused: Fused, indices: Tensor, threads: int | None = None, out: Selected | None = None
 ) -> Selected:
-    """See :func:`commhooks.native.ops.select_indices`; ``threads`` has no meaning here."""
+    """See :func:`commhooks.native.ops.select_indices`. ``threads`` has no meaning here."""
     device = fused.residual.device
     k = indices.numel()
     out = Selected.empty(fused, k, indices=indices.clone()) if out is None else out
@@ -109,7 +109,7 @@ def select_indices(
 
 
 def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
-    """See :func:`commhooks.native.ops.sample_threshold`; waits for the device."""
+    """See :func:`commhooks.native.ops.sample_threshold`. It waits for the device."""
     device = fused.residual.device
     threshold = torch.empty(1, dtype=torch.float32, device=device)
     scratch = _scratch(device, _INDICES, fused.residual.numel(), k, 0)
@@ -119,7 +119,7 @@ def sample_threshold(fused: Fused, k: int, seed: int = 0) -> float:
 
 
 def random_indices(seed: int, step: int, stream: int, numel: int, k: int, device: torch.device) -> Tensor:
-    """See :func:`commhooks.native.ops.random_indices`; takes ``numel / 8`` bytes of scratch space."""
+    """See :func:`commhooks.native.ops.random_indices`. It takes ``numel / 8`` bytes of scratch space."""
     indices = torch.empty(k, dtype=torch.int32, device=device)
     scratch = _scratch(device, _RANDOM, numel, k, 0)
     keys = (seed & abi.MASK64, step & abi.MASK64, stream & abi.MASK64)
@@ -137,7 +137,7 @@ def merge_topk(
     threads: int | None = None,
     result: Merged | None = None,
 ) -> Merged:
-    """See :func:`commhooks.native.ops.merge_topk`; ``threads`` has no meaning here."""
+    """See :func:`commhooks.native.ops.merge_topk`. ``threads`` has no meaning here."""
     device = values_a.device
     size_a, size_b = values_a.numel(), values_b.numel()
     merged = Merged.empty(k, size_a, size_b, device) if result is None else result
@@ -156,14 +156,14 @@ def merge_topk(
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:
-    """See :func:`commhooks.native.ops.scatter_add`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    """See :func:`commhooks.native.ops.scatter_add`. ``values`` and ``indices`` have shape ``(m, k)``."""
     _call(dense.device, "scatter_add", dense.data_ptr(), dense.numel(), abi.rows(values, indices), scale)
 
 
 def write_back(
     out: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0, threads: int | None = None
 ) -> None:
-    """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    """See :func:`commhooks.native.ops.write_back`. ``values`` and ``indices`` have shape ``(m, k)``."""
     target = out.data_ptr(), abi.DTYPES[out.dtype], out.numel()
     _call(out.device, "write_back", *target, abi.rows(values, indices), scale)
 
@@ -171,16 +171,16 @@ def write_back(
 def low_bit_encode(
     x: Tensor, bits: int, out: Tensor, remainder: Tensor | None = None, threads: int | None = None
 ) -> None:
-    """See :func:`commhooks.native.ops.low_bit_encode`; ``threads`` has no meaning here."""
+    """See :func:`commhooks.native.ops.low_bit_encode`. ``threads`` has no meaning here."""
     rest = None if remainder is None else remainder.data_ptr()
     _call(x.device, "low_bit_encode", x.data_ptr(), x.numel(), bits, out.data_ptr(), out.numel(), rest)
 
 
 def low_bit_decode(message: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
-    """See :func:`commhooks.native.ops.low_bit_decode`; ``message`` has shape ``(1, size)``."""
+    """See :func:`commhooks.native.ops.low_bit_decode`. ``message`` has shape ``(1, size)``."""
     _call(out.device, "low_bit_decode", abi.messages(message, bits), out.data_ptr(), out.numel())
 
 
 def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
-    """See :func:`commhooks.native.ops.low_bit_decode_add`; ``messages`` has shape ``(rows, size)``."""
+    """See :func:`commhooks.native.ops.low_bit_decode_add`. ``messages`` has shape ``(rows, size)``."""
     _call(out.device, "low_bit_decode_add", abi.messages(messages, bits), out.data_ptr(), out.numel())

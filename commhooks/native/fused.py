@@ -26,11 +26,11 @@ class Fused:
         residual_out, velocity_out = c, v  # residual_out = 0 where the element is taken out
 
     Attributes:
-        grad: shape ``(n,)``, float32, bfloat16 or float16; only read.
-        residual: shape ``(n,)``, float32; updated in place, or only read when ``residual_out`` is given.
-        velocity: shape ``(n,)``, float32, or None; updated in place, or only read when ``velocity_out`` is
+        grad: shape ``(n,)``, float32, bfloat16 or float16. It is only read.
+        residual: shape ``(n,)``, float32, updated in place, or only read when ``residual_out`` is given.
+        velocity: shape ``(n,)``, float32, or None. Updated in place, or only read when ``velocity_out`` is
             given.
-        momentum: factor of the old velocity; must be 0 without ``velocity``.
+        momentum: factor of the old velocity. It must be 0 without ``velocity``.
         scale: factor of the gradient.
         scale_tensor: one float32 element on the same device, a further factor of the gradient, or None.
         segments: shape ``(s + 1,)``, int64, ascending offsets from 0 to n on the same device, or None. A
@@ -38,9 +38,9 @@ class Fused:
             elements is taken out, ``residual_out = u`` and ``velocity_out = velocity``. None: one segment
             that is always active.
         residual_out: shape ``(n,)``, float32: where the new residual goes. None: in place.
-        velocity_out: shape ``(n,)``, float32: where the new velocity goes; needs ``velocity``. None: in
-            place.
-        rescale: shape ``(s,)``, float32 on the same device: a factor of the residual for each segment; shape
+        velocity_out: shape ``(n,)``, float32: where the new velocity goes. It needs ``velocity``. None:
+            in place.
+        rescale: shape ``(s,)``, float32 on the same device: a factor of the residual for each segment. Shape
             ``(1,)`` without segments. None: no factor.
     """
 
@@ -67,7 +67,7 @@ class Fused:
 
     @property
     def num_segments(self) -> int:
-        """Number of segments; 0 when ``segments`` is None."""
+        """Number of segments: 0 when ``segments`` is None."""
         return 0 if self.segments is None else self.segments.numel() - 1
 
 
@@ -107,7 +107,7 @@ class Merged(NamedTuple):
     Attributes:
         values: shape ``(k,)``, float32.
         indices: shape ``(k,)``, int32, ascending, ``PAD`` at unused places.
-        survives_a: shape ``(k_a,)``, bool: whether the index of each entry of input a is in the result; False
+        survives_a: shape ``(k_a,)``, bool: whether the index of each entry of input a is in the result. False
             for padding.
         survives_b: the same for input b.
     """

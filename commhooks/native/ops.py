@@ -1,6 +1,6 @@
 """The kernels, one function each. Each checks its arguments and calls the implementation for the device.
 
-All tensors are 1-D, contiguous, without gradient and on one device; ``scatter_add``, ``write_back`` and
+All tensors are 1-D, contiguous, without gradient and on one device. ``scatter_add``, ``write_back`` and
 ``low_bit_decode_add`` also take rows. Indices are int32, ascending and unique, with :data:`PAD` at unused
 places at the end. A bad argument is refused before anything is written: by ``TypeError`` for a wrong dtype or
 a number that is not an integer, else by ``ValueError``. An output that shares memory with an input is refused
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def _implementation(device: torch.device) -> ModuleType:
-    """The module with the kernels for ``device``: ``cpu``, ``cuda`` or ``reference``."""
+    """Returns the module with the kernels for ``device``: ``cpu``, ``cuda`` or ``reference``."""
     if device.type == "cpu" and abi.cpu() is not None:
         return cpu
     if device.type == "cuda" and abi.cuda() is not None:
@@ -67,12 +67,12 @@ def select_topk(
     nonzero elements the remaining places are padding.
 
     Args:
-        fused: operands; residual and velocity are overwritten.
+        fused: operands. Residual and velocity are overwritten.
         k: number of places, in [0, n].
         seed: seed of the sample from which a first threshold is guessed. It affects time, never the result.
         values, indices: outputs, overwritten: float32 and int32 of shape ``(k,)``, possibly views of a
             message. None: new tensors.
-        threads: number of CPU threads, default torch's; never changes the result.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Returns:
         ``Selected`` of ``k`` places, sorted by index.
@@ -108,12 +108,12 @@ def select_threshold(
     residual.
 
     Args:
-        fused: operands; residual and velocity are overwritten.
+        fused: operands. Residual and velocity are overwritten.
         threshold: at least 0.
         k: number of places, in [0, n].
         start: index at which the search begins, in [0, n), or 0 when n is 0.
-        values, indices: outputs; see :func:`select_topk`.
-        threads: number of CPU threads, default torch's; never changes the result.
+        values, indices: outputs: see :func:`select_topk`.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Returns:
         ``Selected`` of ``k`` places, sorted by index.
@@ -167,12 +167,12 @@ def select_indices(
     """Corrects the gradient and takes out the elements at ``indices``.
 
     Args:
-        fused: operands; residual and velocity are overwritten.
+        fused: operands. Residual and velocity are overwritten.
         indices: shape ``(k,)``, int32, ascending, unique. An entry in an inactive segment gives value 0, and
             its residual is kept.
         values: output, overwritten: float32 of shape ``(k,)``. None: a new tensor.
         out: where the copy of ``indices`` goes, int32 of shape ``(k,)``. None: a new tensor.
-        threads: number of CPU threads, default torch's; never changes the result.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Returns:
         ``Selected`` with a copy of ``indices``. The count in the report is of all that are not padding.
@@ -200,7 +200,7 @@ def select_indices(
 def random_indices(
     seed: int, step: int, stream: int, numel: int, k: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """``k`` distinct pseudo-random indices below ``numel``, the same on every device and machine.
+    """Draws ``k`` distinct pseudo-random indices below ``numel``, the same on every device and machine.
 
     A Feistel permutation with cycle-walking, keyed by ``(seed, step, stream)``, is applied to 0 .. k-1, in
     O(k) and in integers only. No global random state is read or changed.
@@ -234,10 +234,10 @@ def merge_topk(
     out: tuple[Tensor, Tensor] | None = None,
     threads: int | None = None,
 ) -> Merged:
-    """The ``k`` largest magnitudes of the sum of two sparse gradients, sorted by index.
+    """Selects the ``k`` largest magnitudes of the sum of two sparse gradients, sorted by index.
 
     This is gTop-k's operator (eq. 6 of Shi et al., IJCAI 2019), in O(k). Values at an index that both inputs
-    have are added. Every index of the inputs is eligible; a sum of 0 ranks last. Ties go to the lower index.
+    have are added. Every index of the inputs is eligible. A sum of 0 ranks last. Ties go to the lower index.
     Inputs are not changed.
 
     Args:
@@ -246,7 +246,7 @@ def merge_topk(
         k: number of places in the result.
         out: values and indices of the result, overwritten: float32 and int32 of shape ``(k,)``, possibly
             views of a message. None: new tensors.
-        threads: number of CPU threads, default torch's; never changes the result.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Returns:
         ``Merged``: the pairs, and which entries of each input are in them.
@@ -277,7 +277,7 @@ def contains(wanted: Tensor, among: Tensor) -> Tensor:
         among: shape ``(m,)``, the same.
 
     Returns:
-        Bool, shape ``(k,)``; False for padding.
+        Bool, shape ``(k,)``. False for padding.
 
     Raises:
         TypeError: a wrong dtype.
@@ -296,14 +296,14 @@ def contains(wanted: Tensor, among: Tensor) -> Tensor:
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:
-    """``dense[indices] += scale * values`` in place; padding is skipped.
+    """Does ``dense[indices] += scale * values`` in place. Padding is skipped.
 
     Args:
         dense: shape ``(n,)``, float32, changed in place.
-        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each row is contiguous; the
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each row is contiguous. The
             distance between rows is free, so that rows may be views of a message.
         indices: like ``values``, int32, each row ascending and unique, below n.
-        scale: factor of the values; the product is rounded to float32 before it is added.
+        scale: factor of the values. The product is rounded to float32 before it is added.
 
     Raises:
         TypeError: a wrong dtype.
@@ -321,16 +321,16 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
 def write_back(
     out: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0, *, threads: int | None = None
 ) -> None:
-    """Overwrites ``out`` with zeros, then adds ``scale * values`` at ``indices``; padding is skipped.
+    """Overwrites ``out`` with zeros, then adds ``scale * values`` at ``indices``. Padding is skipped.
 
     Args:
         out: shape ``(n,)``, float32, bfloat16 or float16, overwritten.
-        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each row is contiguous; the
+        values: shape ``(k,)`` or ``(m, k)``, float32. Rows are added in order. Each row is contiguous. The
             distance between rows is free, so that rows may be views of a message. A bfloat16 or float16
-            ``out`` takes one row; the result is clamped to the finite range and rounded to nearest.
+            ``out`` takes one row. The result is clamped to the finite range and rounded to nearest.
         indices: like ``values``, int32, each row ascending and unique, below n.
         scale: factor of the values.
-        threads: number of CPU threads, default torch's; never changes the result.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Raises:
         TypeError: a wrong dtype.
@@ -374,19 +374,19 @@ def low_bit_encode(
     """Encodes ``x`` with ``bits`` bits an element and one scale for every 256 elements.
 
     A message holds the scales (bfloat16, little endian) and then the codes, the lowest bits of a byte first.
-    The value of an element is a level times the scale ``s`` of its block. The levels are -1, 1 (1 bit);
-    -3, -1, 1, 3 (2 bits); -7 .. 7 (4 bits); -127 .. 127 (8 bits). ``s`` is the mean magnitude (1 bit), 0.625
-    of it (2 bits), or the largest magnitude by the largest level. docs/kernels.md has the rounding. A scale
-    below 2**-100 becomes 0, one above 2**100 becomes 2**100: what is not sent stays in the remainder. A block
-    with an element that is not finite has scale NaN.
+    The value of an element is a level times the scale ``s`` of its block. The levels are -1 and 1 with
+    1 bit, -3, -1, 1 and 3 with 2, -7 to 7 with 4, and -127 to 127 with 8. ``s`` is the mean magnitude
+    (1 bit), 0.625 of it (2 bits), or the largest magnitude by the largest level. docs/kernels.md has the
+    rounding. A scale below 2**-100 becomes 0, one above 2**100 becomes 2**100: what is not sent stays in
+    the remainder. A block with an element that is not finite has scale NaN.
 
     Args:
-        x: shape ``(n,)``, float32; only read unless it is ``remainder``.
+        x: shape ``(n,)``, float32. It is only read unless it is ``remainder``.
         bits: 1, 2, 4 or 8.
         out: output, overwritten: uint8 of shape ``(low_bit_size(n, bits),)``. None: a new tensor.
         remainder: output, overwritten with ``x - decoded``: float32 of shape ``(n,)``, possibly ``x`` itself.
             None: not wanted.
-        threads: number of CPU threads, default torch's; never changes the result.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Returns:
         The message: ``out``, or the new tensor.
@@ -419,11 +419,11 @@ def low_bit_decode(message: Tensor, bits: int, out: Tensor, *, threads: int | No
         message: shape ``(low_bit_size(n, bits),)``, uint8. A block with scale NaN decodes to NaN.
         bits: 1, 2, 4 or 8, as it was encoded.
         out: shape ``(n,)``, float32, overwritten.
-        threads: number of CPU threads, default torch's; never changes the result.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: sizes, devices, layout or ``bits``; or (CPU) a scale or code that no encoder writes, with
+        ValueError: sizes, devices, layout or ``bits``, or (CPU) a scale or code that no encoder writes, with
             its block.
     """
     bits = checks.low_bits(bits)
@@ -442,14 +442,14 @@ def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, *, threads: int
 
     Args:
         messages: shape ``(low_bit_size(n, bits),)`` or ``(rows, low_bit_size(n, bits))``, uint8. Each row is
-            contiguous; the distance between rows is free. A block with scale NaN decodes to NaN.
+            contiguous. The distance between rows is free. A block with scale NaN decodes to NaN.
         bits: 1, 2, 4 or 8, as they were encoded.
         out: shape ``(n,)``, float32, changed in place.
-        threads: number of CPU threads, default torch's; never changes the result.
+        threads: number of CPU threads, default torch's. It never changes the result.
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: sizes, devices, layout or ``bits``; or (CPU) a scale or code that no encoder writes, with
+        ValueError: sizes, devices, layout or ``bits``, or (CPU) a scale or code that no encoder writes, with
             its block and message. Nothing has been added then.
     """
     bits = checks.low_bits(bits)

@@ -32,8 +32,8 @@ class _Corrected(NamedTuple):
 
     Attributes:
         values: float32 ``(n,)``, the corrected gradient.
-        mask: bool ``(n,)``, True for elements of active segments; None without segments.
-        flags: bool ``(s,)``, the active segments; None without segments.
+        mask: bool ``(n,)``, True for elements of active segments. None without segments.
+        flags: bool ``(s,)``, the active segments. None without segments.
         nonfinite: int64 scalar, number of elements in active segments that were not finite.
     """
 
@@ -44,7 +44,7 @@ class _Corrected(NamedTuple):
 
 
 def _active(fused: Fused) -> Tensor | None:
-    """Bool ``(s,)``: the active segments; None without segments."""
+    """Tells, as bool ``(s,)``, the active segments. None without segments."""
     if fused.segments is None:
         return None
     running = torch.cat((fused.segments.new_zeros(1), (fused.grad != 0).to(torch.int64).cumsum(0)))
@@ -52,7 +52,7 @@ def _active(fused: Fused) -> Tensor | None:
 
 
 def _each_element(fused: Fused, per_segment: Tensor) -> Tensor:
-    """Expands ``per_segment`` ``(s,)`` to ``(n,)``; without segments it stays ``(1,)``."""
+    """Expands ``per_segment`` ``(s,)`` to ``(n,)``. Without segments it stays ``(1,)``."""
     if fused.segments is None:
         return per_segment
     return torch.repeat_interleave(per_segment, fused.segments.diff(), output_size=fused.grad.numel())
@@ -82,7 +82,7 @@ def _correct(fused: Fused) -> _Corrected:
 
 
 def _delivered(selected: Selected, out: Selected | None) -> Selected:
-    """Copies ``selected`` into ``out`` and returns that; returns ``selected`` when ``out`` is None."""
+    """Copies ``selected`` into ``out`` and returns that. Returns ``selected`` when ``out`` is None."""
     if out is None:
         return selected
     for target, source in zip(out, selected, strict=True):
@@ -92,14 +92,14 @@ def _delivered(selected: Selected, out: Selected | None) -> Selected:
 
 
 def _report(count: Tensor, found: _Corrected) -> Tensor:
-    """The report of a selection of ``count`` pairs. No guess missed: the reference guesses no threshold."""
+    """Makes the report of a selection of ``count`` pairs. No guess missed: the reference guesses none."""
     zero = torch.zeros_like(count)
     inactive = zero if found.mask is None else (~found.mask).sum()
     return torch.stack((count, found.nonfinite, zero, inactive))
 
 
 def _taken(fused: Fused, found: _Corrected, order: Tensor, k: int) -> Selected:
-    """Takes out the ``k`` elements with the largest ``order`` (int64 ``(n,)``; 0: not eligible)."""
+    """Takes out the ``k`` elements with the largest ``order`` (int64 ``(n,)``, where 0 is not eligible)."""
     best = torch.topk(order, k, sorted=False)
     positions = torch.where(best.values > 0, best.indices, PAD).sort().values
     used = positions != PAD
@@ -197,7 +197,7 @@ def select_indices(
 
 
 def _usable(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """Which indices are in ``[0, numel)``, and the indices as int64 with 0 in place of the others.
+    """Tells which indices are in ``[0, numel)``, and the indices as int64 with 0 in place of the others.
 
     Padding is out of range. On a GPU other indices may be too, since they have not been checked.
     """
@@ -206,7 +206,7 @@ def _usable(indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
 
 
 def _mix(x: int) -> int:
-    """The splitmix64 finaliser on one 64-bit word."""
+    """Applies the splitmix64 finaliser to one 64-bit word."""
     x ^= x >> 30
     x = x * 0xBF58476D1CE4E5B9 & _MASK64
     x ^= x >> 27
@@ -222,7 +222,7 @@ def _round_keys(seed: int, step: int, stream: int) -> list[int]:
 
 
 def _permuted(index: Tensor, keys: list[int], half_bits: int) -> Tensor:
-    """One pass of the six-round Feistel network over int64 indices below ``2**(2 * half_bits)``."""
+    """Makes one pass of the six-round Feistel network over int64 indices below ``2**(2 * half_bits)``."""
     mask = (1 << half_bits) - 1
     left, right = index >> half_bits, index & mask
     for key in keys:
@@ -262,7 +262,7 @@ def merge_topk(
     threads: int | None = None,
     room: Merged | None = None,
 ) -> Merged:
-    """See :func:`commhooks.native.ops.merge_topk`; ``threads`` has no meaning here."""
+    """See :func:`commhooks.native.ops.merge_topk`. ``threads`` has no meaning here."""
     index, order = torch.cat((indices_a, indices_b)).sort(stable=True)
     value = torch.cat((values_a, values_b))[order]
     size = index.numel()
@@ -306,7 +306,7 @@ def contains(wanted: Tensor, among: Tensor) -> Tensor:
 
 
 def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0) -> None:
-    """See :func:`commhooks.native.ops.scatter_add`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    """See :func:`commhooks.native.ops.scatter_add`. ``values`` and ``indices`` have shape ``(m, k)``."""
     if dense.numel() == 0:
         return
     factor = torch.tensor(scale, dtype=torch.float32, device=_CPU)
@@ -319,7 +319,7 @@ def scatter_add(dense: Tensor, values: Tensor, indices: Tensor, scale: float = 1
 def write_back(
     out: Tensor, values: Tensor, indices: Tensor, scale: float = 1.0, threads: int | None = None
 ) -> None:
-    """See :func:`commhooks.native.ops.write_back`; ``values`` and ``indices`` have shape ``(m, k)``."""
+    """See :func:`commhooks.native.ops.write_back`. ``values`` and ``indices`` have shape ``(m, k)``."""
     if out.dtype == torch.float32:
         out.zero_()
         scatter_add(out, values, indices, scale)
@@ -356,7 +356,7 @@ def low_bit_encode(
 
 
 def _low_bit_scale(blocks: Tensor, numel: int, bits: int) -> Tensor:
-    """The scale of each block of ``(m, 256)``, float32 ``(m,)`` with the precision of bfloat16."""
+    """Returns the scale of each block of ``(m, 256)``, float32 ``(m,)`` with the precision of bfloat16."""
     magnitudes = blocks.abs()
     if bits <= 2:
         # The order of these sums is a part of the format: 16 rows into 16 lanes, then the lanes in halves.
@@ -382,7 +382,7 @@ def _low_bit_scale(blocks: Tensor, numel: int, bits: int) -> Tensor:
 
 
 def _low_bit_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The codes of ``x`` ``(m, 256)`` with ``scale`` ``(m, 1)``, int32."""
+    """Returns the codes of ``x`` ``(m, 256)`` with ``scale`` ``(m, 1)``, int32."""
     if bits == 1:
         return (x >= 0).to(torch.int32)
     if bits == 2:
@@ -395,13 +395,13 @@ def _low_bit_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _low_bit_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The values of ``codes`` (int32), float32: exact products of a level and a scale."""
+    """Returns the values of ``codes`` (int32), float32: exact products of a level and a scale."""
     level: Tensor = 2 * codes - (2**bits - 1) if bits <= 2 else codes - 2 ** (bits - 1)
     return level.to(torch.float32) * scale
 
 
 def _low_bit_decoded(message: Tensor, bits: int, numel: int) -> Tensor:
-    """The values of one message, float32 ``(n,)``; NaN where a scale or a code is none of an encoder's."""
+    """Returns the values of one message, float32 ``(n,)``, NaN where no encoder writes the scale or code."""
     blocks = -(-numel // checks.LOW_BIT_BLOCK)
     header = checks.low_bit_scales(message, blocks)
     scale = header.view(torch.bfloat16).to(torch.float32)
@@ -415,11 +415,11 @@ def _low_bit_decoded(message: Tensor, bits: int, numel: int) -> Tensor:
 
 
 def low_bit_decode(message: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
-    """See :func:`commhooks.native.ops.low_bit_decode`; ``message`` has shape ``(1, size)``."""
+    """See :func:`commhooks.native.ops.low_bit_decode`. ``message`` has shape ``(1, size)``."""
     out.copy_(_low_bit_decoded(message[0], bits, out.numel()))
 
 
 def low_bit_decode_add(messages: Tensor, bits: int, out: Tensor, threads: int | None = None) -> None:
-    """See :func:`commhooks.native.ops.low_bit_decode_add`; ``messages`` has shape ``(rows, size)``."""
+    """See :func:`commhooks.native.ops.low_bit_decode_add`. ``messages`` has shape ``(rows, size)``."""
     for message in messages:
         out += _low_bit_decoded(message, bits, out.numel())

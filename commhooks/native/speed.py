@@ -29,7 +29,7 @@ def refusal(device_type: str = "cpu", slow_rank: int | None = None) -> str | Non
 
     Args:
         device_type: where gradients live.
-        slow_rank: a rank that lacks the kernels; None: this one alone is asked.
+        slow_rank: a rank that lacks the kernels. None: this one alone is asked.
     """
     here = why_slow(device_type)
     if here is None and slow_rank is not None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 
+import torch
+
+from ..exchange import Aggregator
 from ..gradient.bucket import Bucket
+from ..memory import Memory
 from ..memory.parameter_memory import same_keys
+from ..selection.selectors import Selector
 from ..transports import Transport
+from ..wire.message import Context
+from .routes import Route, route_of
 from .sizes import Sizes
 
 
@@ -37,3 +44,33 @@ class Expected:
         if transport is not self.transport or keys is None or not same_keys(keys, bucket.keys):
             return False
         return not (undoable and self.sizes.changes(bucket.index))
+
+    def zeros(
+        self,
+        bucket: Bucket,
+        context: Context,
+        memory: Memory,
+        selector: Selector | None,
+        aggregator: Aggregator,
+        goes_dense: Callable[[int, int, int], bool],
+    ) -> Route:
+        """Makes this exchange's route of the bucket, corrected, with zeros in the place of the gradient.
+
+        Args:
+            bucket: its gradient is not read.
+            context: what the message says of itself.
+            memory: an empty one, which receives the zeros.
+            selector: the Reducer's.
+            aggregator: likewise.
+            goes_dense: tells by numel, k and world size whether the bucket is sent densely.
+        """
+        k = numel = bucket.numel
+        if selector is not None:
+            k, _ = self.sizes.at(selector, bucket.index, numel, self.step, is_new=False)
+        nothing = replace(bucket, buffer=torch.zeros_like(bucket.buffer))
+        held, _ = memory.for_bucket(nothing)
+        dense = self.sends_everything or goes_dense(numel, k, self.transport.world_size)
+        parts = (memory, held, memory.operands(held, nothing, scale=None), context)
+        route = route_of(parts, selector, aggregator, k, dense)
+        route.correct()
+        return route

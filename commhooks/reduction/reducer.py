@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,19 +13,18 @@ from ..exchange.agreement import STEP_ADVICE, WAS_RETURNED, agree, agree_on_cont
 from ..gradient.bucket import Bucket
 from ..memory import ErrorFeedback, Memory, NoMemory
 from ..memory.owner_memory import OwnedChunk, without_owners
-from ..memory.ownership import claim
 from ..memory.parameter_memory import BucketMemory
 from ..memory.resharding import check_states, redistributed
-from ..native.fused import Fused
+from ..memory.single_user import claim
 from ..schemes import UNSET, check_scheme, chosen_memory
 from ..selection.selectors import Selector
-from ..transports import Connection, Transport
+from ..transports import Connection, Transport, check_timeout
 from ..wire.low_bit import chunks
 from ..wire.message import RETURNED, Context, OutOfStepError
 from .checkpoint import check_fits, description, in_units_of
 from .dense_rule import Crossover, DenseRule
 from .expected import Expected
-from .routes import DenseRoute, LowBitRoute, PlainRoute, Route, SparseRoute
+from .routes import PlainRoute, Route, route_of
 from .sizes import Sizes
 from .step import Step
 
@@ -92,18 +90,17 @@ class Reducer:
         check_scheme(selector, aggregator)
         if not isinstance(delta_every, int) or delta_every < 0:
             raise ValueError(f"delta_every must be an integer >= 0, got {delta_every!r}")
-        if timeout_s is not None and not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
+        if timeout_s is not None:
+            check_timeout(timeout_s)
         self.selector, self.aggregator = selector, aggregator
         self.connection = Connection(aggregator.requested)
         self.memory = chosen_memory(memory, aggregator)
-        self.undoable = self.memory.table.undoable = bool(undoable)
-        self.average, self.timeout_s = average, timeout_s
+        self.average, self.timeout_s, self.undoable = average, timeout_s, bool(undoable)
         self.dense_crossover, self.delta_every = dense_crossover, delta_every
         self._dense_rule = DenseRule(dense_crossover, aggregator)
         self.step = 0
         self.last_delta: float | None = None
-        self._step = Step(nonfinite)
+        self._step, self.nonfinite = Step(nonfinite), nonfinite
         self._sends_everything = self._can_discard = self.is_inside = False
         self._sizes = Sizes()
         self._expected: Expected | None = None
@@ -149,7 +146,7 @@ class Reducer:
         self.is_inside = True
         with step.figures.phase("select"):
             route.correct()
-        step.figures.misses += route.misses
+        step.figures.add(misses=route.misses)
         with step.figures.phase("exchange", transport.counters):
             thrown_away = self._exchange(route, transport)
         if thrown_away:
@@ -206,17 +203,16 @@ class Reducer:
         self.step -= 1
         self.memory.table.discard(self.step)
 
+    def set_average(self, average: bool) -> None:
+        """Makes the result the average over ranks, or their sum. Call it between steps, on all ranks."""
+        self.average = average
+
     def send_everything(self) -> None:
         """Sends the remaining buckets of this step densely, with their residuals.
 
         Between steps it applies to all buckets of the next step.
         """
         self._sends_everything = True
-
-    @property
-    def nonfinite(self) -> str:
-        """The policy on NaN and Inf."""
-        return self._step.nonfinite
 
     @property
     def nonfinite_buckets(self) -> list[int]:
@@ -357,7 +353,7 @@ class Reducer:
     def _route(self, bucket: Bucket, scale: float, transport: Transport) -> Route:
         """Chooses the bucket's route. At a new layout the ranks compare their settings first."""
         buffer, context = bucket.buffer, Context(bucket.index, self.step)
-        self._step.figures.dense_bytes += bucket.numel * buffer.element_size()
+        self._step.figures.add(dense_bytes=bucket.numel * buffer.element_size())
         if not self.remembers and buffer.dtype == torch.float32:
             # Nothing in a plain sum tells the step, and a rank may have discarded the last one alone.
             if self._agreed.get(bucket.index) != bucket.numels or (self.undoable and not self.is_inside):
@@ -367,6 +363,8 @@ class Reducer:
         returned = self._announce_return(bucket, transport)
         selector, memory, numel = self.selector, self.memory, bucket.numel
         held, is_new = memory.for_bucket(bucket)
+        if self.undoable:
+            memory.table.keep_rates(held)
         chunk = self._owned(bucket, held, transport)  # may add to the residual
         operands = memory.operands(held, bucket, scale=_inverse(scale, buffer))
         k, must_agree = numel, is_new or returned
@@ -382,30 +380,9 @@ class Reducer:
         if self.undoable:
             operands = held.apart(operands, self.step)
         dense = self._goes_dense(numel, k, transport.world_size)
-        route = self._made(memory, held, operands, context, k, dense)
-        if isinstance(route, LowBitRoute):
-            route.chunk = chunk
-        elif isinstance(route, SparseRoute) and self._measures_delta:
-            route.meter = self._step.figures.delta
-        return route
-
-    def _made(
-        self,
-        memory: Memory,
-        held: BucketMemory,
-        operands: Fused,
-        context: Context,
-        k: int,
-        dense: bool,
-    ) -> DenseRoute | LowBitRoute | SparseRoute:
-        """Makes the route of a bucket that has a memory."""
-        selector, aggregator = self.selector, self.aggregator
-        if dense or isinstance(aggregator, Dense):
-            return DenseRoute(memory, held, operands, context)
-        if isinstance(aggregator, LowBit):
-            return LowBitRoute(memory, held, operands, context, aggregator, None)
-        assert selector is not None
-        return SparseRoute(memory, held, operands, context, selector, k, context.bucket, aggregator)
+        meter = self._step.figures.delta if self._measures_delta else None
+        parts = (memory, held, operands, context)
+        return route_of(parts, selector, self.aggregator, k, dense, chunk, meter)
 
     def _exchange(self, route: Route, transport: Transport) -> bool:
         """Runs a route's exchange. Ranks that are out of step compare what each of them exchanges."""
@@ -444,16 +421,9 @@ class Reducer:
             return False
         if not expected.comes_at_once(bucket, transport, self.undoable):
             return True
-        k = bucket.numel
-        if self.selector is not None:
-            k, _ = expected.sizes.at(self.selector, bucket.index, k, expected.step, is_new=False)
-        context = Context(bucket.index, self.step, RETURNED)
-        nothing = replace(bucket, buffer=torch.zeros_like(bucket.buffer))
         memory = NoMemory() if isinstance(self.memory, NoMemory) else ErrorFeedback()
-        held, _ = memory.for_bucket(nothing)
-        dense = expected.sends_everything or self._goes_dense(bucket.numel, k, transport.world_size)
-        route = self._made(memory, held, memory.operands(held, nothing, scale=None), context, k, dense)
-        route.correct()
+        context = Context(bucket.index, self.step, RETURNED)
+        route = expected.zeros(bucket, context, memory, self.selector, self.aggregator, self._goes_dense)
         with transport.uncounted():
             if self._exchange(route, transport):  # zeros are finite, and so no rank that was reset voted
                 raise SettingsMismatchError(

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..exchange import Aggregated, Aggregator, LowBit
+from ..exchange import Aggregated, Aggregator, Dense, LowBit
 from ..exchange.low_bit import Activity, LowBitMean
 from ..exchange.voting_sum import summed
 from ..gradient.sparse_grad import SparseGrad, empty_message, places
@@ -204,7 +204,7 @@ class LowBitRoute(_MemoryRoute):
         """Makes what the second rounding kept this rank's, and adds what rounding kept from the model."""
         assert self._out is not None
         if self.chunk is not None:
-            self.chunk.values = self._out.owned
+            self.chunk.keep(self._out.owned)
         if self._rounding is not None:
             self.held.residual.add_(self._rounding)
 
@@ -223,10 +223,11 @@ class SparseRoute(_MemoryRoute):
         k: the number of pairs.
         mask_key: makes the random masks of one step's buckets differ; see
             :meth:`~commhooks.selection.selectors.Selector.select`.
-        aggregator: sums the pairs over ranks. None: the caller exchanges ``pairs`` itself and sets ``out``.
+        aggregator: sums the pairs over ranks. None: the caller exchanges ``pairs`` itself and calls
+            :meth:`receive`.
         meter: measures delta; or None.
         pairs: the selected pairs.
-        out: the sum, from ``exchange`` until ``write``.
+        out: the sum, from ``exchange`` or ``receive`` until ``write``.
     """
 
     selector: Selector
@@ -257,6 +258,15 @@ class SparseRoute(_MemoryRoute):
         if self.meter is not None and not out.nonfinite:
             self.meter.add(transport, self.held.residual, out, self.k, self.context.tag)
         return out.nonfinite
+
+    def receive(self, values: Tensor, indices: Tensor) -> None:
+        """Takes the sum that the caller exchanged, in place of :meth:`exchange`.
+
+        Args:
+            values: shape ``(m, k)`` float32, rows to be added.
+            indices: shape ``(m, k)`` int32.
+        """
+        self.out = Aggregated(values, indices, contributed=self.pairs, refused=None, nonfinite=False)
 
     def take_back(self) -> None:
         """Puts the pairs back and takes the gradient out of the memory."""
@@ -293,6 +303,34 @@ class SparseRoute(_MemoryRoute):
         """Puts back what this rank contributed. Before ``write`` that is all of its pairs."""
         self.held.end(self._flags)
         self.memory.restore(self.held, self._contributed)
+
+
+def route_of(
+    parts: tuple[Memory, BucketMemory, Fused, Context],
+    selector: Selector | None,
+    aggregator: Aggregator,
+    k: int,
+    dense: bool,
+    chunk: OwnedChunk | None = None,
+    meter: DeltaMeter | None = None,
+) -> DenseRoute | LowBitRoute | SparseRoute:
+    """Makes the route of a bucket that has a memory.
+
+    Args:
+        parts: the memory, the bucket's part of it, the operands, and which exchange it is.
+        selector: chooses the pairs of a sparse route.
+        aggregator: sums over ranks.
+        k: the number of pairs of a sparse route.
+        dense: whether the bucket is sent densely whatever the aggregator is.
+        chunk: what this rank keeps as an owner in a low-bit route.
+        meter: measures delta of a sparse route.
+    """
+    if dense or isinstance(aggregator, Dense):
+        return DenseRoute(*parts)
+    if isinstance(aggregator, LowBit):
+        return LowBitRoute(*parts, aggregator, chunk)
+    assert selector is not None
+    return SparseRoute(*parts, selector, k, parts[3].bucket, aggregator, meter)
 
 
 Route = PlainRoute | DenseRoute | LowBitRoute | SparseRoute

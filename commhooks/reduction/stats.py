@@ -76,6 +76,13 @@ class StepFigures:
     misses: int = 0
     delta: DeltaMeter = field(default_factory=DeltaMeter)
 
+    def add(self, *, sent: int = 0, received: int = 0, dense_bytes: int = 0, misses: int = 0) -> None:
+        """Adds bytes that were sent and received, bytes of gradients, and wrong guesses of selections."""
+        self.bytes_sent += sent
+        self.bytes_received += received
+        self.dense_bytes += dense_bytes
+        self.misses += misses
+
     def phase(self, name: str, counters: Counters | None = None) -> Phase:
         """Returns a ``with`` block whose time is added to ``seconds[name]``.
 
@@ -119,5 +126,7 @@ class Phase:
         figures = self._figures
         figures.seconds[self._name] += time.perf_counter() - self._start
         if self._counters is not None:
-            figures.bytes_sent += self._counters.bytes_sent - self._sent
-            figures.bytes_received += self._counters.bytes_received - self._received
+            figures.add(
+                sent=self._counters.bytes_sent - self._sent,
+                received=self._counters.bytes_received - self._received,
+            )

@@ -40,6 +40,10 @@ class Kept:
     rollback: Callable[[], None]
     commit: Callable[[], None] | None
 
+    def use(self, commit: Callable[[], None]) -> None:
+        """Makes ``commit`` the end of the exchange: its result is used."""
+        self.commit = commit
+
     def settle(self) -> None:
         """Leaves nothing to do at the end of the step, for an exchange that was taken back already."""
         self.commit = self.rollback = _nothing
@@ -71,7 +75,10 @@ class Step:
         self._kept: list[Kept] = []
 
     def keep(self, commit: Callable[[], None] | None, rollback: Callable[[], None]) -> Kept:
-        """Adds an exchange, of which the end of the step calls one function. ``commit`` may be set later."""
+        """Adds an exchange, of which the end of the step calls one function.
+
+        ``commit`` may be given later (:meth:`Kept.use`).
+        """
         kept = Kept(rollback, commit)
         self._kept.append(kept)
         return kept

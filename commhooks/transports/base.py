@@ -21,6 +21,13 @@ Message = tuple[int, Tensor]
 """A peer's rank and the contiguous tensor sent to it or received from it."""
 
 
+def check_timeout(timeout_s: float) -> float:
+    """Returns ``timeout_s`` as a float when it is positive, else raises ``ValueError``."""
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
+    return float(timeout_s)
+
+
 @dataclass
 class Counters:
     """Traffic of one rank since its transport was made.
@@ -49,7 +56,7 @@ class Counters:
 class Transport(ABC):
     """Moves the bytes of contiguous tensors between ``world_size`` ranks.
 
-    Tensors may be on the CPU or on a GPU. The network sends from devices of ``device_type``; other tensors
+    Tensors may be on the CPU or on a GPU. The network sends from devices of ``device_type``. Other tensors
     are copied there and back (``device_copy.py``). Every call blocks its thread until it is complete, or
     raises. It waits at most ``timeout_s``, all rounds of a collective together. What is received on a GPU is
     complete for later work on the current stream.
@@ -83,9 +90,7 @@ class Transport(ABC):
     _deadline: Deadline | None = None
 
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s!r}")
-        self.rank, self.world_size, self.timeout_s = rank, world_size, float(timeout_s)
+        self.rank, self.world_size, self.timeout_s = rank, world_size, check_timeout(timeout_s)
         self.counters = Counters()
 
     @contextmanager
@@ -101,8 +106,18 @@ class Transport(ABC):
         finally:
             self._deadline = outer
 
+    @contextmanager
+    def shorter_timeout(self, at_most_s: float) -> Iterator[None]:
+        """Lets all waits within the block together take at most ``at_most_s``, or ``timeout_s`` if less."""
+        usual, self.timeout_s = self.timeout_s, min(self.timeout_s, at_most_s)
+        try:
+            with self.one_deadline():
+                yield
+        finally:
+            self.timeout_s = usual
+
     def deadline(self) -> Deadline:
-        """The time limit of a wait that begins now: that of :meth:`one_deadline`, or a new one."""
+        """Returns the time limit of a wait that begins now: that of :meth:`one_deadline`, or a new one."""
         return self._deadline or self._new_deadline()
 
     def _new_deadline(self) -> Deadline:
@@ -236,15 +251,15 @@ class Transport(ABC):
 
     @abstractmethod
     def move(self, sends: Sequence[Message], receives: Sequence[Message], tag: int, what: str) -> None:
-        """:meth:`exchange` without checks, copies and counting: one round of a collective."""
+        """Does :meth:`exchange` without checks, copies and counting: one round of a collective."""
 
     @abstractmethod
     def _all_gather(self, send: Tensor, receive: Tensor, tag: int, what: str) -> None:
-        """:meth:`all_gather` of checked tensors on ``device_type``, between two ranks or more."""
+        """Does :meth:`all_gather` of checked tensors on ``device_type``, between two ranks or more."""
 
     @abstractmethod
     def _all_reduce(self, buffer: Tensor, tag: int, what: str) -> None:
-        """:meth:`all_reduce` of a checked tensor on ``device_type``, between two ranks or more."""
+        """Does :meth:`all_reduce` of a checked tensor on ``device_type``, between two ranks or more."""
 
     def _all_reduce_traffic(self, buffer: Tensor) -> tuple[int, int]:
         """Bytes each way and number of messages of one all-reduce, counted as a ring."""
@@ -256,12 +271,12 @@ class Transport(ABC):
         return True
 
     def fail(self, error: BaseException) -> None:
-        """Call this when the rank gives up on its peers. It may change how the process exits."""
+        """Learns that the rank gives up on its peers. It may change how the process exits."""
 
     def close(self) -> None:
         """Frees the transport's resources. It needs no other rank. A second call does nothing."""
 
 
 def nbytes(buffer: Tensor) -> int:
-    """Size of a tensor's elements in bytes."""
+    """Returns the size of a tensor's elements in bytes."""
     return buffer.numel() * buffer.element_size()

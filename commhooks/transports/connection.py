@@ -25,6 +25,17 @@ def check_name(transport: str | Transport) -> str | Transport:
     raise ValueError(f"transport must be one of {NAMES} or a Transport, got {transport!r}")
 
 
+def default_timeout(process_group: Any = None) -> float:
+    """Returns the seconds of a wait without a timeout of its own: the process group's, or 300 without one.
+
+    Args:
+        process_group: None: the default one.
+    """
+    from .distributed import timeout_of
+
+    return timeout_of(process_group) or DEFAULT_TIMEOUT_S
+
+
 def make(
     transport: str | Transport,
     *,
@@ -53,10 +64,10 @@ def make(
     if isinstance(transport, Transport):
         return transport
     name = check_name(transport)
-    from .distributed import DistributedTransport, backend_for, timeout_of
+    from .distributed import DistributedTransport, backend_for
 
     if timeout_s is None:
-        timeout_s = timeout_of(process_group) or DEFAULT_TIMEOUT_S
+        timeout_s = default_timeout(process_group)
     if name == "mpi":
         from .mpi import MpiTransport
 
@@ -141,7 +152,7 @@ class Connection:
     def open(
         self, *, timeout_s: float | None = None, process_group: Any = None, device_type: str = "cpu"
     ) -> Transport:
-        """Returns the open transport; opens it first if it is closed, which is collective.
+        """Returns the open transport. Opens it first if it is closed, which is collective.
 
         Arguments and errors are those of :func:`make`.
         """

@@ -38,9 +38,9 @@ class Copies:
         self._devices: set[torch.device] = set()  # GPUs on whose streams copies to the host are queued
 
     def outgoing(self, buffer: Tensor) -> Tensor:
-        """A copy of ``buffer`` on the transport's device, complete after :meth:`wait`.
+        """Returns a copy of ``buffer`` on the transport's device, complete after :meth:`wait`.
 
-        ``buffer`` itself when it is there already.
+        Returns ``buffer`` itself when it is there already.
         """
         if not is_foreign(buffer, self._device_type):
             return buffer
@@ -52,9 +52,9 @@ class Copies:
         return copy
 
     def incoming(self, buffer: Tensor) -> Tensor:
-        """A tensor on the transport's device to receive in; :meth:`give_back` copies it into ``buffer``.
+        """Returns a tensor on the transport's device to receive in.
 
-        ``buffer`` itself when it is there already.
+        :meth:`give_back` copies it into ``buffer``. It is ``buffer`` itself when that is there already.
         """
         if not is_foreign(buffer, self._device_type):
             return buffer
@@ -66,9 +66,9 @@ class Copies:
         return copy
 
     def both(self, buffer: Tensor) -> Tensor:
-        """A copy of ``buffer`` for the transport to overwrite; :meth:`give_back` copies it back.
+        """Returns a copy of ``buffer`` for the transport to overwrite.
 
-        ``buffer`` itself when it is on the transport's device already.
+        :meth:`give_back` copies it back. It is ``buffer`` itself when that is on the transport's device.
         """
         copy = self.outgoing(buffer)
         if copy is not buffer:
@@ -93,7 +93,7 @@ class Copies:
 
 
 def _on_host(like: Tensor) -> Tensor:
-    """New page-locked memory of ``like``'s shape and dtype."""
+    """Makes page-locked memory of ``like``'s shape and dtype."""
     return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
 
 

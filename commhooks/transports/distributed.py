@@ -166,7 +166,7 @@ class DistributedTransport(Transport):
         self._wait_for_device(device, what)
 
     def _ends_soon(self, work: Any) -> bool:
-        """Whether a collective completes without a long wait; False also when it fails."""
+        """Whether a collective completes without a long wait. False also when it fails."""
         try:
             work.wait(timedelta(seconds=min(_LONG_WAIT_S, self.timeout_s / 4)))
         except RuntimeError:  # after a failure the next wait raises again
@@ -183,7 +183,9 @@ class DistributedTransport(Transport):
             work.wait(timedelta(seconds=max(1e-3, deadline.left_s())))
 
     def _wait_for_device(self, device: torch.device, what: str) -> None:
-        """Polls the current stream of ``device`` until it is done, within the timeout; nothing with gloo.
+        """Polls the current stream of ``device`` until it is done, within the timeout.
+
+        With gloo there is nothing to wait for.
 
         ``work.wait()`` of NCCL only orders streams. It returns at once and notices no stalled peer. The
         device is that of the tensors, which need not be the thread's current one.
@@ -229,13 +231,13 @@ class DistributedTransport(Transport):
 
 
 def _store_of(group: Any) -> Any:
-    """The store of a process group, or None when torch, which has no public way to it, does not give it."""
+    """Returns a process group's store. None: torch, which has no public way to it, does not give it."""
     find = getattr(dist.distributed_c10d, "_get_process_group_store", None)
     return None if find is None else find(group)
 
 
 def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> str:
-    """``"nccl"`` for CUDA tensors when ``process_group`` sends them by NCCL, else ``"gloo"``.
+    """Returns ``"nccl"`` for CUDA tensors when ``process_group`` sends them by NCCL, else ``"gloo"``.
 
     The backend is looked up by device: ``init_process_group()`` without a backend chooses one for each
     device.
@@ -247,7 +249,7 @@ def backend_for(process_group: dist.ProcessGroup | None, device_type: str) -> st
 
 
 def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
-    """The timeout of ``process_group`` (None: the default one) in seconds; None without a group.
+    """Returns the timeout of ``process_group`` (None: the default one) in seconds, or None without a group.
 
     The timeout is read from the backend's options, since torch has no public way to it.
     """
@@ -266,7 +268,7 @@ def timeout_of(process_group: dist.ProcessGroup | None) -> float | None:
 
 
 def _group_timeout_s(backend: str, timeout_s: float) -> float:
-    """Timeout of our process group in seconds.
+    """Returns the timeout of our process group in seconds.
 
     With NCCL it is longer than ours, since torch's watchdog ends the process when it expires. Our error must
     come first.

@@ -78,7 +78,7 @@ def _new(parent: Any, complete: Callable[[Callable[[], Any]], Any], used: int) -
 def _first_free(
     mpi: Any, parent: Any, pool: list[Duplicate], complete: Callable[[Callable[[], Any]], Any]
 ) -> Duplicate | None:
-    """The first duplicate in ``pool`` that is unused on every rank, or None. Collective.
+    """Returns the first duplicate in ``pool`` that is unused on every rank, or None. Collective.
 
     All ranks made the same duplicates in the same order, so that the ranks can vote by position.
     """
@@ -90,7 +90,7 @@ def _first_free(
 
 
 def _world_ranks(mpi: Any, comm: Any) -> tuple[int, ...]:
-    """The ranks of ``comm`` in COMM_WORLD. Communicators with the same tuple share their duplicates."""
+    """Returns the ranks of ``comm`` in COMM_WORLD. Communicators of equal tuples share their duplicates."""
     group, world = comm.Get_group(), mpi.COMM_WORLD.Get_group()
     ranks = tuple(mpi.Group.Translate_ranks(group, list(range(group.Get_size())), world))
     group.Free()

@@ -89,7 +89,7 @@ def calls(rank: int, what: str) -> Iterator[None]:
 
 
 def check_wait(rank: int, what: str) -> None:
-    """Call this at every poll inside :func:`calls`.
+    """Checks, at every poll inside :func:`calls`, whether the wait may go on.
 
     Raises:
         PeerLostError: MPI is at its end and has waited for ``GRACE_S``.

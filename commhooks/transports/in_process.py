@@ -38,7 +38,7 @@ class _Mailboxes:
 
 
 class InProcessTransport(Transport):
-    """The transport of one thread; :func:`group` makes one for every rank.
+    """The transport of one thread. :func:`group` makes one for every rank.
 
     Sending copies the tensor, so that the sender may reuse it at once.
     """

@@ -37,7 +37,7 @@ SIZE_VARIABLES = {launcher: size for launcher, _, size in _VARIABLES}
 
 
 def launched() -> Launched | None:
-    """The innermost launcher, this process's rank and the number of ranks; None if none is known.
+    """Returns the innermost launcher, this process's rank and the number of ranks. None: none is known.
 
     A pair of variables is ignored when one of them is missing or not a number.
     """
@@ -58,5 +58,5 @@ _LOCAL_RANKS = (
 
 
 def local_rank() -> int:
-    """This process's rank among those of its machine, as the innermost launcher that tells it; else 0."""
+    """Returns this process's rank on its machine, as the innermost launcher that tells it does. Else 0."""
     return next((int(text) for n in _LOCAL_RANKS if (text := os.environ.get(n, "")).isdecimal()), 0)

@@ -35,7 +35,7 @@ def load_mpi() -> Any:
     """Imports ``mpi4py.MPI``, which initialises MPI: call it on the main thread.
 
     Raises:
-        ImportError: mpi4py or the MPI library is absent; the message says what to install.
+        ImportError: mpi4py or the MPI library is absent. The message says what to install.
         RuntimeError: MPI was initialised below ``MPI_THREAD_SERIALIZED``.
     """
     try:
@@ -141,7 +141,7 @@ class MpiTransport(Transport):
             self._wait(requests, what, peers)
 
     def _wait(self, requests: list[Any], what: str, peers: list[str] | str) -> None:
-        """Polls until all requests are complete; a timeout error names the peers of the incomplete ones.
+        """Polls until all requests are complete. A timeout error names the peers of the incomplete ones.
 
         ``peers`` is a list with one name per request, or one text for all.
         """
@@ -178,7 +178,7 @@ class MpiTransport(Transport):
             atexit.register(abort, self._mpi)  # runs before mpi4py's own Finalize
 
     def close(self) -> None:
-        """Leaves the duplicate to the next transport of the same ranks; freeing it would need all ranks."""
+        """Leaves the duplicate to the next transport of the same ranks: freeing it would need all ranks."""
         self._release()
         self._comm = self._mpi.COMM_NULL
 
@@ -207,10 +207,10 @@ def wait_until_read(stream: TextIO, limit_s: float = 2.0) -> None:
 
 
 def _bytes(buffer: Tensor) -> Any:
-    """The tensor's memory as a flat uint8 array, which every MPI can send whatever the dtype."""
+    """Returns the tensor's memory as a flat uint8 array, which every MPI can send whatever the dtype."""
     return _array(buffer.detach().view(-1).view(torch.uint8))
 
 
 def _array(tensor: Tensor) -> Any:
-    """The form mpi4py accepts: a numpy array, or on a GPU the tensor (by ``__cuda_array_interface__``)."""
+    """Returns what mpi4py accepts: an array of numpy, or a GPU's tensor (``__cuda_array_interface__``)."""
     return tensor if tensor.is_cuda else tensor.numpy()

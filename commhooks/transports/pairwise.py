@@ -44,7 +44,7 @@ def all_reduce(transport: Transport, buffer: Tensor, *, tag: int, what: str) -> 
 def _turns(
     transport: Transport, sends: Sequence[Tensor], receives: Sequence[Tensor] | Tensor, tag: int, what: str
 ) -> None:
-    """Sends ``sends[r]`` to rank r and receives ``receives[r]`` from it; empty tensors are not sent."""
+    """Sends ``sends[r]`` to rank r and receives ``receives[r]`` from it. Empty tensors are not sent."""
     for turn in range(1, transport.world_size):
         to = (transport.rank + turn) % transport.world_size
         source = (transport.rank - turn) % transport.world_size

@@ -19,7 +19,7 @@ DOUBLING_BYTES = 32768
 
 
 def all_gather(transport: Transport, send: Tensor, receive: Tensor, *, tag: int, what: str) -> None:
-    """Overwrites ``receive[r]`` with ``send`` of rank r; as many bytes as a ring."""
+    """Overwrites ``receive[r]`` with ``send`` of rank r, by as many bytes as a ring."""
     receive[transport.rank] = send
     distance = 1
     while distance < transport.world_size:

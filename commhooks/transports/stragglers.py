@@ -31,7 +31,7 @@ class Stragglers:
         self._store, self._rank, self._world_size = store, rank, world_size
 
     def wait_in(self, number: int) -> bool:
-        """Tells the others that this rank waits in its ``number``-th collective; returns whether it did."""
+        """Tells the others that this rank waits in its ``number``-th collective. Returns whether it did."""
 
         def write(store: Any) -> bool:
             store.set(_key(self._rank), str(number))
@@ -40,7 +40,7 @@ class Stragglers:
         return self._bounded(write, False)
 
     def missing(self, number: int) -> list[int]:
-        """The other ranks that report no wait in the ``number``-th collective or a later one.
+        """Returns the other ranks that report no wait in the ``number``-th collective or a later one.
 
         Empty without a store or without its answer.
         """

@@ -121,8 +121,41 @@ def test_a_memory_of_another_type_is_refused_by_name():
     from commhooks.horovod import Compression
 
     for make in (Compression.topk, Compression.randomk):
-        with pytest.raises(TypeError, match=r"memory must be a Memory such as ErrorFeedback\(\), got float"):
+        with pytest.raises(TypeError, match="memory must be a Memory such as ErrorFeedback.*got float"):
             make(0.1, [("w", torch.nn.Parameter(torch.zeros(2)))], memory=0.9)
+
+
+@pytest.mark.parametrize(("given", "waits"), [(None, 7200.0), (5.0, 5.0)])
+def test_a_wait_is_as_long_as_the_groups_unless_told(monkeypatch, given, waits):
+    """With the group's timeout and Horovod's answers made up."""
+    from commhooks import SparseState
+    from commhooks.horovod import Compression, gradient_sync
+    from commhooks.transports import in_process
+
+    asked = []
+
+    def open_transport(requested, process_set, timeout_s):
+        asked.append(timeout_s)
+        return in_process.group(1)[0], None
+
+    monkeypatch.setattr("commhooks.transports.distributed.timeout_of", lambda group: 7200.0)
+    monkeypatch.setattr(gradient_sync, "open_transport", open_transport)
+    monkeypatch.setattr(gradient_sync, "session", object)
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    gradient_sync.GradientSync(
+        SparseState.topk(0.5, timeout_s=given),
+        [],
+        {parameter: "p"},
+        passes=1,
+        sums=False,
+        process_set=None,
+        sparse="refused",
+    )
+    assert asked == [waits]
+    core = Compression.topk(0.5, [("p", parameter)], timeout_s=given).core
+    assert core.timeout_s == waits
+    with pytest.raises(ValueError, match="timeout_s must be positive, got -1"):
+        Compression.topk(0.5, [("p", parameter)], timeout_s=-1)
 
 
 def test_a_gather_beside_join_is_refused_by_name(monkeypatch):

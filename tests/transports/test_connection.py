@@ -10,7 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commhooks import SparseState, register
 from commhooks.averaging import LocalSGD
-from commhooks.transports import DEFAULT_TIMEOUT_S, Connection, connection, in_process, make
+from commhooks.transports import (
+    DEFAULT_TIMEOUT_S,
+    Connection,
+    connection,
+    default_timeout,
+    in_process,
+    make,
+)
 from commhooks.transports.distributed import timeout_of
 from commhooks.transports.launcher import launched
 
@@ -44,11 +51,13 @@ def test_a_wait_is_as_long_as_the_groups_unless_told(two_hours):
     assert state.reducer.transport.timeout_s == averager.transport.timeout_s == 7200.0
     assert told.transport.timeout_s == 5.0
     shorter = dist.new_group([0], timeout=timedelta(seconds=90))
-    assert timeout_of(shorter) == 90.0 and make("distributed", process_group=shorter).timeout_s == 90.0
+    assert timeout_of(shorter) == default_timeout(shorter) == 90.0 and default_timeout() == 7200.0
+    assert make("distributed", process_group=shorter).timeout_s == 90.0
 
 
 def test_a_wait_without_a_group(monkeypatch):
     seen = []
+    assert default_timeout() == DEFAULT_TIMEOUT_S
     monkeypatch.setattr(
         "commhooks.transports.mpi.MpiTransport", lambda **o: seen.append(o) or in_process.group(1)[0]
     )

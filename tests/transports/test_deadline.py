@@ -110,6 +110,18 @@ def test_all_rounds_of_an_exchange_have_one_deadline(call):
     assert max(len(first) for first, _ in ranks) > 1
 
 
+def test_a_shorter_timeout_ends_with_its_block():
+    waiting, told = in_process.group(2, timeout_s=20.0)[0], []
+    started = time.monotonic()
+    for limit in (0.3, 40.0):
+        with pytest.raises(PeerTimeoutError, match="within 0.3 s"):
+            with waiting.shorter_timeout(0.3), waiting.shorter_timeout(limit):
+                told.append(waiting.timeout_s)
+                waiting.barrier(tag=0, what="leaving")
+    assert told == [0.3, 0.3] and waiting.timeout_s == 20.0
+    assert time.monotonic() - started < 20.0
+
+
 def two_late_messages(rank, size):
     transport, message = DistributedTransport(timeout_s=1.0), torch.zeros(1)
     if rank == 1:
