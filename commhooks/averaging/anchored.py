@@ -14,7 +14,7 @@ from ..errors import SettingsMismatchError
 from .agreement import Ranks
 from .averager import Averager, AveragerOptions
 from .compressed_change import CompressedChange
-from .flat import checksum, flatten, pieces, real_view, unflatten_
+from .flat import Parameters, checksum, flatten, pieces, real_view, tensors_of, unflatten_
 from .sync_sets import Period
 from .wired_change import WiredChange
 
@@ -60,7 +60,8 @@ class Anchored(Averager):
         self._change: CompressedChange | None = None
         self._wired = None if self.wire is None else WiredChange(self.wire)
         self._withheld: Tensor | None = None  # between the exchange and the restart
-        self._left: int | None = None  # checksum of the model as the last synchronisation left it
+        # Checksum of the model as the last synchronisation left it or the loaded state was saved with.
+        self._left: int | None = None
         self._compares_start = anchored
         self._told = False  # that the model moves without a torch optimizer
         if anchored:
@@ -77,30 +78,50 @@ class Anchored(Averager):
             setattr(self, name, tensor)
 
     @contextmanager
-    def common_model(self) -> Iterator[None]:
+    def common_model(self, params: Parameters | None = None) -> Iterator[None]:
         """Makes the parameters the anchor inside the ``with`` block: the model that all ranks have in common.
 
         It is the model to evaluate and to save, since with a wire, and between synchronisations, every rank
         has a model of its own. Afterwards the parameters are as they were before, bit for bit. It takes a
         copy of the parameters, and is not collective. Buffers are this rank's.
 
+        A checkpoint to resume from has each rank's own model: take it outside of the block.
+
+        Args:
+            params: the model's parameters. They are needed where others have taken their place since the last
+                call, as by ``load_state_dict(..., assign=True)``, and the averager has no ``module=``.
+
         Raises:
-            RuntimeError: the averager has no anchor (``LocalSGD`` without a reducer or a wire).
+            RuntimeError: the averager has no anchor (``LocalSGD`` without a reducer or a wire). Inside the
+                block: a local step, a synchronisation, a broadcast, and saving or loading the state.
         """
         if self._change is None:
             raise RuntimeError(
                 f"{type(self).__name__} has no common model of its own: the ranks have it right after a "
                 "synchronisation"
             )
+        self._see_again(params)
         tensors = self._tensors(self._change.numbers)
         own = [tensor.detach().clone() for tensor in tensors]
+        before, self._shows_common = self._shows_common, True
         unflatten_(tensors, self._change.anchor)
         try:
             yield
         finally:
+            self._shows_common = before
             with torch.no_grad():
-                for tensor, before in zip(tensors, own, strict=True):
-                    tensor.copy_(before)
+                for tensor, value in zip(tensors, own, strict=True):
+                    tensor.copy_(value)
+
+    def _see_again(self, params: Parameters | None) -> None:
+        """Takes note of parameters that have taken the place of those seen last."""
+        if params is not None:
+            self._members.see(tensors_of(params))
+        elif self.module is not None:
+            now, known = list(self.module.parameters()), self._members.tensors
+            gone = {id(tensor) for tensor in known} - {id(tensor) for tensor in now}
+            if gone and len(now) == len(known):
+                self._members.see(now)
 
     def _mean_change(self, tensors: list[Tensor], ranks: Ranks) -> Tensor:
         """Returns the ranks' mean change since the anchor, ``(n,)``, by wire or reducer if there is one."""
@@ -167,8 +188,8 @@ class Anchored(Averager):
         numbers = self._members.trained(part)
         if self._change is not None and numbers != self._change.numbers:
             self._lay_out(numbers)
-        if self._wired is not None and self._change is not None:
-            self._left = checksum(self._tensors(self._change.numbers))
+        if self._change is not None:
+            self._left = None if self._wired is None else checksum(self._tensors(self._change.numbers))
 
     def _lay_out(self, numbers: list[int]) -> None:
         """Lays the anchor out anew for these tensors."""
@@ -197,9 +218,16 @@ class Anchored(Averager):
             self._compares_start = True
             if self.reducer is not None:
                 self._forget_withheld()
+            self._left = None
             if self._wired is not None:
+                if bool(self._wired.owned.any()):
+                    norm = float(torch.linalg.vector_norm(self._wired.owned))
+                    logger.warning(
+                        "%s: what was withheld on the wire is dropped, and of this rank's chunk a norm of %.3g",
+                        self._what(),
+                        norm,
+                    )
                 self._wired.forget()
-                self._left = None
 
     def _forget_withheld(self) -> None:
         assert self.reducer is not None
@@ -262,10 +290,17 @@ class Anchored(Averager):
             self._compares_start = True
 
     def _own_state(self) -> dict[str, Any]:
-        return {} if self._wired is None else {"wire": self._wired.state_dict()}
+        if self._change is None:
+            return {}
+        model = {
+            "model": checksum(self._tensors(self._change.numbers))
+        }  # to notice another one after loading
+        return model if self._wired is None else {**model, "wire": self._wired.state_dict()}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        self._left, saved = None, state.get("wire")
+        self._left, saved = state.get("model"), state.get("wire")
+        if self._left is not None:
+            self._expect_steps()
         if self._wired is not None and self._change is not None:
             self._wired.forget()
             if saved is not None:

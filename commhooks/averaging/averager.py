@@ -114,7 +114,8 @@ class Averager(ModelAverager):
         nonfinite: what NaN or Inf in any rank's parameters does, alike on all ranks. ``"error"`` (default):
             ``NonFiniteGradientError`` on all ranks, before anything is averaged. ``"skip"``: those ranks are
             left out and take over the average of the others. With a reducer or a wire they count as not
-            moved, and what they had withheld from the wire is lost with their models.
+            moved, and what they had withheld from the wire is lost with their models. So is what they keep as
+            owners, where tensors freeze or join in the same synchronisation.
             ``"propagate"``: the average becomes NaN everywhere. None: ``"error"``, or with a reducer
             ``"propagate"``, so that the reducer's own policy decides. A buffer's element is averaged over the
             ranks where it is finite, unless the policy is ``"propagate"``.
@@ -168,6 +169,7 @@ class Averager(ModelAverager):
         self._figures = Figures()
         self._start = 0  # fingerprint of the starting point, to be compared; 0: unknown or done
         self._called = self._hooked = False
+        self._shows_common = False  # inside common_model()
         self._fresh: bool = True  # whether the model should be where the averager left it
         self._watched = list(known) or ([] if self.module is None else list(self.module.parameters()))
         if self._watched or given["device_type"] is not None:
@@ -216,6 +218,7 @@ class Averager(ModelAverager):
         self._count(params)
 
     def _count(self, params: Parameters) -> None:
+        self._refuse_common_model("a local step")
         self.step += 1
         fresh, self._fresh = self._fresh, False
         if fresh:
@@ -231,6 +234,7 @@ class Averager(ModelAverager):
 
     def synchronise(self, params: Parameters) -> None:
         """Synchronises now, whatever the step: for instance after a last step that is not in the set."""
+        self._refuse_common_model("synchronise()")
         self._synchronise(self._members.see(tensors_of(params)))
 
     def hook(self, optimizer: torch.optim.Optimizer) -> StepHook:
@@ -255,6 +259,14 @@ class Averager(ModelAverager):
     def _unhook(self) -> None:
         self._hooked = False
 
+    def _refuse_common_model(self, call: str) -> None:
+        """Raises where the parameters are not this rank's own model; see ``common_model()``."""
+        if self._shows_common:
+            raise RuntimeError(
+                f"{call} inside {type(self).__name__}.common_model(): the parameters are not this rank's own "
+                "model there, and its local steps would be lost"
+            )
+
     def is_due(self, step: int) -> bool:
         """Whether to synchronise after local step ``step`` (from 1)."""
         return step in self.sync
@@ -273,6 +285,7 @@ class Averager(ModelAverager):
         Frozen parameters are sent too. The averager forgets its momentum and the changes it withheld. This is
         a collective call.
         """
+        self._refuse_common_model("broadcast_parameters()")
         given = tensors_of(params)
         numbers = self._members.see(given)
         with self._communicating(given):
@@ -535,7 +548,8 @@ class Averager(ModelAverager):
             return
         logger.warning(
             "%s: the model is not where the averager left it. What was changed counts as local steps. After "
-            "loading weights call broadcast_parameters, or load the averager's state too",
+            "loading weights call broadcast_parameters, or load this rank's own model and the averager's "
+            "state together",
             self._what(),
         )
 
@@ -569,7 +583,11 @@ class Averager(ModelAverager):
         Save it with the model's and the optimizer's on every rank. Loaded together at the same world size,
         they continue the run bit for bit. For another world size see
         :func:`~commhooks.averaging.average_checkpoints`.
+
+        Raises:
+            RuntimeError: inside ``common_model()``, where the parameters are not this rank's own.
         """
+        self._refuse_common_model("state_dict()")
         return {
             "step": self.step,
             "synchronisations": self.synchronisations,
@@ -590,7 +608,9 @@ class Averager(ModelAverager):
 
         Raises:
             ValueError: the state is another rank's, or of another world size and not averaged.
+            RuntimeError: inside ``common_model()``.
         """
+        self._refuse_common_model("load_state_dict()")
         saved = (state["rank"], state["world_size"])
         if saved not in ((self.rank, self.world_size), (None, None)):
             raise ValueError(

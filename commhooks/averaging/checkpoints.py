@@ -109,7 +109,7 @@ def _join_averagers(states: list[Any], path: str) -> dict[str, Any]:
     ranks, size = [state["rank"] for state in states], states[0]["world_size"]
     if ranks != list(range(size)):
         raise ValueError(f"{path} must be of ranks 0 to {size - 1} in order, got {ranks}")
-    first = dict(states[0])
+    first = {key: value for key, value in states[0].items() if key != "model"}  # one rank's checksum
     if first["reducers"] is not None:
         first["reducers"] = [reducer for state in states for reducer in state["reducers"]]
     if "wire" in first:

@@ -155,3 +155,102 @@ def test_a_low_bit_reducer_conserves_for_another_number_of_ranks():
     for world_size in (1, 2, 3, 7):
         again = in_process.run(world_size, lambda t: work(t, 2, joined))
         torch.testing.assert_close(total(again), expected, rtol=0, atol=1e-4)
+
+
+def on_a_wire(params, transport, **options):
+    return BlockMomentum(0.0, 2, params=params, transport=transport, wire=LowBit(1), **options)
+
+
+def test_the_common_model_after_parameters_were_replaced():
+    """`load_state_dict(assign=True)` puts other tensors in the model's place."""
+
+    def work(transport, how):
+        model = torch.nn.Linear(20, 30)
+        for p in model.parameters():
+            torch.nn.init.zeros_(p)
+        averager = on_a_wire(list(model.parameters()), transport, module=model if how == "module" else None)
+        for step in range(2):
+            local_step(list(model.parameters()), integers(transport.rank, step)[:630])
+            averager.average_parameters(model.parameters())
+        saved = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(saved, assign=True)
+        with averager.common_model(*([model.parameters()] if how == "given" else [])):
+            common = flat_of(model.parameters())
+        assert torch.equal(common, averager.anchor) and not torch.equal(common, flat_of(model.parameters()))
+
+    for how in ("module", "given"):
+        in_process.run(2, lambda t, h=how: work(t, h))
+
+
+def test_inside_the_common_model_nothing_is_averaged_or_saved():
+    """The rank's own model comes back after the block, so that what happened to it inside would be lost."""
+
+    def work(transport):
+        params = pair_of_parameters()
+        averager = on_a_wire(params, transport)
+        for step in range(2):
+            local_step(params, integers(transport.rank, step))
+            averager.average_parameters(params)
+        state, own = averager.state_dict(), flat_of(params)
+        with averager.common_model():
+            for call in (
+                lambda: averager.average_parameters(params),
+                lambda: averager.synchronise(params),
+                lambda: averager.broadcast_parameters(params),
+                averager.state_dict,
+                lambda: averager.load_state_dict(state),
+            ):
+                with pytest.raises(RuntimeError, match=r"inside BlockMomentum.common_model\(\)"):
+                    call()
+            with averager.common_model():
+                assert torch.equal(flat_of(params), averager.anchor)
+            with pytest.raises(RuntimeError, match="common_model"):
+                averager.state_dict()
+        assert torch.equal(flat_of(params), own) and averager.step == 2
+        averager.average_parameters(params)
+
+    in_process.run(2, work)
+
+
+@pytest.mark.parametrize("saves", ("its own", "the common model"))
+def test_a_checkpoint_of_the_common_model_is_noticed(saves, caplog):
+    def work(transport):
+        def steps(params, optimizer, averager, numbers):
+            for step in numbers:
+                for p in params:
+                    p.grad = torch.randn(
+                        p.shape, generator=torch.Generator().manual_seed(10 * step + transport.rank)
+                    )
+                optimizer.step()
+                averager.average_parameters(params)
+
+        params = pair_of_parameters()
+        averager = on_a_wire(params, transport)
+        steps(params, torch.optim.SGD(params, lr=0.1), averager, range(5))  # one step into a block
+        saved = averager.state_dict()
+        model = flat_of(params) if saves == "its own" else averager.anchor.clone()
+        params = pair_of_parameters()
+        averager = on_a_wire(params, transport)
+        averager.load_state_dict(saved)
+        local_step(params, model)
+        steps(params, torch.optim.SGD(params, lr=0.1), averager, range(5, 8))
+
+    with caplog.at_level("WARNING"):
+        in_process.run(2, work)
+    told = [r for r in caplog.records if "not where the averager left it" in r.getMessage()]
+    assert len(told) == (0 if saves == "its own" else 2)
+
+
+def test_a_broadcast_says_what_it_drops(caplog):
+    def work(transport):
+        params = pair_of_parameters()
+        averager = on_a_wire(params, transport)
+        averager.broadcast_parameters(params)
+        for step in range(2):
+            local_step(params, integers(transport.rank, step))
+            averager.average_parameters(params)
+        averager.broadcast_parameters(params)
+
+    with caplog.at_level("WARNING"):
+        in_process.run(2, work)
+    assert len([r for r in caplog.records if "withheld on the wire is dropped" in r.getMessage()]) == 2
