@@ -434,7 +434,7 @@ def test_a_state_saved_with_other_settings_is_told(caplog):
     with caplog.at_level(logging.WARNING):
         other.load_state_dict(saved)
     (record,) = caplog.records
-    assert "mu=0.7, period=5" in record.message and "mu=0.1, period=7" in record.message
+    assert "mu: 0.7 saved, 0.1 here" in record.message and "period: 5 saved, 7 here" in record.message
     caplog.clear()
     BlockMomentum(0.7, 5, params=parameters(0), transport=transport).load_state_dict(copy.deepcopy(saved))
     assert not caplog.records

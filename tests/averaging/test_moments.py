@@ -179,7 +179,7 @@ def test_the_choice_is_named():
         RestartedMomentum(adam, 1, transport=transport)
     with pytest.raises(ValueError, match="moments must be.*'keep'"):
         RestartedMomentum(adam, 1, moments="keep", transport=transport)
-    assert "Adam, moments averaged" in repr(
+    assert "optimizer=Adam, moments=averaged" in repr(
         RestartedMomentum(adam, 1, moments="average", transport=transport)
     )
     assert "Adam, moments left alone" in repr(
