@@ -223,7 +223,7 @@ class Anchored(Averager):
                 if bool(self._wired.owned.any()):
                     norm = float(torch.linalg.vector_norm(self._wired.owned))
                     logger.warning(
-                        "%s: what was withheld on the wire is dropped, and of this rank's chunk a norm of %.3g",
+                        "%s: what was withheld on the wire is dropped; this rank's chunk has the norm %.3g",
                         self._what(),
                         norm,
                     )

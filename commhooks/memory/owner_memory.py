@@ -160,7 +160,7 @@ class OwnerMemory:
         return chunk
 
     def discard(self, step: int) -> None:
-        """Restores every chunk from before a step, the last one of its bucket. Residuals are restored already."""
+        """Restores every chunk from before the step that was its last. Residuals are restored already."""
         for chunk in self._chunks.values():
             chunk.recall(step)
         for index, (given_up_in, chunk, residual) in self._given_up.items():

@@ -208,7 +208,7 @@ class ParameterMemory:
         self.owned.discard(step)
 
     def recall(self, held: BucketMemory) -> bool:
-        """Restores a bucket's memory from before its last pass, with the learning rates that it was scaled for.
+        """Restores a bucket's memory from before its last pass, and the rates that it was scaled for.
 
         Returns:
             Whether it could be: the pass was written apart.

@@ -182,7 +182,7 @@ def test_the_choice_is_named():
     assert "optimizer=Adam, moments=averaged" in repr(
         RestartedMomentum(adam, 1, moments="average", transport=transport)
     )
-    assert "Adam, moments left alone" in repr(
+    assert "optimizer=Adam, moments=left alone" in repr(
         RestartedMomentum(adam, 1, moments="leave", transport=transport)
     )
     dampened = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9, dampening=0.1)
