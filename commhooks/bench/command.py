@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--module",
         metavar="PACKAGE:FUNCTION",
-        help="Train a model of your own. FUNCTION of PACKAGE draws the batch and returns the model and a function "
-        "of the model that returns a loss.",
+        help="Train a model of your own. FUNCTION of PACKAGE draws the batch and returns the model and a "
+        "function of the model that returns a loss.",
     )
     parser.add_argument(
         "--schemes",
