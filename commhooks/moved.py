@@ -34,6 +34,7 @@ MOVED = {
     "hooks": "ddp.hook",
     "horovod.compressor": "horovod.pending",
     "horovod.engine": "horovod.gradient_sync",
+    "memory.ownership": "memory.single_user",
     "planner.auto": "planner.measured",
     "planner.choice": "planner.plan",
     "planner.device": "planner.kernel_timing",

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import NonFiniteGradientError
 from ..exchange import LowBit
-from ..memory.ownership import claim
+from ..memory.single_user import claim
 from ..reduction.checkpoint import complain, withheld
 from ..reduction.step import check_nonfinite
 from ..transports import Transport
