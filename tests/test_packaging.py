@@ -159,18 +159,46 @@ def test_the_source_distribution_holds_what_a_build_needs(checkout: Path, tmp_pa
 @pytest.mark.skipif(
     not (ROOT / "build/wheel/tools/stamp").exists(), reason="scripts/wheel has never run here"
 )
-def test_the_wheel_runs_on_old_systems(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("options", [(), pytest.param(("--cuda",), marks=pytest.mark.nvcc)])
+def test_the_wheel_runs_on_old_systems(tmp_path: Path, options: tuple[str, ...]) -> None:
     """scripts/wheel, once it has its tools, builds a wheel that auditwheel accepts; nothing newer than glibc 2.28."""
     done = subprocess.run(
-        [ROOT / "scripts" / "wheel", "--no-test", tmp_path], capture_output=True, text=True, timeout=290
+        [ROOT / "scripts" / "wheel", "--no-test", *options, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=880,
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.startswith(f"commhooks-{commhooks.__version__}-py3-none-manylinux_2_28_")
+    local = r"\+cu\d+" if options else ""
+    version = re.escape(commhooks.__version__)
+    assert re.match(rf"commhooks-{version}{local}-py3-none-manylinux_2_28_", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
-        library = archive.read("commhooks/native/lib/libcommhooks_cpu.so")
-    needed = [tuple(map(int, found.split(b"."))) for found in re.findall(rb"GLIBC_(\d+\.\d+)", library)]
-    assert needed and max(needed) <= (2, 28)
+        names = sorted(name for name in archive.namelist() if name.endswith(".so"))
+        libraries = [archive.read(name) for name in names]
+    assert [Path(name).stem for name in names] == [
+        "libcommhooks_cpu",
+        *(["libcommhooks_cuda"] if options else []),
+    ]
+    for library in libraries:
+        needed = [tuple(map(int, found.split(b"."))) for found in re.findall(rb"GLIBC_(\d+\.\d+)", library)]
+        assert needed and max(needed) <= (2, 28)
+
+
+def test_a_wheel_for_cuda_needs_its_compiler(tmp_path: Path) -> None:
+    for tool in ("bash", "dirname", "mkdir", "sed", "uname"):
+        found = shutil.which(tool)
+        assert found is not None
+        (tmp_path / tool).symlink_to(found)
+    done = subprocess.run(
+        [ROOT / "scripts" / "wheel", "--cuda", tmp_path / "out"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "--cuda needs nvcc, and there is none" in done.stderr
 
 
 def test_wheel_says_what_it_does() -> None:
