@@ -163,9 +163,10 @@ class Compression:
     """Sparse compressions for the stock ``hvd.DistributedOptimizer``.
 
     Example:
+        >>> compression = Compression.for_optimizer(
+        ...     optimizer, model.named_parameters(), density=0.01, warmup_steps=500)
         >>> optimizer = hvd.DistributedOptimizer(
-        ...     optimizer, model.named_parameters(),
-        ...     compression=Compression.randomk(0.01, model.named_parameters()))
+        ...     optimizer, model.named_parameters(), compression=compression)
     """
 
     @staticmethod

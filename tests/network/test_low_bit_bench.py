@@ -108,8 +108,8 @@ def test_the_page_judges_the_times(monkeypatch):
         found.append({**labels, "scheme": scheme, "step_s": step_s})
     monkeypatch.setattr(slow_links, "load", lambda name: found)
     assert slow_links.exchanges()[2:] == [
-        "| 1 | 100mbit | 5.0 | 520 | 1.30 |",
-        "| 1 | 1gbit | 5.0 | 40 | 1.00 |",
+        "| 1 | 100 Mbit/s | 5.0 | 520 | 1.30 |",
+        "| 1 | 1 Gbit/s | 5.0 | 40 | 1.00 |",
     ]
     assert slow_links.steps()[-1] == "| ours, 4 bits | 250 | 4.0 | 2.0 |"
     assert [line.split(" | ")[-1] for line in slow_links.time_aims()[2:4]] == ["yes |", "no |"]

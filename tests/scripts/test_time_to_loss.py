@@ -58,7 +58,9 @@ def test_steps_are_the_median_over_seeds_and_hooks_train_as_dense(files):
 def test_the_table_and_the_aims_follow(files):
     table = page.training()
     assert len(table) == 2 + 2 * len(METHODS)
-    muon = next(line for line in table if line.startswith("| Muon, 1 bit every 4") and "| 10mbit |" in line)
+    muon = next(
+        line for line in table if line.startswith("| Muon, 1 bit every 4") and "| 10 Mbit/s |" in line
+    )
     assert muon.endswith("| 70 | 35 | 27 | 27 | 27 |")
     assert next(line for line in table if line.startswith("| Muon, 1 bit every 14")).endswith(
         "| never |  |  |  |  |"

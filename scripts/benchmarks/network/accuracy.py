@@ -23,7 +23,7 @@ from training.tasks import Share, make
 
 from commhooks import ErrorFeedback, ExponentialWarmup
 
-from ..harness import study
+from ..harness import names, study
 from ..harness.figure import WIDTH, color, figure, label_ends
 from ..harness.namespaces import NETWORKS
 from ..harness.ranks import all_ranks, settle
@@ -161,13 +161,18 @@ def plot(records: Sequence[Record], path: Path) -> None:
             lines = []
             for r in select(records, job=job):
                 seconds, _, losses = zip(*r["points"], strict=True)
-                label = r["scheme"] + (f" {r['density']:g}" if is_ours(r["scheme"]) else "")
+                label = names.SCHEMES[r["scheme"]].partition(",")[0]
+                label += f", density {r['density']:g}" if is_ours(r["scheme"]) else ""
                 lines += axis.plot(seconds, smooth(losses), color=color(r["scheme"]), label=label)
             axis.set(
-                xscale="log", yscale="log", xlabel="seconds of training", ylabel="training loss", title=job
+                xscale="log",
+                yscale="log",
+                xlabel="seconds of training",
+                ylabel="training loss",
+                title=names.MODELS.get(job, job.upper()).partition(",")[0],
             )
             label_ends(axis, lines)
-        drawn.suptitle(f"Measured: training loss, 4 ranks, {records[0]['network']}")
+        drawn.suptitle(f"Measured: training loss, 4 ranks, {names.NETWORKS[records[0]['network']]}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

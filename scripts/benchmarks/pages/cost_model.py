@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
+from ..harness import names
 from ..harness.records import load
 from ..harness.table import markdown, paragraph
 from ..network import fit, plan_check
 from ..network.schemes import MPI_SUFFIX, OURS
-from . import names
 
 _TRANSPORTS = {"distributed": "gloo", "mpi": "MPI"}
 _SCHEMES = {("dense", 1.0): "dense", ("topk", 0.01): "top-k, 0.01", ("topk", 0.001): "top-k, 0.001"}

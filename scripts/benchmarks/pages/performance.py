@@ -7,10 +7,10 @@ from functools import cache, partial
 from gpu import page
 from training import demo
 
+from ..harness import names
 from ..harness.records import ROOT, Record, load, one, select
 from ..harness.table import markdown, ms, number, paragraph
 from ..network import accuracy, auto, exchange, overlap, step
-from . import names
 
 _RESNET50 = "resnet50"
 _SLOW = ("1gbit", "100mbit")

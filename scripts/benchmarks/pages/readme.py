@@ -6,10 +6,10 @@ from functools import partial
 
 from gpu import page
 
+from ..harness import names
 from ..harness.records import load
 from ..harness.table import markdown, ms, number
 from ..network import step
-from . import names
 
 _SCHEMES = {
     "dense": "dense all-reduce",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from studies import slow_links
 from studies.slow_links import METHODS, Row
 
+from ..harness import names
 from ..harness.records import load, one, select
 from ..harness.table import markdown, number, paragraph
 from ..network import exchange, step
@@ -114,7 +115,7 @@ def exchanges() -> list[str]:
     """One exchange of ResNet-50's size by bits and network."""
     lines = []
     for r in select(load("low-bit"), bench="low_bit"):
-        cells = (str(r["bits"]), r["network"], number(r["counted_bytes"] * 1e-6))
+        cells = (str(r["bits"]), names.NETWORKS[r["network"]], number(r["counted_bytes"] * 1e-6))
         lines.append((*cells, number(r["exchange_s"] * 1e3), number(exchange.over_bound(r))))
     return markdown(("bits", "network", "MB", "ms", "over MB / bandwidth"), lines)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from studies import slow_links
 
+from ..harness import names
 from ..harness.figure import color, figure, label_ends
 from ..harness.records import Record, load, one, select
 from ..harness.table import markdown, number
@@ -120,7 +121,7 @@ def training() -> list[str]:
             steps = steps_to_dense(known, method)
             cells = [
                 METHODS[method].text,
-                network,
+                names.NETWORKS[network],
                 number(timed["step_s"] * 1e3),
                 number(timed["interface_bytes"] * 1e-3),
             ]
@@ -152,9 +153,7 @@ def aims() -> list[tuple[str, str, str, str]]:
     lines = []
     for aim in AIMS:
         seconds = seconds_to_dense(aim.network)
-        text = (
-            f"time to the loss across {aim.network}: {METHODS[aim.other].text} over Muon, 1 bit every 4 steps"
-        )
+        text = f"time to the loss across {names.NETWORKS[aim.network]}: {METHODS[aim.other].text} over Muon, 1 bit every 4 steps"
         mine, other = seconds.get(OURS), seconds.get(aim.other)
         if mine is None or other is None:
             lines.append((text, f"at least {aim.least:g}", "", "not reached" if seconds else "not measured"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from benchmarks.harness.figure import color
 
 from commhooks import Bucket, Dense, ErrorFeedback, ExponentialWarmup, GTopK, Reducer, TopK
 from commhooks.transports import in_process
@@ -67,11 +68,13 @@ def delta_and_convergence(budget: Budget) -> Claim:
             task, steps = make_task(name), budget.steps(steps)
             dense = train(task, steps, None)
             sparse = train(task, steps, 0.001, warmup=steps // 4, delta_every=4)
-            axes[2 * number].plot(*zip(*sparse["deltas"], strict=True), marker=".")
-            axes[2 * number].axhline(1.0, color="gray", ls="--")
-            axes[2 * number].set(xlabel="step", ylabel="delta", title=f"{TITLES[name]}: at most 1 is assumed")
-            axes[2 * number + 1].semilogy(dense["losses"], label="S-SGD")
-            axes[2 * number + 1].semilogy(sparse["losses"], label="gTop-k")
+            at, deltas = zip(*sparse["deltas"], strict=True)
+            axes[2 * number].semilogy(at, [1.0 - delta for delta in deltas], color=color("gtopk"), marker=".")
+            axes[2 * number].set(
+                xlabel="step", ylabel="1 - delta (at least 0 is assumed)", title=TITLES[name]
+            )
+            axes[2 * number + 1].semilogy(dense["losses"], color=color("dense"), label="S-SGD")
+            axes[2 * number + 1].semilogy(sparse["losses"], color=color("gtopk"), label="gTop-k")
             axes[2 * number + 1].set(xlabel="step", ylabel="training loss", title=TITLES[name])
             found[name] = (dense, sparse)
     largest = {name: max(d for _, d in sparse["deltas"]) for name, (_, sparse) in found.items()}

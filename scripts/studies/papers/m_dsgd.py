@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from benchmarks.harness.figure import color
 
 from commhooks.averaging import ConvexLR, LastHalf, NonConvexLR, StronglyConvexLR
 
@@ -66,7 +67,8 @@ def panel(
             ]
         else:
             curves[name] = errors_of(replace(base, rate=rates(scheduler)), totals, measure)
-        axis.loglog(totals, curves[name], marker="o", label=name)  # type: ignore[attr-defined]
+        drawn = color(name.replace("-", ""))
+        axis.loglog(totals, curves[name], color=drawn, marker="o", label=name)  # type: ignore[attr-defined]
     axis.set(xlabel="steps T", title=title)  # type: ignore[attr-defined]
     return curves
 

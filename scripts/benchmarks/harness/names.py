@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-NETWORKS = {"10gbit": "10 Gbit/s", "1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}
+NETWORKS = {"10gbit": "10 Gbit/s", "1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s", "10mbit": "10 Mbit/s"}
 MODELS = {
     "resnet20": "ResNet-20, 0.27M",
     "vgg16": "VGG-16, 14.7M",
