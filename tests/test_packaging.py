@@ -155,12 +155,15 @@ def test_the_source_distribution_holds_what_a_build_needs(checkout: Path, tmp_pa
     assert "License-Expression: BSD-3-Clause" in metadata and "Requires-Python: >=3.10" in metadata
 
 
+WITH_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (ROOT / "build/wheel/tools/stamp").exists(), reason="scripts/wheel has never run here"
 )
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("options", [(), pytest.param(("--cuda",), marks=pytest.mark.nvcc)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--cuda",), marks=WITH_NVCC)])
 def test_the_wheel_runs_on_old_systems(tmp_path: Path, options: tuple[str, ...]) -> None:
     """scripts/wheel, once it has its tools, builds a wheel that auditwheel accepts; nothing newer than glibc 2.28."""
     done = subprocess.run(
