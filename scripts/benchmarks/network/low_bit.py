@@ -1,8 +1,8 @@
 """`scripts/bench lowbit`: every element in few bits, across a slow network.
 
-Needs root. A bare exchange of ResNet-50's size in 1, 2, 4 and 8 bits beside its bytes over the bandwidth, and
-the steps of ResNet-50's gradients in 4 bits beside dense and fp16, and steps of a GPT that trains. Every number of
-bits must first conserve a small vector.
+Needs root. It times a bare exchange of ResNet-50's size in 1, 2, 4 and 8 bits beside its bytes over the
+bandwidth, steps of ResNet-50's gradients in 4 bits beside dense and fp16, and steps of a GPT that trains.
+Every number of bits must first conserve a small vector.
 """
 
 from __future__ import annotations

@@ -126,10 +126,9 @@ def training() -> list[str]:
                 number(timed["step_s"] * 1e3),
                 number(timed["interface_bytes"] * 1e-3),
             ]
-            cells += ["never", "", ""] if steps is None or mine is None else [f"{steps:.0f}", number(mine)]
-            for other in (DENSE, "fp16", "powersgd2"):
-                cells.append(_sooner(seconds, method, other))
-            lines.append(cells[:9])
+            cells += ["never", ""] if steps is None or mine is None else [f"{steps:.0f}", number(mine)]
+            cells += [_sooner(seconds, method, other) for other in (DENSE, "fp16", "powersgd2")]
+            lines.append(cells)
     head = (
         "method",
         "network",
