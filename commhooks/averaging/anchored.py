@@ -292,10 +292,11 @@ class Anchored(Averager):
     def _own_state(self) -> dict[str, Any]:
         if self._change is None:
             return {}
-        model = {
-            "model": checksum(self._tensors(self._change.numbers))
-        }  # to notice another one after loading
-        return model if self._wired is None else {**model, "wire": self._wired.state_dict()}
+        # The checksum tells after loading whether the model is the one that was saved.
+        own: dict[str, Any] = {"model": checksum(self._tensors(self._change.numbers))}
+        if self._wired is not None:
+            own["wire"] = self._wired.state_dict()
+        return own
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         self._left, saved = state.get("model"), state.get("wire")
